@@ -1,0 +1,67 @@
+# One study, two commands: `make reproduce` and `make test`. `make` alone lists the rest.
+PROFILE ?= tiny
+MODELS ?=
+NB ?=
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+M2RL := $(BIN)/python -m m2rl_core
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab report status why estimate clean bubblewrap
+
+help: ## show this list
+	@echo "usage: make TARGET [PROFILE=tiny] [MODELS=rl-math,rl-if] [NB=3.3]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) bubblewrap ## make .venv with the pinned packages (done by itself when needed)
+
+$(READY): requirements.txt requirements-nodeps.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed: make setup PYTHON=/path/to/it"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -r requirements-nodeps.txt -e .
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (m2rl)" >/dev/null
+	@touch $(READY)
+
+bubblewrap:
+	@if command -v bwrap >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing bubblewrap, the sandbox for programs that a model wrote"; \
+		{ apt-get update -qq && apt-get install -y -qq bubblewrap >/dev/null; } || \
+		echo "bubblewrap could not be installed; the restricted interpreter serves instead"; \
+	else \
+		echo "bubblewrap is missing, so the restricted interpreter serves; to have the sandbox, type:"; \
+		echo "  sudo apt-get install bubblewrap"; \
+	fi
+
+reproduce: setup ## run the study and write reports/PROFILE (MODELS= and NB= choose a part)
+	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)"
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest
+
+lab: setup ## open JupyterLab on the notebooks
+	$(BIN)/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+
+report: setup ## write the HTML pages again from the executed notebooks
+	$(M2RL) report --profile "$(PROFILE)"
+
+status: setup ## what is made and what is left
+	$(M2RL) status --profile "$(PROFILE)"
+
+why: setup ## why a notebook or a stage would run again (NB=3.3 or NB=rl-math)
+	@test -n "$(NB)" || { echo "usage: make why NB=3.3   (a notebook or a stage)"; exit 2; }
+	$(M2RL) why "$(NB)" --profile "$(PROFILE)"
+
+estimate: setup ## what PROFILE costs: steps, rollouts, tokens and measured seconds
+	$(M2RL) estimate --profile "$(PROFILE)"
+
+clean: setup ## remove what was computed for PROFILE (artifacts only; the report stays)
+	$(M2RL) clean --profile "$(PROFILE)"

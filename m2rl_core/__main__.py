@@ -1,0 +1,185 @@
+"""The command line: reproduce, run, status, why, estimate, rebuild, clean, report, merge.
+
+Every error that a user can cause ends in one line and exit code 2; a report with a failed notebook in 1.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+from m2rl_core import report as runner
+from m2rl_core.profile import ProfileError, repo_root
+from m2rl_core.progress import duration
+from m2rl_core.run import MissingArtifact, Run, open_run
+from m2rl_core.store import CorruptArtifact, DiskFull
+from m2rl_core.study import UnknownStage, find
+
+EXPECTED = (ProfileError, UnknownStage, MissingArtifact, CorruptArtifact, DiskFull, runner.ReportError)
+
+
+def reproduce(args) -> int:
+    """execute the notebooks and write the report"""
+    run, root = _open(args), repo_root()
+    extra = {}
+    for text in args.set:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise runner.ReportError(f"--set {text}: expected NAME=VALUE")
+        extra[name] = yaml.safe_load(value)
+    is_file = args.profile.endswith((".yaml", ".yml"))  # notebooks run in a folder of their own
+    profile = str(Path(args.profile).absolute()) if is_file else args.profile
+    jobs = runner.plan(root / "notebooks", profile, args.models, args.nb, extra)
+    ok = runner.reproduce(jobs, _report(run), run.store.root, run.profile.name)
+    return 0 if ok else 1
+
+
+def report(args) -> int:
+    """write the site again from the executed notebooks"""
+    from m2rl_core import site
+    folder = _report(_open(args))
+    if not (folder / "run.json").is_file():
+        raise runner.ReportError(f"{folder} holds no executed notebooks yet: `make reproduce PROFILE={args.profile}`")
+    print(f"{len(site.write(folder))} pages; open {folder / 'index.html'}")
+    return 0
+
+
+def run(args) -> int:
+    """make a stage, and first what it needs"""
+    here = _open(args)
+    for name in list(here.stages) if args.name == "all" else [args.name]:
+        print(f"{name}: {here.need(name)}")
+    return 0
+
+
+def status(args) -> int:
+    """what is made and what is left"""
+    here = _open(args)
+    for name, stage in here.stages.items():
+        state = "made" if here.has(name) else "begun" if here.store.folder(stage).is_dir() else "-"
+        seconds = here.expected_seconds(name)
+        print(f"{name:28} {stage.key[:8]}  {state:6} {duration(seconds) if seconds is not None else '':>8}")
+    made = sum(here.has(name) for name in here.stages)
+    print(f"{made} of {len(here.stages)} stages made in {here.store.root}")
+    return 0
+
+
+def why(args) -> int:
+    """why a stage, or what a notebook needs, would run"""
+    here, name = _open(args), args.name
+    if name in here.stages:
+        names = here.missing(name)
+    else:
+        wanted = notebook_stages(here, name)
+        missing = {part for stage in wanted for part in here.missing(stage)}
+        names = [part for part in here.stages if part in missing]
+    if not names:
+        print(f"{name}: everything is made; nothing would run")
+    for part in names:
+        print(f"{part}: {'; '.join(here.store.why(here.stages[part]))}")
+    return 0
+
+
+def estimate(args) -> int:
+    """steps, rollouts, tokens and seconds of every stage"""
+    frame = _open(args).estimate()
+    print(f"{'stage':28} {'done':5} {'steps':>7} {'rollouts':>9} {'tokens <=':>13} {'time':>9}  from")
+    for row in frame.itertuples(index=False):
+        time = duration(row.seconds) if row.seconds == row.seconds else "?"
+        print(f"{row.stage:28} {'yes' if row.done else 'no':5} {row.steps:>7,} {row.rollouts:>9,} {row.tokens:>13,} "
+              f"{time:>9}  {row[-1]}")
+    left = frame[~frame.done]
+    unknown = int(left.seconds.isna().sum())
+    print(f"left: {duration(left.seconds.sum())} for the {len(left) - unknown} unmade stages with a measured time; "
+          f"{unknown} stages were never timed on this machine")
+    return 0
+
+
+def rebuild(args) -> int:
+    """make a stage again; the old folder is kept in set-aside/"""
+    print(_open(args).rebuild(args.name))
+    return 0
+
+
+def clean(args) -> int:
+    """remove everything computed for one profile (the report stays)"""
+    store = _open(args).store
+    folder = store.root
+    if folder.is_dir():
+        with store.lock("clean"):  # nobody works on it; the lock's own file stays, others may wait on it
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif not path.name.endswith(".lock"):
+                    path.unlink()
+        print(f"removed {folder}")
+    else:
+        print(f"{folder} does not exist: nothing to remove")
+    return 0
+
+
+def notebook_stages(here: Run, name: str) -> list[str]:
+    """The stages whose names stand in a notebook's chapter of the study; raises UnknownStage for no such notebook."""
+    from m2rl_core import study
+    models = [f"eval-{model}" for model in study.MODELS]
+    chapters = {
+        "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*study.TRAINED, *models],
+        "3.3": ["weights"], "3.4": ["neighborhoods", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
+        "3.5": models, "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
+        "A": [*study.TRAINED],
+    }
+    chapter = name.split("_")[0]
+    if chapter not in chapters:
+        find(here.stages, name)
+    return [stage for stage in chapters[chapter] if stage in here.stages]
+
+
+def _open(args) -> Run:
+    return open_run(args.profile)
+
+
+def _report(run: Run) -> Path:
+    """reports/<profile>/, or the folder that M2RL_REPORTS names in its place."""
+    return Path(os.environ.get("M2RL_REPORTS") or repo_root() / "reports").absolute() / run.profile.name
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser("python -m m2rl_core", description="One study: mix or merge?", allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for function in (reproduce, report, run, status, why, estimate, rebuild, clean):
+        command = commands.add_parser(function.__name__, help=function.__doc__, allow_abbrev=False)
+        command.set_defaults(function=function)
+        command.add_argument("--profile", default="tiny", help="a name of params/ or a YAML file (tiny)")
+        if function in (run, why, rebuild):
+            command.add_argument("name", help="a stage, such as rl-math" + {
+                run: ", or all", why: ", or a notebook, such as 3.3", rebuild: ""}[function])
+        if function is reproduce:
+            command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
+            command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")
+            command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
+    commands.add_parser("merge", help="merge checkpoints of your own (merge --help)", add_help=False)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["merge"]:
+        from m2rl_core.merging import cli
+        return cli.main(argv[1:]) or 0
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

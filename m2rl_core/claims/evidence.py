@@ -1,0 +1,176 @@
+"""What a claim is decided on, and how an interval becomes a verdict.
+
+Scores and differences are in points, intervals are over items and paired where models share items.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite, nan
+
+import numpy as np
+import pandas as pd
+
+from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.metrics import stats
+from m2rl_core.metrics.stats import Estimate, Measured, average, difference
+
+MARGIN = 2.0  # points: what the rules call "comparable" and "no harm"
+MERGES = ("merge-average", "merge-ta", "merge-ties", "merge-sce", "merge-ties-dare", "merge-ta-dare")
+EXPERT = {domain: f"rl-{domain}" for domain in DOMAINS}
+OWN = {domain: [b for b, d in BENCHMARKS.items() if d == domain] for domain in DOMAINS}
+FIGURE2 = {"math": "aime24", "coding": "lcb_v5", "science": "gpqa_diamond", "if": "ifeval", "agent": "bfcl_v3"}
+JUDGED = ("aime24", "ifeval", "lcb_v5", "gpqa_diamond")
+REASONING = ("math", "coding", "science")
+
+
+class Missing(LookupError):
+    """The evidence lacks what a rule needs."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`verdict` is supported, contradicted or undecided; the estimate is that of the part that decided."""
+
+    verdict: str
+    estimate: float = nan
+    low: float = nan
+    high: float = nan
+    n: int = 0
+    note: str = ""
+
+
+@dataclass
+class Evidence:
+    """What claims are decided on; every frame may be missing.
+
+    scores, along (with `step`): evaluation rows. judged: model, benchmark, item, sample, mode, correct.
+    kl: expert, policy, domain, prompt, tokens, kl_exact (nats a token). costs: model, hours. jaccard and cosine:
+    as `metrics.weights` writes them; weights as stored are used. `cells` replaces frames by ready estimates.
+    """
+
+    scores: pd.DataFrame | None = None
+    judged: pd.DataFrame | None = None
+    kl: pd.DataFrame | None = None
+    jaccard: pd.DataFrame | None = None
+    cosine: pd.DataFrame | None = None
+    along: pd.DataFrame | None = None
+    costs: pd.DataFrame | None = None
+    neighbours: Mapping[str, str] | None = None
+    cells: dict = field(default_factory=dict)
+    seed: int = 0
+    resamples: int = 4000
+
+    def frame(self, name: str, *columns: str) -> pd.DataFrame:
+        """The frame `name`, with `columns`; Missing where there is none."""
+        found = getattr(self, name)
+        if found is None or found.empty or not set(columns) <= set(found.columns):
+            raise Missing(f"no {name}")
+        return found[~found["bf16"]] if "bf16" in found else found
+
+    def measured(self, name: str) -> Measured:
+        """Frame `name` as resampled cells (benchmark, column), made once."""
+        if name not in self.cells:
+            rows, scale = self.frame(name), 100.0
+            if name == "judged":
+                self.cells[name] = _judged(rows, self.rng(), self.resamples)
+                return self.cells[name]
+            if name == "along":
+                rows = rows.assign(model=rows["model"] + "@" + rows["step"].astype(str))
+            if name == "kl":
+                scale = 1.0
+                rows = rows.rename(columns={"domain": "benchmark", "prompt": "item"})
+                rows = rows.assign(model=rows["expert"] + ">" + rows["policy"], score=rows["kl_exact"] * rows["tokens"])
+            self.cells[name] = stats.measure(rows, self.rng(), scale=scale, resamples=self.resamples)
+        return self.cells[name]
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+    def contrast(self, weights: Mapping[tuple[str, str], float], parts: int = 1, of: str = "scores") -> Estimate:
+        """A contrast at the level 1 - 0.05 / parts; Missing that names the first cell that was not measured."""
+        found = self.measured(of)
+        for benchmark, column in weights:
+            if not found.has(benchmark, column):
+                raise Missing(f"no {of} of {column} on {benchmark}")
+        return found.contrast(weights, 1 - 0.05 / parts)
+
+    def best(self, models: Iterable[str]) -> str:
+        """The model with the best mean over the nine benchmarks among those measured on all of them."""
+        found = self.measured("scores")
+        whole = [m for m in models if all(found.has(b, m) for b in BENCHMARKS)]
+        if not whole:
+            raise Missing(f"no scores of {', '.join(models)}")
+        return max(whole, key=lambda m: found.contrast(average(m, BENCHMARKS)).estimate)
+
+
+def _judged(rows: pd.DataFrame, rng: np.random.Generator, resamples: int) -> Measured:
+    """Judge rows as columns "<model>/<mode>"; paired within a model only, for each judges its own trajectories.
+
+    Items that a model judged in one mode only (the other prompt did not fit) are left out.
+    """
+    modes = rows.groupby(["model", "benchmark"])["mode"].transform("nunique")
+    rows = rows[rows.groupby(["model", "benchmark", "item"])["mode"].transform("nunique") == modes]
+    rows = rows.assign(column=rows["model"] + "/" + rows["mode"], score=rows["correct"].astype(float))
+    parts = [stats.measure(own, rng, column="column", resamples=resamples) for _, own in rows.groupby("model")]
+    return Measured(tuple(stratum for part in parts for stratum in part.strata))
+
+
+def above(e: Estimate, line: float = 0.0, parts: int = 1) -> Verdict:
+    """Supported where the whole interval is above `line`, contradicted where it is below."""
+    if not isfinite(e.low):
+        return Verdict("undecided", e.estimate, e.low, e.high, e.n, "a single item says nothing of its spread")
+    if e.low > line or e.high < line:
+        return Verdict("supported" if e.low > line else "contradicted", e.estimate, e.low, e.high, e.n)
+    items = stats.needed(e, line, level=1 - 0.05 / parts)
+    note = "" if items is None else f"about {items} items would tell" if items < 1e6 else "no feasible n would tell"
+    return Verdict("undecided", e.estimate, e.low, e.high, e.n, note)
+
+
+def below(e: Estimate, line: float = 0.0, parts: int = 1) -> Verdict:
+    """Supported where the whole interval is below `line`, contradicted where it is above."""
+    found = above(e, line, parts)
+    swapped = {"supported": "contradicted", "contradicted": "supported"}.get(found.verdict, found.verdict)
+    return Verdict(swapped, found.estimate, found.low, found.high, found.n, found.note)
+
+
+def within(e: Estimate, margin: float = MARGIN, parts: int = 1) -> Verdict:
+    """Supported where the whole interval is inside +-margin, contradicted where it is wholly outside."""
+    if -margin < e.low and e.high < margin:
+        return Verdict("supported", *e[:4])
+    if e.low > margin or e.high < -margin:
+        return Verdict("contradicted", *e[:4])
+    return above(e, margin if e.high >= margin else -margin, parts)  # the line that the interval crosses
+
+
+def every(parts: Mapping[str, Verdict]) -> Verdict:
+    """Contradicted where one part is, supported where all are; the estimate is that of the part that stands worst."""
+    order = {"contradicted": 0, "undecided": 1, "supported": 2}
+    name, worst = min(parts.items(), key=lambda part: (order[part[1].verdict], _distance(part[1])))
+    held = sum(part.verdict == "supported" for part in parts.values())
+    note = f"{held} of {len(parts)} parts supported; shown: {name}" if len(parts) > 1 else ""
+    note = "; ".join(filter(None, [note, worst.note]))
+    return Verdict(worst.verdict, worst.estimate, worst.low, worst.high, worst.n, note)
+
+
+def _distance(v: Verdict) -> float:
+    return v.low if isfinite(v.low) else -np.inf
+
+
+def differences(evidence: Evidence, triples: Iterable, of: str = "scores") -> dict[str, Estimate]:
+    """{label: a minus b over benchmarks} for (a, b, benchmarks), at the level that the number of parts asks for."""
+    triples = list(triples)
+    return {
+        f"{a} - {b} on {' + '.join(on) if len(on) < 3 else f'{len(on)} benchmarks'}":
+        evidence.contrast(difference(a, b, on), len(triples), of) for a, b, on in triples
+    }
+
+
+def every_above(parts: Mapping[str, Estimate], line: float = 0.0) -> Verdict:
+    return every({name: above(e, line, len(parts)) for name, e in parts.items()})
+
+
+def extremes(values: pd.Series, verdict: str, note: str) -> Verdict:
+    """Verdict on quantities without sampling error: mean, smallest and largest cell."""
+    return Verdict(verdict, float(values.mean()), float(values.min()), float(values.max()), len(values),
+                   f"{note}; low and high are the extreme cells, not an interval")

@@ -1,0 +1,86 @@
+"""Rules on self-verification (Section 3.6)."""
+from __future__ import annotations
+
+from math import atanh, ceil
+
+from m2rl_core.claims.evidence import (
+    EXPERT, JUDGED, MERGES, Missing, Verdict, above, below, differences, every, every_above,
+)
+from m2rl_core.metrics import stats
+from m2rl_core.metrics.stats import average, difference
+
+
+def judge_correlation(evidence, mode, sign):
+    """r over models between mean generation and mean judging in `mode`: its bootstrap interval is on one side of 0."""
+    generation, judges = evidence.measured("scores"), evidence.measured("judged")
+    names = [m for m in ("sft", *EXPERT.values(), "merge-ties", "rl-multi", "mt-opd")
+             if all(generation.has(b, m) and judges.has(b, f"{m}/{mode}") for b in JUDGED)]
+    if len(names) < 5:
+        raise Missing(f"judged by {len(names)} models only")
+    x = [generation.contrast(average(m, JUDGED)).estimate for m in names]
+    y = [judges.contrast(average(f"{m}/{mode}", JUDGED)).estimate for m in names]
+    e = stats.pearson(x, y, evidence.rng())
+    left = stats.leave_one_out(names, x, y)["r"]
+    found = above(e) if sign > 0 else below(e)
+    note = f"leaving one model out: {left.min():.2f} to {left.max():.2f}"
+    if found.verdict == "undecided" and 0 < abs(e.estimate) < 1:
+        note += f"; about {ceil((2.8 / atanh(e.estimate)) ** 2 + 3)} models would tell"
+    return Verdict(found.verdict, *e[:4], note)
+
+
+def process_better(evidence, benchmarks, consistently):
+    """Process minus outcome above 0: in every (model, benchmark) cell, or in the mean over all cells."""
+    models = _judges(evidence, ("outcome", "process"), benchmarks)
+    triples = [(f"{m}/process", f"{m}/outcome", [b]) for m in models for b in benchmarks]
+    if consistently:
+        return every_above(differences(evidence, triples, "judged"))
+    weights: dict = {}
+    for a, b, on in triples:
+        weights.update(difference(a, b, on))
+    return above(evidence.contrast({cell: w / len(triples) for cell, w in weights.items()}, of="judged"))
+
+
+def outcome_better(evidence, benchmarks):
+    """Outcome minus process above 0 in the mean over models and `benchmarks`."""
+    found = process_better(evidence, benchmarks, consistently=False)
+    swapped = {"supported": "contradicted", "contradicted": "supported"}.get(found.verdict, found.verdict)
+    return Verdict(swapped, -found.estimate, -found.high, -found.low, found.n, found.note)
+
+
+def _judges(evidence, modes, benchmarks):
+    judges = evidence.measured("judged")
+    models = [m for m in ("sft", *EXPERT.values(), *MERGES, "rl-multi", "mt-opd")
+              if all(judges.has(b, f"{m}/{mode}") for b in benchmarks for mode in modes)]
+    if not models:
+        raise Missing("no judged rows")
+    return models
+
+
+def best_judge(evidence, model, among, mode, benchmarks=JUDGED):
+    """`model` above every other of `among` in judging by `mode`, averaged over `benchmarks`."""
+    cells = [(f"{model}/{mode}", f"{other}/{mode}", list(benchmarks)) for other in among if other != model]
+    return every_above(differences(evidence, cells, "judged"))
+
+
+def judge_falls(evidence, model, by, mode="process"):
+    """`model` more than `by` points below SFT in judging by `mode`, averaged over the four benchmarks."""
+    return below(evidence.contrast(difference(f"{model}/{mode}", f"sft/{mode}", JUDGED), of="judged"), -by)
+
+
+def judge_keeps(evidence, models, by, mode="process"):
+    """Each of `models` not more than `by` points below SFT in judging by `mode`."""
+    cells = [(f"{m}/{mode}", f"sft/{mode}", list(JUDGED)) for m in models]
+    return every_above(differences(evidence, cells, "judged"), -by)
+
+
+def best_generation_and_judge(evidence, model, mode):
+    """`model` above all other judged models, both in mean generation and in mean judging, on the four benchmarks."""
+    others = [m for m in _judges(evidence, (mode,), JUDGED) if m != model]
+    if not others:
+        raise Missing("no other judged models")
+    n, found = 2 * len(others), {}
+    for other in others:
+        for of, tail in (("scores", ""), ("judged", f"/{mode}")):
+            gap = evidence.contrast(difference(model + tail, other + tail, JUDGED), n, of)
+            found[f"{model} - {other} ({of})"] = above(gap, parts=n)
+    return every(found)

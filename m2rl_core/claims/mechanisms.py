@@ -1,0 +1,164 @@
+"""Rules on weights, policies and skills (Sections 3.3 to 3.5)."""
+from __future__ import annotations
+
+from math import nan
+
+import pandas as pd
+
+from m2rl_core.claims.evidence import (
+    DOMAINS, EXPERT, FIGURE2, OWN, REASONING, Missing, Verdict, above, differences, every, every_above, extremes,
+)
+from m2rl_core.metrics import skills, stats
+from m2rl_core.metrics.stats import Estimate, difference
+
+
+def changed_share(evidence, low, high):
+    """The mean share of changed weights, in percent, lies between `low` and `high`."""
+    found = evidence.frame("jaccard", "share_a", "share_b")
+    share = 100 * pd.concat([found["share_a"], found["share_b"]])
+    verdict = "supported" if low <= share.mean() <= high else "contradicted"
+    return extremes(share, verdict, "mean over matrices and experts")
+
+
+def overlap_above_chance(evidence):
+    """Every pair's Jaccard overlap above that of random masks; contradicted where the mean is not."""
+    found = evidence.frame("jaccard", "jaccard", "jaccard_random").dropna(subset="jaccard")
+    note = "overlap minus that of random masks"
+    if "jaccard_null" in found:  # stricter than the paper: relative changes sit where |w| is small
+        note += f"; given |w|: {(found['jaccard'] > found['jaccard_null']).mean():.0%} of cells above chance"
+    return _sign(found["jaccard"] - found["jaccard_random"], note)
+
+
+def directions_agree(evidence):
+    """The projected cosine of every pair, averaged over matrices, is positive; contradicted where the mean is not."""
+    found = evidence.frame("cosine", "a", "b", "cosine_projected")
+    return _sign(found.groupby(["a", "b"])["cosine_projected"].mean().dropna(), "mean cosine of each pair")
+
+
+def _sign(values: pd.Series, note: str) -> Verdict:
+    verdict = "supported" if (values > 0).all() else "contradicted" if values.mean() <= 0 else "undecided"
+    return extremes(values, verdict, f"{note}; {(values > 0).sum()} of {len(values)} above 0")
+
+
+def reasoning_closer(evidence):
+    """Mean cosine among the reasoning experts above that between them and the other two; bootstrap over matrices."""
+    found = evidence.frame("cosine", "a", "b", "layer", "matrix", "cosine_projected")
+    a, b = (found[side].str.removeprefix("rl-").isin(REASONING) for side in "ab")
+    by = ["layer", "matrix"]
+    inner = found[a & b].groupby(by)["cosine_projected"].mean()
+    outer = found[a ^ b].groupby(by)["cosine_projected"].mean()
+    rows = pd.DataFrame({"item": range(len(inner)), "score": (inner - outer).to_numpy()})
+    rows = rows.assign(model="gap", benchmark="cosine")
+    measured = stats.measure(rows, evidence.rng(), scale=1.0, resamples=evidence.resamples)
+    return above(measured.contrast({("cosine", "gap"): 1.0}))
+
+
+def no_link(evidence, limit=0.5):
+    """r between KL(own expert || policy) and the policy's change against that expert: interval inside +-limit."""
+    found = evidence.frame("kl")
+    points = []
+    for policy in sorted(set(found["policy"]) - {"sft"}):
+        for domain in DOMAINS:
+            kl = evidence.contrast({(domain, f"{EXPERT[domain]}>{policy}"): 1.0}, of="kl").estimate
+            points.append((kl, evidence.contrast(difference(policy, EXPERT[domain], OWN[domain])).estimate))
+    e = stats.pearson(*zip(*points, strict=True), evidence.rng())
+    flat, linked = -limit < e.low and e.high < limit, e.low > 0 or e.high < 0
+    verdict = "supported" if flat else "contradicted" if linked else "undecided"
+    return Verdict(verdict, *e[:4], f"{len(points)} (policy, domain) points")
+
+
+def nearest(evidence, domain, expert, policy):
+    """On prompts of `domain`, `expert` has a lower KL to `policy` than every other expert."""
+    parts = differences(evidence, [(f"{other}>{policy}", f"{expert}>{policy}", [domain])
+                                    for other in EXPERT.values() if other != expert], "kl")
+    return every_above(parts)
+
+
+def asymmetric(evidence, policy, factor=1.5):
+    """Some pair is a neighbourhood one way only; eps of Eq. 1 is `factor` x the own expert's KL."""
+    kl = {(d, e): evidence.contrast({(d, f"{EXPERT[e]}>{policy}"): 1.0}, of="kl").estimate
+          for d in DOMAINS for e in DOMAINS}
+    near = {(d, e) for d in DOMAINS for e in DOMAINS if d != e and kl[d, e] < factor * kl[d, d]}
+    one_way = sorted(pair for pair in near if pair[::-1] not in near)
+    verdict = "supported" if one_way else "contradicted" if near else "undecided"
+    found = ", ".join(f"{e} is near {d}, not the reverse" for d, e in one_way)
+    note = found or ("all mutual" if near else "no neighbours at all")
+    return Verdict(verdict, float(len(one_way)), n=len(near), note=note)
+
+
+def _neighbour(evidence, domain, policy="merge-ties"):
+    """The other domain whose expert is closest to the merge on prompts of `domain` (Eq. 1), or the stated one."""
+    if evidence.neighbours is not None:
+        if domain not in evidence.neighbours:
+            raise Missing(f"no stated neighbour of {domain}")
+        return evidence.neighbours[domain]
+    others = [d for d in DOMAINS if d != domain]
+    return min(others, key=lambda d: evidence.contrast({(domain, f"{EXPERT[d]}>{policy}"): 1.0}, of="kl").estimate)
+
+
+def _pair(evidence, a, b, domain):
+    names = [f"{head}-{x}-{y}" for head in ("pair", "merge-ties") for x, y in ((a, b), (b, a))]
+    for name in names:
+        if all(evidence.measured("scores").has(benchmark, name) for benchmark in OWN[domain]):
+            return name
+    raise Missing(f"no scores of {names[0]}")
+
+
+def neighbour_helps(evidence, domains):
+    """Merging a domain's expert with its nearest other expert (TIES) lifts that domain."""
+    pairs = {d: _pair(evidence, d, _neighbour(evidence, d), d) for d in domains}
+    return every_above(differences(evidence, [(pairs[d], EXPERT[d], OWN[d]) for d in domains]))
+
+
+def neighbour_beats_others(evidence, domains):
+    """The merge with the nearest expert above the mean of the merges with the other three, over `domains`."""
+    weights: dict = {}
+    for d in domains:
+        near = _neighbour(evidence, d)
+        others = [_pair(evidence, d, o, d) for o in DOMAINS if o not in (d, near)]
+        for b in OWN[d]:
+            share = 1 / len(OWN[d]) / len(domains)
+            weights[b, _pair(evidence, d, near, d)] = share
+            weights.update({(b, other): -share / len(others) for other in others})
+    return above(evidence.contrast(weights))
+
+
+def _consistency(evidence, models):
+    rows = evidence.frame("scores")
+    try:
+        return skills.consistency(rows, models, list(FIGURE2.values()), evidence.rng(), resamples=1000)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+
+
+def gains_overlap(evidence, models):
+    """On every benchmark where it is defined, every model's gain cosine above that of shuffled items."""
+    found = _consistency(evidence, models).dropna(subset="cosine")
+    if found.empty:
+        return Verdict("undecided", note="no model gains on any item")
+    parts = {}
+    for r in found.itertuples():
+        excess = Estimate(r.cosine - r.chance, r.low - r.chance, r.high - r.chance, r.n, nan)
+        parts[f"{r.model} on {r.benchmark}"] = above(excess)
+    return every(parts)
+
+
+def most_consistent(evidence, models, benchmark):
+    """`benchmark` has the highest mean cosine of the five, its interval clear of the next one's estimate."""
+    found = _consistency(evidence, models).groupby("benchmark")[["cosine", "low", "high", "n"]].mean().dropna()
+    if benchmark not in found.index or len(found) < 2:
+        return Verdict("undecided", note="undefined: too few gains")
+    own, rest = found.loc[benchmark], found["cosine"].drop(benchmark)
+    verdict = "supported" if own["low"] > rest.max() else "contradicted" if own["high"] < rest.max() else "undecided"
+    numbers = map(float, own[["cosine", "low", "high"]])
+    return Verdict(verdict, *numbers, int(own["n"]), f"next: {rest.idxmax()} {rest.max():.2f}")
+
+
+def more_consistent(evidence, model, others):
+    """Mean over five benchmarks of the cosine of `model` minus the mean cosine of `others`, above 0."""
+    rows = evidence.frame("scores")
+    try:
+        gap = skills.consistency_gap(rows, model, others, list(FIGURE2.values()), evidence.rng(), resamples=1000)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    return above(Estimate(*gap, nan))

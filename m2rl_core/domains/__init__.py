@@ -1,0 +1,132 @@
+"""One route from a row to its reward: the five domains behind one schema.
+
+A domain is a module with six functions (see `DOMAINS`): three that make rows, one that writes a right
+answer, one that writes a wrong one, and `verify`. The same `verify` serves miniature and real rows.
+The format gate of appendix A stands here, once: what counts is the text after the last `</think>`.
+"""
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+DOMAINS = ("math", "coding", "science", "if", "agent")
+MODULES = {"math": "math", "coding": "coding", "science": "science", "if": "instruction", "agent": "agent"}
+BENCHMARKS = {
+    "aime24": "math", "aime25": "math", "lcb_v5": "coding", "lcb_v6": "coding", "hle": "science",
+    "gpqa_diamond": "science", "ifeval": "if", "ifbench": "if", "bfcl_v3": "agent",
+}
+THINK_END = "</think>"
+TEST_SHARE = 0.25  # of all compositions; they never occur in training
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with what its verifier needs; the same schema at every scale.
+
+    `fingerprint` names the problem behind the wording: two paraphrases share it, and train and test
+    never do. `truth` belongs to the verifier and never reaches the model. `turns` (SFT rows only) holds
+    the assistant and tool messages that follow the prompt.
+    """
+
+    id: str
+    domain: str
+    source: str  # benchmark (test rows), Table 1 type (SFT rows) or family (RL rows)
+    fingerprint: str
+    messages: tuple[dict, ...]
+    truth: dict
+    tools: tuple[dict, ...] = ()
+    turns: tuple[dict, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Row:
+        fields = json.loads(text)
+        for name in ("messages", "tools", "turns"):
+            fields[name] = tuple(fields[name])
+        return Row(**fields)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A score in [0, 1] and the reason in one short phrase ("right", "no box", "wrong answer: 7")."""
+
+    score: float
+    reason: str = field(default="")
+
+
+def module(domain: str):
+    """The module that makes and verifies the rows of `domain`; ValueError for a name that is none."""
+    if domain not in MODULES:
+        raise ValueError(f"unknown domain {domain!r}: one of {', '.join(DOMAINS)}")
+    return importlib.import_module(f"m2rl_core.domains.{MODULES[domain]}")
+
+
+def is_held_out(fingerprint: str) -> bool:
+    """Whether a problem belongs to the test sets, decided by its SHA-256 alone."""
+    return int(hashlib.sha256(fingerprint.encode()).hexdigest()[:8], 16) / 16**8 < TEST_SHARE
+
+
+def generator(*names: object) -> random.Random:
+    """A generator of its own for each tuple of names: no draw depends on what ran before it."""
+    return random.Random(hashlib.sha256(repr(names).encode()).digest())
+
+
+def training_rows(domain: str, kind: str, n: int, seed: int) -> list[Row]:
+    """`n` rows to train on: `kind` is "sft" (with turns) or "rl"; no held-out problem among them."""
+    make = getattr(module(domain), kind)
+    return _draw(lambda rng: make(rng), n, generator(seed, domain, kind), f"{domain}/{kind}", held_out=False, unique=False)
+
+
+def benchmark_rows(benchmark: str, n: int, seed: int) -> list[Row]:
+    """`n` held-out items of a miniature benchmark, no problem twice."""
+    make = module(BENCHMARKS[benchmark]).test
+    return _draw(lambda rng: make(benchmark, rng), n, generator(seed, benchmark), benchmark, held_out=True, unique=True)
+
+
+def _draw(make, n, rng, name, held_out, unique):
+    rows, seen = [], set()
+    for _ in range(400 * n + 1000):
+        if len(rows) == n:
+            return rows
+        row = make(rng)
+        if is_held_out(row.fingerprint) != held_out or (unique and row.fingerprint in seen):
+            continue
+        seen.add(row.fingerprint)
+        rows.append(Row(**{**row.__dict__, "id": f"{name}/{len(rows):05d}"}))
+    raise ValueError(f"{name}: only {len(rows)} of {n} different problems exist; ask for fewer")
+
+
+def answer_of(turn: str) -> str | None:
+    """What stands after the last `</think>` of one assistant turn; None where the tag is missing."""
+    head, tag, answer = turn.rpartition(THINK_END)
+    return answer.strip() if tag else None
+
+
+def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[Verdict]:
+    """The domain-routed reward: one verdict for each (row, assistant turns) pair, in order.
+
+    A transcript is the list of the assistant's turns as generated, without end-of-turn markers. Turns
+    that miss `</think>` fail the format gate and score 0; all others go to the row's own verifier,
+    one batch a domain.
+    """
+    verdicts: list[Verdict | None] = [None] * len(rows)
+    batches: dict[str, list[int]] = {}
+    answers: list[list[str]] = []
+    for i, (row, turns) in enumerate(zip(rows, transcripts, strict=True)):
+        parts = [answer_of(turn) for turn in turns]
+        answers.append(parts)
+        if not parts or any(part is None for part in parts):
+            verdicts[i] = Verdict(0.0, "no </think>")
+        else:
+            batches.setdefault(row.domain, []).append(i)
+    for domain, indices in batches.items():
+        found = module(domain).verify([rows[i] for i in indices], [answers[i] for i in indices])
+        for i, verdict in zip(indices, found, strict=True):
+            verdicts[i] = verdict
+    return verdicts

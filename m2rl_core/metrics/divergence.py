@@ -1,0 +1,62 @@
+"""Forward KL between experts and multi-domain policies on the experts' own trajectories (section 3.4, Fig. 4, Eq. 1).
+
+For each domain, every expert samples responses to the domain's prompts; each is scored under the expert and under
+every other policy. Two estimates: the sampled log-ratio (the paper's), and the exact KL of each token's full
+distribution along the same trajectory, which has the same mean and far less noise.
+"""
+from __future__ import annotations
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2rl_core import policy as policies
+from m2rl_core.data import rl_rows
+from m2rl_core.domains import DOMAINS, generator
+from m2rl_core.policy import Policy
+from m2rl_core.qwen3 import head
+from m2rl_core.rollout import Rollout, micro_batches, response_hidden, sample
+
+
+@torch.no_grad()
+def trajectory_kl(expert: Policy, others: dict[str, Policy], rollouts: list[Rollout], temperature: float) -> list[dict]:
+    """One row for each (other policy, rollout): `kl_seq` and `kl_token` sampled, `kl_exact` per token, in nats."""
+    found = []
+    for batch in micro_batches(rollouts):
+        part = [rollouts[i] for i in batch]
+        mine, tokens, owner = _distributions(expert, part, temperature)
+        counts = torch.bincount(owner, minlength=len(part)).clamp(min=1)
+        for name, other in others.items():
+            theirs, _, _ = _distributions(other, part, temperature)
+            gap = (mine - theirs).gather(1, tokens[:, None])[:, 0]
+            exact = (mine.exp() * (mine - theirs)).sum(-1)
+            sequence = torch.zeros(len(part)).index_add(0, owner, gap)
+            exact = torch.zeros(len(part)).index_add(0, owner, exact) / counts
+            for j, i in enumerate(batch):
+                found.append({"policy": name, "rollout": i, "kl_seq": float(sequence[j]),
+                              "kl_token": float(sequence[j] / counts[j]), "kl_exact": float(exact[j]), "tokens": int(counts[j])})
+    return found
+
+
+def _distributions(policy: Policy, part: list[Rollout], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, tokens, owner = response_hidden(policy, part)
+    return F.log_softmax(F.linear(hidden, head(policy.weights)).float() / temperature, dim=-1), tokens, owner
+
+
+def build(ctx) -> None:
+    """Sample every expert on every domain and score the trajectories; writes `kl.parquet`, a row a trajectory."""
+    settings, spec, seed = ctx.stage.settings, ctx.profile.rl, ctx.profile.seed
+    loaded = {name: policies.load(folder) for name, folder in ctx.inputs.items()}
+    experts = {domain: loaded.pop(f"rl-{domain}") for domain in DOMAINS}
+    frames = []
+    for done, (domain, expert_of) in enumerate((d, e) for d in DOMAINS for e in DOMAINS):
+        rows = rl_rows(spec, (domain,), seed)[:settings["prompts"]]
+        rng = torch.Generator().manual_seed(generator(seed, "kl", domain, expert_of).randrange(2**62))
+        rollouts = sample(experts[expert_of], rows, settings["samples"], generator=rng, temperature=spec.temperature,
+                          max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
+        found = pd.DataFrame(trajectory_kl(experts[expert_of], loaded, rollouts, spec.temperature))
+        found["prompt"], found["sample"] = found["rollout"] // settings["samples"], found["rollout"] % settings["samples"]
+        frames.append(found.drop(columns="rollout").assign(expert=f"rl-{expert_of}", domain=domain))
+        ctx.progress.step(done + 1, len(DOMAINS) ** 2)
+    pd.concat(frames, ignore_index=True).to_parquet(ctx.out / "kl.parquet", index=False)

@@ -1,0 +1,173 @@
+"""Section 3.5: do multi-domain models solve what the experts solve? Gain vectors, their union and their cosine.
+
+Cosines of non-negative vectors are positive by construction, and noise lowers them; so each cosine comes with
+`chance` (the same gains on shuffled items) and `ceiling` (a model's gains against its own, from two halves of
+the samples), which the paper does not show. A model without any gain has no direction: NaN, and `note` says so.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import nan
+
+import numpy as np
+import pandas as pd
+
+from m2rl_core.metrics.stats import RESAMPLES
+
+EXPERTS = ("rl-math", "rl-science", "rl-coding", "rl-if", "rl-agent")
+SPLITS = 20  # random halves of the samples behind a ceiling
+
+
+def item_accuracy(rows: pd.DataFrame, benchmark: str, models: Sequence[str]) -> pd.DataFrame:
+    """Mean score over samples in [0, 1]: index item, one column a model; ValueError where items differ or rows lack."""
+    part = rows[(rows["benchmark"] == benchmark) & rows["model"].isin(list(models))]
+    wide = part.groupby(["item", "model"], observed=True)["score"].mean().unstack("model")
+    absent = [model for model in models if model not in wide]
+    if absent:
+        raise ValueError(f"{benchmark}: no rows of {', '.join(absent)}; evaluate first what is missing")
+    if wide.isna().any(axis=None):
+        model = wide.isna().any().idxmax()
+        raise ValueError(f"{benchmark}: {model} was not measured on item {wide[model].isna().idxmax()!r}; "
+                         "evaluate all models on one item set")
+    return wide[list(models)]
+
+
+def gains(accuracy: pd.DataFrame, anchor: str = "sft") -> pd.DataFrame:
+    """g_m(i) = max(a_m(i) - a_anchor(i), 0), items x models without the anchor."""
+    return accuracy.drop(columns=anchor).sub(accuracy[anchor], axis=0).clip(lower=0)
+
+
+def union(gain: pd.DataFrame, experts: Sequence[str] = EXPERTS) -> pd.Series:
+    """g_union(i): the largest gain of any expert on item i."""
+    return gain[list(experts)].max(axis=1)
+
+
+def cosine(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Cosine along the last axis; NaN where one side is zero everywhere."""
+    return _ratio((u * v).sum(-1), (u * u).sum(-1), (v * v).sum(-1))
+
+
+def _ratio(product, square_u, square_v):
+    norm = np.sqrt(np.asarray(square_u * square_v, float))
+    return np.divide(product, norm, out=np.full(norm.shape, nan), where=norm > 0)
+
+
+def consistency(
+    rows: pd.DataFrame,
+    models: Sequence[str],
+    benchmarks: Sequence[str],
+    rng: np.random.Generator,
+    experts: Sequence[str] = EXPERTS,
+    anchor: str = "sft",
+    resamples: int = RESAMPLES,
+) -> pd.DataFrame:
+    """Cosine of each model's gains with the experts' union, one line a (benchmark, model), interval over items.
+
+    Columns: benchmark, model, cosine, low, high, chance, ceiling, ceiling_union, gained (items), n (items), note.
+    """
+    return pd.concat(
+        [_one(rows, models, b, rng, experts, anchor, resamples)[0] for b in benchmarks], ignore_index=True
+    )
+
+
+def consistency_gap(
+    rows: pd.DataFrame,
+    model: str,
+    others: Sequence[str],
+    benchmarks: Sequence[str],
+    rng: np.random.Generator,
+    experts: Sequence[str] = EXPERTS,
+    anchor: str = "sft",
+    resamples: int = RESAMPLES,
+) -> tuple[float, float, float, int]:
+    """Mean over benchmarks of cosine(model) minus the mean cosine of `others`: (gap, low, high, n), paired by item.
+
+    Benchmarks on which a cosine is undefined are left out; all NaN where none is left.
+    """
+    points, draws, n = [], [], 0
+    for benchmark in benchmarks:
+        line, drawn = _one(rows, [model, *others], benchmark, rng, experts, anchor, resamples)
+        found = line["cosine"].to_numpy()
+        if np.isfinite(found).all():
+            points.append(found[0] - found[1:].mean())
+            draws.append(drawn[:, 0] - drawn[:, 1:].mean(axis=1))
+            n += int(line["n"].iloc[0])
+    if not points:
+        return nan, nan, nan, 0
+    low, high = np.nanquantile(np.mean(draws, axis=0), [0.025, 0.975])
+    return float(np.mean(points)), float(low), float(high), n
+
+
+def _one(rows, models, benchmark, rng, experts, anchor, resamples):
+    names = list(dict.fromkeys([anchor, *experts, *models]))
+    gain = gains(item_accuracy(rows, benchmark, names), anchor)
+    u, g = union(gain, experts).to_numpy(), gain[list(models)].to_numpy()  # (n,), (n, M)
+    n = len(u)
+    counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])  # (R, n)
+    drawn = _ratio(counts @ (u[:, None] * g), (counts @ (u * u))[:, None], counts @ (g * g))  # (R, M)
+    own, of_union = ceilings(rows, benchmark, models, rng, experts, anchor)
+    lines = []
+    for j, model in enumerate(models):
+        defined = np.isfinite(drawn[:, j])
+        low, high = np.quantile(drawn[defined, j], [0.025, 0.975]) if defined.any() else (nan, nan)
+        found = float(cosine(u, g[:, j]))
+        note = "" if np.isfinite(found) else f"undefined: {'no expert' if not u.any() else model} gains on no item"
+        lines.append({
+            "benchmark": benchmark, "model": model, "cosine": found, "low": low, "high": high,
+            "chance": float(_ratio(n * u.mean() * g[:, j].mean(), (u * u).sum(), (g[:, j] ** 2).sum())),
+            "ceiling": own[model], "ceiling_union": of_union, "gained": int((g[:, j] > 0).sum()), "n": n, "note": note,
+        })
+    return pd.DataFrame(lines), drawn
+
+
+def ceilings(
+    rows: pd.DataFrame,
+    benchmark: str,
+    models: Sequence[str],
+    rng: np.random.Generator,
+    experts: Sequence[str] = EXPERTS,
+    anchor: str = "sft",
+) -> tuple[dict[str, float], float]:
+    """Mean cosine between gain vectors from two random halves of the samples: per model, and of the union.
+
+    Each half holds K / 2 samples, so this errs on the low side; NaN at K = 1 or without gains.
+    """
+    names = list(dict.fromkeys([anchor, *experts, *models]))
+    part = rows[(rows["benchmark"] == benchmark) & rows["model"].isin(names)]
+    cube = part.pivot(index=["model", "item"], columns="sample", values="score").dropna(axis=1)
+    k = cube.shape[1]
+    if k < 2:
+        return {model: nan for model in models}, nan
+    values = np.stack([cube.loc[name].sort_index().to_numpy(float) for name in names])  # (M, n, K)
+    own, of_union = {model: [] for model in models}, []
+    for _ in range(SPLITS):
+        mixed = rng.permuted(values, axis=2)
+        halves = mixed[:, :, : k // 2].mean(2), mixed[:, :, k // 2 : 2 * (k // 2)].mean(2)  # two (M, n)
+        gain = [dict(zip(names, np.maximum(half - half[0], 0), strict=True)) for half in halves]
+        for model in models:
+            own[model].append(float(cosine(gain[0][model], gain[1][model])))
+        of_union.append(float(cosine(*(np.max([g[e] for e in experts], axis=0) for g in gain))))
+    return {model: _mean(found) for model, found in own.items()}, _mean(of_union)
+
+
+def _mean(found: list[float]) -> float:
+    known = [value for value in found if np.isfinite(value)]
+    return float(np.mean(known)) if known else nan
+
+
+def solved_apart(
+    rows: pd.DataFrame, benchmark: str, model: str, experts: Sequence[str] = EXPERTS, threshold: float = 0.5
+) -> pd.DataFrame:
+    """Items that `model` solves and no expert does, and the reverse; solved: at least `threshold` of the samples.
+
+    Columns: benchmark, item, who ("model only" or "experts only"), model, best_expert, accuracy, best_accuracy.
+    """
+    accuracy = item_accuracy(rows, benchmark, list(dict.fromkeys([model, *experts])))
+    own, others = accuracy[model], accuracy[list(experts)]
+    solved, by_expert = own >= threshold, (others >= threshold).any(axis=1)
+    frame = pd.DataFrame({
+        "benchmark": benchmark, "item": accuracy.index, "who": np.where(solved, "model only", "experts only"),
+        "model": model, "best_expert": others.idxmax(axis=1).to_numpy(),
+        "accuracy": own.to_numpy(), "best_accuracy": others.max(axis=1).to_numpy(),
+    })
+    return frame[(solved != by_expert).to_numpy()].reset_index(drop=True)

@@ -1,0 +1,50 @@
+"""The set-up cell of every notebook: `run = start(profile, "3.3")` opens the run and shows its card."""
+from __future__ import annotations
+
+import os
+import sys
+
+import altair as alt
+from IPython.display import Markdown, display
+
+from m2rl_core.provenance import commit, machine, packages
+from m2rl_core.run import Run, open_run
+
+
+def start(profile: str, section: str) -> Run:
+    """Open the profile's run, draw charts as PNG (they show everywhere, offline too) and display the run card.
+
+    The card holds no time, so that the same results give the same notebook. Raises ProfileError.
+    """
+    run = open_run(profile)
+    alt.renderers.enable("png", ppi=144)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(run.profile.threads)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(run.profile.threads))
+    display(Markdown(card(run, section)))
+    return run
+
+
+def card(run: Run, section: str) -> str:
+    """A Markdown table of what a reader must know to judge the numbers below it."""
+    profile, here, versions = run.profile, machine(), packages()
+    model = profile.model
+    lines = {
+        "section": section,
+        "profile": f"`{profile.name}`: {profile.about}",
+        "model": f"Qwen3, {parameters(model) / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
+                 f"{model.vocab} tokens), context {model.context}",
+        "seed": f"{profile.seed} ({profile.seeds} run)",
+        "code": f"commit {commit()}",
+        "software": f"Python {here['python']}, torch {versions['torch']}, transformers {versions['transformers']}",
+        "machine": f"{here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']} {here['processor']}",
+    }
+    return "\n".join(["| run card | |", "|---|---|", *(f"| {key} | {value} |" for key, value in lines.items())])
+
+
+def parameters(model) -> int:
+    """Weights of a Qwen3 of this shape with tied embeddings: embedding, attention with q and k norms, MLP, norms."""
+    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_heads) + 2 * model.head_dim
+    layer = attention + 3 * model.hidden * model.intermediate + 2 * model.hidden
+    return model.vocab * model.hidden + model.layers * layer + model.hidden

@@ -1,0 +1,98 @@
+"""Multi-teacher on-policy distillation (section 3.2): the student's own rollouts, the teacher of the row's domain.
+
+Lay it beside `grpo.py`: a token's advantage is log pi_teacher - log pi_student ("sampled", the released form,
+an unbiased gradient of the reverse KL), or the exact reverse KL over the vocabulary is minimised ("full").
+"""
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2rl_core import policy as policies
+from m2rl_core.data import batch_of, rl_rows
+from m2rl_core.domains import DOMAINS, rewards
+from m2rl_core.evaluate import Watch
+from m2rl_core.grpo import backward, sequence_mean, summary
+from m2rl_core.policy import Policy
+from m2rl_core.qwen3 import head, token_logprobs
+from m2rl_core.rollout import Rollout, micro_batches, response_hidden, sample
+from m2rl_core.trainer import Optimization, fit
+
+
+def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float) -> Tensor:
+    """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D)."""
+    logp = F.log_softmax(F.linear(hidden, head(student.weights)).float() / temperature, dim=-1)
+    logq = F.log_softmax(F.linear(teacher_hidden, head(teacher.weights)).float() / temperature, dim=-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
+    """Hard routing: the rollouts of each domain, for its one teacher."""
+    routed: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        routed.setdefault(rollout.row.domain, []).append(rollout)
+    return routed
+
+
+def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], spec, total: int) -> dict:
+    """Accumulate the gradient of the mean per-token reverse KL over the vocabulary."""
+    loss_sum = 0.0
+    for domain, routed in by_domain(rollouts).items():
+        for batch in micro_batches(routed):
+            part = [routed[i] for i in batch]
+            with torch.no_grad():
+                teacher_hidden, _, _ = response_hidden(teachers[domain], part)
+            hidden, _, owner = response_hidden(student, part)
+            kl = reverse_kl(student, teachers[domain], hidden, teacher_hidden, spec.temperature)
+            loss = sequence_mean(kl, torch.ones_like(owner, dtype=torch.bool), owner, len(part)).sum() / total
+            loss.backward()
+            loss_sum += float(loss.detach())
+    return {"loss": loss_sum, "kept": 1.0, "reverse_kl": loss_sum}
+
+
+def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], spec, total: int) -> dict:
+    """Accumulate the policy gradient with advantage log pi_teacher - log pi_student of each sampled token."""
+    sums: dict[str, float] = {}
+    gaps: list[Tensor] = []
+    for domain, routed in by_domain(rollouts).items():
+        def gap(part, logp, owner, tokens, teacher=teachers[domain]):
+            with torch.no_grad():
+                hidden, _, _ = response_hidden(teacher, part)
+                found = token_logprobs(teacher.weights, hidden, tokens, spec.temperature)[0] - logp.detach()
+            gaps.append(found)
+            return found
+        for key, value in backward(student, routed, gap, spec, total).items():
+            sums[key] = sums.get(key, 0.0) + value * (1 if key == "loss" else len(routed) / len(rollouts))
+    return {**sums, "reverse_kl": -float(torch.cat(gaps).mean())}
+
+
+def build(ctx) -> None:
+    """Distil the five experts into the SFT model on the mix of all domains' RL rows."""
+    spec, seed = ctx.profile.opd, ctx.profile.seed
+    student = policies.load(ctx.inputs["sft"])
+    teachers = {d: policies.load(ctx.inputs[f"rl-{d}"]) for d in DOMAINS}
+    rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
+    watch = Watch(ctx, ctx.profile.rl)
+    update = backward_full if spec.loss == "full" else backward_sampled
+
+    def objective(step: int) -> dict:
+        start = time.perf_counter()
+        prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
+        generator = torch.Generator().manual_seed(ctx.seed * 100_003 + step)
+        rollouts = sample(student, prompts, spec.group, generator=generator, temperature=spec.temperature,
+                          max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
+        sampled = time.perf_counter()
+        verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])  # recorded, not trained on
+        scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)
+        verified = time.perf_counter()
+        stats = update(student, teachers, rollouts, spec, len(rollouts))
+        watch.keep_examples(step, rollouts, verdicts)
+        return {**summary(rollouts, scores), **stats, "seconds_sample": sampled - start,
+                "seconds_verify": verified - sampled, "seconds_update": time.perf_counter() - verified}
+
+    fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
+        checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe)
+    watch.finish()

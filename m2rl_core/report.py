@@ -1,0 +1,270 @@
+"""The strict papermill runner: every notebook in order, each in a fresh kernel, then the site.
+
+Stricter than papermill in three points: an unknown parameter is an error, not a warning; a notebook that
+ends early by SystemExit(0) has failed; a failure stops only the notebooks that need the failed one.
+"""
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from m2rl_core.progress import duration
+from m2rl_core.provenance import commit, freeze, machine
+from m2rl_core.store import hold, write_atomic
+from m2rl_core.study import EXPERTS, TRAINED
+
+TRAIN = "3.2_train"  # executed once for each policy
+NOTEBOOKS = ("0_plan", "1_introduction", "2_related_work", "3.1_preliminary", TRAIN, "3.2_experiments",
+             "3.3_weight_shift", "3.4_policy_neighborhoods", "3.5_same_skills", "3.6_self_verification",
+             "4_conclusion", "A_training_details")
+POLICIES = tuple(f"{TRAIN}.{model}" for model in TRAINED)
+EXPERT_RUNS = tuple(f"{TRAIN}.{model}" for model in EXPERTS)
+NEEDS = {  # what must not have failed in this run for a notebook to be worth its time
+    **dict.fromkeys(POLICIES, ("3.1_preliminary",)),
+    f"{TRAIN}.mt-opd": ("3.1_preliminary", *EXPERT_RUNS),
+    "3.2_experiments": POLICIES,
+    "3.3_weight_shift": EXPERT_RUNS,
+    "3.4_policy_neighborhoods": POLICIES,
+    "3.5_same_skills": POLICIES,
+    "3.6_self_verification": POLICIES,
+    "4_conclusion": ("1_introduction", "3.2_experiments", "3.3_weight_shift", "3.4_policy_neighborhoods",
+                     "3.5_same_skills", "3.6_self_verification"),
+    "A_training_details": POLICIES,
+}
+
+
+class ReportError(ValueError):
+    """A request that cannot be met as it stands; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One execution of one notebook; `name` is that of the executed copy."""
+
+    name: str
+    source: Path
+    parameters: dict
+
+
+@dataclass
+class Result:
+    """How a job ended: completed, failed or not run."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+    parameters: dict = field(default_factory=dict)
+
+
+def plan(folder: Path, profile: str, models: str = "", notebooks: str = "", extra: dict | None = None) -> list[Job]:
+    """The jobs to run, in order. `models` and `notebooks` are comma-separated; models alone mean 3.2_train alone.
+
+    A notebook is chosen by any beginning of its name ("3.3", "3.2_train"). `extra` parameters go to every
+    chosen notebook that has them. Raises ReportError for a name or a parameter that nothing has.
+    """
+    chosen = _choose(notebooks or (TRAIN if models else ""), NOTEBOOKS, "notebook", prefix=True)
+    policies = _choose(models, TRAINED, "model")
+    extra, used, jobs = extra or {}, set(), []
+    for stem in chosen:
+        source = folder / f"{stem}.ipynb"
+        if not source.is_file():
+            raise ReportError(f"{source} is missing")
+        known = parameter_names(source)
+        mine = {key: value for key, value in extra.items() if key in known}
+        used.update(mine)
+        for model in policies if stem == TRAIN else (None,):
+            parameters = {"profile": profile, **({"model": model} if model else {}), **mine}
+            check_parameters(source, parameters, known)
+            jobs.append(Job(f"{stem}.{model}" if model else stem, source, parameters))
+    for key in extra.keys() - used:
+        every = sorted({name for job in jobs for name in parameter_names(job.source)})
+        raise ReportError(f"unknown parameter {key!r}{_nearest(key, every)}")
+    return jobs
+
+
+def parameter_names(source: Path) -> list[str]:
+    """Names assigned in the notebook's `parameters` cell; raises ReportError if it has none."""
+    for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            text = "".join(cell["source"])
+            body = ast.parse(text).body
+            return [target.id for node in body if isinstance(node, ast.Assign | ast.AnnAssign)
+                    for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+    raise ReportError(f"{source.name} has no cell with the tag 'parameters'")
+
+
+def check_parameters(source: Path, given: dict, known: list[str]) -> None:
+    """Raise ReportError for a given parameter that the notebook does not have (papermill would only warn)."""
+    for name in given:
+        if name not in known:
+            raise ReportError(f"{source.name}: unknown parameter {name!r}{_nearest(name, known)}")
+
+
+def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say: Callable[[str], None] = print) -> bool:
+    """Run the jobs, write the site; True where every one of them completed.
+
+    Executed copies go to `report`/<name>.ipynb; lines of progress from the kernels to `artifacts`/reproduce.log
+    and to `say`. A second call on the same store waits for the first.
+    """
+    from m2rl_core import site
+    report.mkdir(parents=True, exist_ok=True)
+    log = artifacts / "reproduce.log"
+    with hold(artifacts / ".report.lock", "the report", say), _tail(log, say):
+        results: dict[str, Result] = {}
+        for i, job in enumerate(jobs, 1):
+            bad = [result.name for result in results.values() if result.status != "completed"]
+            blocked = [need for need in NEEDS.get(job.name, ()) if need in bad]
+            (report / "claims" / f"{job.name}.json").unlink(missing_ok=True)
+            if blocked:
+                results[job.name] = Result(job.name, "not run", reason="needs " + ", ".join(blocked))
+            else:
+                say(f"[{i}/{len(jobs)}] {job.name}")
+                results[job.name] = execute(job, report, log)
+            done = results[job.name]
+            took = f" in {duration(done.seconds)}" if done.seconds else ""
+            say(f"[{i}/{len(jobs)}] {job.name}: {done.status}{took}" + (f": {done.reason}" if done.reason else ""))
+            _record(report, profile, results)
+        site.write(report)
+    bad = [result.name for result in results.values() if result.status != "completed"]
+    say(f"{len(jobs) - len(bad)} of {len(jobs)} notebooks completed; report: {report / 'index.html'}"
+        + (f"; not completed: {', '.join(bad)}" if bad else ""))
+    return not bad
+
+
+def execute(job: Job, report: Path, log: Path) -> Result:
+    """Execute one notebook in a fresh kernel; its copy appears in `report` by rename, failed or not."""
+    import nbformat
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    new, target = report / f".{job.name}.new.ipynb", report / f"{job.name}.ipynb"
+    environment = {"M2RL_LOG": str(log), "M2RL_REPORT": str(report), "M2RL_NOTEBOOK": job.name,
+                   "M2RL_ARTIFACTS": str(log.parent.parent)}
+    start, reason = time.monotonic(), ""
+    with _environment(environment):
+        try:
+            papermill.execute_notebook(
+                str(job.source), str(new), parameters=job.parameters, kernel_name="python3", progress_bar=False,
+                cwd=str(job.source.parent), extra_arguments=["--IPKernelApp.log_level=ERROR"])
+        except papermill.PapermillExecutionError as error:
+            message = str(error.evalue).strip().splitlines() or [""]
+            reason = f"cell In [{error.exec_count}]: {error.ename}: {message[0]}"
+        except DeadKernelError:
+            reason = "the kernel died (killed, or out of memory); run again to go on from the last checkpoint"
+    notebook = nbformat.read(new, as_version=4)
+    if not reason:
+        reason = unfinished(notebook)
+    nbformat.write(tidy(notebook), new)
+    os.replace(new, target)
+    seconds = round(time.monotonic() - start, 1)
+    return Result(job.name, "failed" if reason else "completed", seconds, reason, job.parameters)
+
+
+def unfinished(notebook) -> str:
+    """The first code cell that papermill did not complete, in words; "" if all are (SystemExit(0) leaves some)."""
+    for i, cell in enumerate(notebook.cells, 1):
+        status = cell.metadata.get("papermill", {}).get("status")
+        if cell.cell_type == "code" and cell.source.strip() and status != "completed":
+            first = cell.source.strip().splitlines()[0]
+            return f"ended early: cell {i} (`{first[:60]}`) is {status or 'not executed'}"
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                return f"ended early: cell {i} raised {output.ename}: {str(output.evalue).splitlines()[:1]}"
+    return ""
+
+
+def tidy(notebook):
+    """Drop times, paths and random ids, so that the same results give the same file."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if "papermill" in cell.metadata:
+            cell.metadata["papermill"] = {"status": cell.metadata["papermill"].get("status")}
+        for tag in ("injected-parameters", "papermill-error-cell-tag"):
+            if tag in cell.metadata.get("tags", []):
+                cell["id"] = f"{tag}-{notebook.cells.index(cell)}"
+    kept = notebook.metadata.get("papermill", {})
+    notebook.metadata["papermill"] = {key: kept[key] for key in ("parameters", "version") if key in kept}
+    return notebook
+
+
+def _record(report: Path, profile: str, results: dict[str, Result]) -> None:
+    """run.json, claims.json and environment.txt: this run's results laid over those of earlier ones."""
+    path = report / "run.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["notebooks"] if path.is_file() else []
+    merged = {entry["name"]: entry for entry in old} | {name: asdict(result) for name, result in results.items()}
+    order = [name for stem in NOTEBOOKS for name in (POLICIES if stem == TRAIN else (stem,))]
+    names = sorted(merged, key=lambda name: order.index(name) if name in order else len(order))
+    facts = {"profile": profile, "commit": commit(), "machine": machine(),
+             "notebooks": [merged[name] for name in names]}
+    write_atomic(path, json.dumps(facts, indent=1) + "\n")
+    files = [report / "claims" / f"{name}.json" for name in names]
+    claims = [entry for file in files if file.is_file() for entry in json.loads(file.read_text(encoding="utf-8"))]
+    write_atomic(report / "claims.json", json.dumps(claims, indent=1) + "\n")
+    write_atomic(report / "environment.txt", "\n".join(freeze()) + "\n")
+
+
+def _choose(text: str, known: tuple[str, ...], what: str, prefix: bool = False) -> list[str]:
+    wanted = [part.strip().removesuffix(".ipynb") for part in text.split(",") if part.strip()]
+    if not wanted:
+        return list(known)
+    for part in wanted:
+        if not any(name == part or prefix and name.startswith(part) for name in known):
+            raise ReportError(f"unknown {what} {part!r}{_nearest(part, known)}")
+    return [name for name in known if any(name == part or prefix and name.startswith(part) for part in wanted)]
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the kernel that is started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _tail(log: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Pass on every line that kernels add to the log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    stop = threading.Event()
+    with open(log, encoding="utf-8") as file:
+        file.seek(0, os.SEEK_END)
+
+        def follow():
+            rest = ""
+            while True:
+                last = stop.is_set()
+                *lines, rest = (rest + file.read()).split("\n")
+                for text in lines:
+                    say(f"    {text}")
+                if last:
+                    return
+                stop.wait(0.3)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()

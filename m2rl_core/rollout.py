@@ -1,0 +1,302 @@
+"""Sampling and scoring with the torch engine: `sample` and `logprobs`.
+
+A prompt is prefilled once for its whole group; finished rows are retired and the batch is compacted. In
+multi-turn rollouts the keys and values of earlier turns stay, and tool results are appended as tokens: what
+was sampled is never tokenised again. Draw t of rollout r uses its own uniform number, so batching changes nothing.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2rl_core.domains import Row, answer_of, module
+from m2rl_core.policy import Policy, encode_prompt
+from m2rl_core.qwen3 import head, hidden_states, token_logprobs
+
+BATCH = 256  # rollouts in flight
+BLOCK = 64  # the cache grows by this many positions
+COMPACT = 0.75  # retire finished rows when fewer than this share are live
+
+
+@dataclass
+class Rollout:
+    """One sampled continuation: token ids after the prompt, which of them were sampled, and their log-probs."""
+
+    row: Row
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)  # False: written by the environment
+    logprobs: list[float] = field(default_factory=list)  # at the sampling temperature; 0 where not sampled
+    turns: list[str] = field(default_factory=list)  # the assistant's turns as text, without end markers
+    truncated: bool = False
+
+    @property
+    def length(self) -> int:
+        """Number of sampled tokens."""
+        return sum(self.sampled)
+
+
+@torch.no_grad()
+def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Generator, temperature: float = 1.0,
+           max_new_tokens: int = 64, max_turns: int = 4, batch: int = BATCH) -> list[Rollout]:
+    """`n` rollouts for each row, grouped by row in the order of `rows`: len(rows) * n of them.
+
+    `max_new_tokens` bounds the sampled tokens of a rollout over all its turns. Raises ValueError for a prompt
+    that leaves no room in the model's context.
+    """
+    prompts = [encode_prompt(policy, row.messages, row.tools) for row in rows]
+    room = policy.config.max_position_embeddings - max_new_tokens
+    for row, prompt in zip(rows, prompts, strict=True):
+        if len(prompt) > room:
+            raise ValueError(f"{row.id}: prompt of {len(prompt)} tokens, but {room} fit beside {max_new_tokens} new "
+                             f"ones in a context of {policy.config.max_position_embeddings}; raise model.context")
+    uniform = torch.rand(len(rows) * n, max_new_tokens, generator=generator)
+    rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
+    # Rows of like length run together; the order has no influence on what is drawn.
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].domain, len(prompts[i]), i))
+    step = max(1, batch // n)
+    for start in range(0, len(order), step):
+        chosen = [i * n + j for i in order[start:start + step] for j in range(n)]
+        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns).run()
+    return rollouts
+
+
+class _Wave:
+    """One batch of rollouts in flight: a cache row each, compacted as they finish."""
+
+    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns):
+        self.policy, self.rollouts = policy, rollouts
+        self.temperature, self.max_turns, self.budget = temperature, max_turns, uniform.shape[1]
+        device = policy.device
+        self.stops = torch.tensor(policy.stop_ids, device=device)
+        self.uniform = F.pad(uniform, (0, 1))  # a spare column for rows that are finished but not yet retired
+        self.drawn = torch.zeros(self.uniform.shape, dtype=torch.long, device=device)
+        self.logps = torch.zeros(self.uniform.shape, device=device)
+        self.alive = torch.arange(len(rollouts), device=device)  # rollout of each cache row
+        self.live = torch.ones(len(rollouts), dtype=torch.bool, device=device)
+        self.count = torch.zeros(len(rollouts), dtype=torch.long, device=device)  # tokens sampled, per cache row
+        self.flushed = [0] * len(rollouts)  # tokens already moved into the rollout
+        self.environments = {}
+        for i, rollout in enumerate(rollouts):
+            make = getattr(module(rollout.row.domain), "environment", None)
+            if make is not None:
+                self.environments[i] = make(rollout.row)
+        self._prefill(n)
+
+    def _prefill(self, n):
+        """Run every different prompt once and give each of its `n` rollouts a copy of the keys and values."""
+        prompts = [r.prompt for r in self.rollouts[::n]]
+        tokens, lengths = pad(prompts, self.policy.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        hidden, kv = hidden_states(self.policy.weights, self.policy.shape, tokens, positions)
+        last = hidden[torch.arange(len(prompts)), lengths - 1]
+        self.logits = F.linear(last, head(self.policy.weights)).repeat_interleave(n, 0)
+        self.lengths = lengths.repeat_interleave(n)
+        self.cache = [[F.pad(x.repeat_interleave(n, 0), (0, 0, 0, BLOCK)) for x in layer] for layer in kv]
+
+    def run(self):
+        while self.live.any():
+            tokens = self._draw()
+            over = self.live & (torch.isin(tokens, self.stops) | (self.count >= self.budget))
+            feed = self._end_turns(over, tokens) if over.any() else []
+            if not self.live.any():
+                break
+            if feed:
+                self._feed(feed)
+            if self.live.sum() < COMPACT * len(self.live):
+                keep, over, tokens = self.live, over[self.live], tokens[self.live]
+                self._compact(keep)
+            # Rows that were just fed a tool's reply have their logits; the others run their new token.
+            fresh = over & self.live
+            if fresh.any():
+                index = (~fresh).nonzero()[:, 0]
+                if len(index):
+                    self.logits[index] = self._forward(tokens[index, None], index)
+            else:
+                self.logits = self._forward(tokens[:, None])
+
+    def _draw(self) -> Tensor:
+        """Sample one token for each live row from its own uniform number; (b,)."""
+        logp = F.log_softmax(self.logits.float() / self.temperature, dim=-1)  # (b, V)
+        u = self.uniform[self.alive, self.count]
+        mass = logp.exp().cumsum(-1)
+        tokens = torch.searchsorted(mass, (u * mass[:, -1])[:, None], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
+        self.drawn[self.alive, self.count] = tokens
+        self.logps[self.alive, self.count] = logp.gather(1, tokens[:, None])[:, 0]
+        self.count += self.live
+        return tokens
+
+    def _forward(self, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+        """Append one token to each cache row (or those of `index`) and return its logits; (b, V)."""
+        lengths = self.lengths if index is None else self.lengths[index]
+        self._grow(int(lengths.max()) + 1)
+        span = int(lengths.max()) + 1
+        mask = (torch.arange(span, device=tokens.device) <= lengths[:, None])[:, None, None]
+        row = torch.arange(len(self.alive), device=tokens.device) if index is None else index
+
+        def write(layer, k, v):
+            keys, values = self.cache[layer]
+            keys[row, :, lengths] = k[:, :, 0]
+            values[row, :, lengths] = v[:, :, 0]
+            if index is None:
+                return keys[:, :, :span], values[:, :, :span]
+            return keys[index, :, :span], values[index, :, :span]
+
+        hidden, _ = hidden_states(self.policy.weights, self.policy.shape, tokens, lengths[:, None], mask=mask, write=write)
+        if index is None:
+            self.lengths = lengths + self.live
+        else:
+            self.lengths[index] = lengths + self.live[index].long()
+        return F.linear(hidden[:, -1], head(self.policy.weights))
+
+    def _feed(self, feed: list[tuple[int, list[int]]]):
+        """Append tokens that were not sampled (tool results) to some rows, one batch for all of them."""
+        index = torch.tensor([row for row, _ in feed], device=self.policy.device)
+        tokens, sizes = pad([ids for _, ids in feed], self.policy.device)
+        lengths, width = self.lengths[index], tokens.shape[1]
+        span = int(lengths.max()) + width
+        self._grow(span)
+        positions = lengths[:, None] + torch.arange(width, device=tokens.device)  # (b, T)
+        mask = (torch.arange(span, device=tokens.device) <= positions[..., None])[:, None]  # (b, 1, T, S)
+
+        def write(layer, k, v):
+            for cached, x in zip(self.cache[layer], (k, v), strict=True):
+                cached[index[:, None], :, positions] = x.transpose(1, 2)
+            return tuple(cached[index, :, :span] for cached in self.cache[layer])
+
+        hidden, _ = hidden_states(self.policy.weights, self.policy.shape, tokens, positions, mask=mask, write=write)
+        last = hidden[torch.arange(len(feed)), sizes - 1]
+        self.logits[index] = F.linear(last, head(self.policy.weights))
+        self.lengths[index] = lengths + sizes
+
+    def _grow(self, span: int):
+        if span > self.cache[0][0].shape[2]:
+            extra = -(-(span - self.cache[0][0].shape[2]) // BLOCK) * BLOCK
+            self.cache = [[F.pad(x, (0, 0, 0, extra)) for x in layer] for layer in self.cache]
+
+    def _end_turns(self, over: Tensor, tokens: Tensor) -> list[tuple[int, list[int]]]:
+        """Close the turns that ended; returns what the environment says to the cache rows that go on."""
+        feed = []
+        for row in over.nonzero()[:, 0].tolist():
+            i, count = int(self.alive[row]), int(self.count[row])
+            rollout, stopped = self.rollouts[i], int(tokens[row]) in self.policy.stop_ids
+            said = self.drawn[i, self.flushed[i]:count].tolist()
+            rollout.tokens += said
+            rollout.sampled += [True] * len(said)
+            rollout.logprobs += self.logps[i, self.flushed[i]:count].tolist()
+            self.flushed[i] = count
+            rollout.turns.append(self.policy.tokenizer.decode(said[:-1] if stopped else said))
+            rollout.truncated = not stopped
+            self.live[row] = False
+            reply = self._reply(i, rollout) if stopped and count < self.budget else None
+            if reply is not None:
+                room = self.policy.config.max_position_embeddings - (self.budget - count)
+                if len(rollout.prompt) + len(rollout.tokens) + len(reply) > room:
+                    rollout.truncated = True
+                    continue
+                # The end marker was sampled but not run yet: it goes in with the reply.
+                feed.append((row, [int(tokens[row]), *reply]))
+                rollout.tokens += reply
+                rollout.sampled += [False] * len(reply)
+                rollout.logprobs += [0.0] * len(reply)
+                self.live[row] = True
+        return feed
+
+    def _reply(self, i: int, rollout: Rollout) -> list[int] | None:
+        """Token ids of the environment's answer to the last turn, up to where the assistant speaks again."""
+        environment = self.environments.get(i)
+        answer = answer_of(rollout.turns[-1])
+        if environment is None or answer is None or len(rollout.turns) >= self.max_turns:
+            return None
+        outputs = environment.step(answer)
+        if outputs is None:
+            return None
+        return tool_reply(self.policy, outputs)
+
+    def _compact(self, keep: Tensor):
+        rows = keep.nonzero()[:, 0]
+        self.alive, self.count, self.lengths, self.logits, self.live = (
+            x[rows] for x in (self.alive, self.count, self.lengths, self.logits, self.live))
+        span = int(self.lengths.max())
+        self.cache = [[F.pad(x[rows, :, :span], (0, 0, 0, BLOCK)) for x in layer] for layer in self.cache]
+
+
+def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
+    """What follows the assistant's end marker when tools answer: exactly the chat template's text, as ids."""
+    body = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in outputs)
+    text = f"\n<|im_start|>user{body}<|im_end|>\n<|im_start|>assistant\n"
+    return policy.tokenizer.encode(text, add_special_tokens=False)
+
+
+def pad(sequences: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
+    """Right-pad with zeros: tokens (B, T) and lengths (B,)."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    for row, ids in zip(tokens, sequences, strict=True):
+        row[:len(ids)] = torch.tensor(ids)
+    return tokens.to(device), lengths.to(device)
+
+
+def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states that predict each sampled token, the tokens, and the rollout each belongs to: (N, D), (N,), (N,).
+
+    Neighbouring rollouts with one prompt share its forward pass (and, in training, its backward pass).
+    """
+    groups = [list(g) for _, g in groupby(rollouts, key=lambda r: r.prompt)]
+    counts = torch.tensor([len(g) for g in groups], device=policy.device)
+    prompts, plens = pad([g[0].prompt for g in groups], policy.device)
+    positions = torch.arange(prompts.shape[1], device=policy.device)
+    hidden, kv = hidden_states(policy.weights, policy.shape, prompts, positions.expand_as(prompts))
+    first = hidden[torch.arange(len(groups)), plens - 1].repeat_interleave(counts, 0)  # predicts the first token
+    plens = plens.repeat_interleave(counts)
+    past = [tuple(x.repeat_interleave(counts, 0) for x in layer) for layer in kv]
+    tokens, lens = pad([r.tokens for r in rollouts], policy.device)  # (B, T)
+    T, P = tokens.shape[1], prompts.shape[1]
+    inputs = tokens[:, :-1]
+    own = torch.arange(T - 1, device=policy.device)
+    seen_prompt = (positions < plens[:, None])[:, None].expand(-1, T - 1, -1)  # (B, T-1, P)
+    causal = (own <= own[:, None])[None].expand(len(rollouts), -1, -1)
+    mask = torch.cat((seen_prompt, causal), dim=2)[:, None]  # (B, 1, T-1, P+T-1)
+    hidden = first[:, None]
+    if T > 1:
+        later, _ = hidden_states(policy.weights, policy.shape, inputs, plens[:, None] + own, past=past, mask=mask)
+        hidden = torch.cat((hidden, later), dim=1)  # (B, T, D): position t predicts token t
+    chosen = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, rollout in zip(chosen, rollouts, strict=True):
+        row[:len(rollout.sampled)] = torch.tensor(rollout.sampled)
+    chosen = chosen.to(policy.device)
+    owner = chosen.nonzero()[:, 0]
+    return hidden[chosen], tokens[chosen], owner
+
+
+def micro_batches(rollouts: Sequence[Rollout], budget: int = 12000) -> list[list[int]]:
+    """Indices of rollouts in batches of at most `budget` padded response tokens; groups stay together."""
+    groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].prompt)]
+    groups.sort(key=lambda g: (max(len(rollouts[i].tokens) for i in g), g[0]))
+    batches, widest = [[]], 0
+    for group in groups:
+        width = max(len(rollouts[i].tokens) for i in group)
+        widest = max(widest, width)
+        if batches[-1] and (len(batches[-1]) + len(group)) * widest > budget:
+            batches.append([])
+            widest = width
+        batches[-1] += group
+    return [b for b in batches if b]
+
+
+@torch.no_grad()
+def logprobs(policy: Policy, rollouts: Sequence[Rollout], temperature: float = 1.0) -> list[Tensor]:
+    """Log-probs of the sampled tokens of each rollout under `policy`, in order; a (length,) tensor each."""
+    found: list[Tensor] = [None] * len(rollouts)
+    for batch in micro_batches(rollouts):
+        part = [rollouts[i] for i in batch]
+        hidden, tokens, owner = response_hidden(policy, part)
+        logp, _ = token_logprobs(policy.weights, hidden, tokens, temperature)
+        for i, piece in zip(batch, logp.split(torch.bincount(owner, minlength=len(part)).tolist()), strict=True):
+            found[i] = piece
+    return found

@@ -1,0 +1,266 @@
+"""A run: one profile and its store. Notebooks and the command line ask it for things by name.
+
+`run.need("rl-math")` gives the finished folder and makes first what is missing, under the store's lock.
+The readers below return tidy frames, one row an observation. Builders are imported when they are used,
+so nothing here imports torch.
+"""
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m2rl_core import progress, publish
+from m2rl_core.profile import Profile, load_profile, repo_root
+from m2rl_core.provenance import provenance
+from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
+from m2rl_core.study import JUDGED, MODELS, TRAINED, Stage, find, study, upstream, work
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BUILDERS = {
+    "base": "m2rl_core.sft:build_base", "sft": "m2rl_core.sft:build_sft", "rl": "m2rl_core.grpo:build",
+    "opd": "m2rl_core.opd:build", "merge": "m2rl_core.merging:build", "eval": "m2rl_core.evaluate:build",
+    "weights": "m2rl_core.metrics.weights:build", "kl": "m2rl_core.metrics.divergence:build",
+    "judge": "m2rl_core.judge:build",
+}
+
+
+class MissingArtifact(LookupError):
+    """Something that was asked for is not made yet; the message says what makes it and how long that takes."""
+
+
+@dataclass(frozen=True)
+class BuilderContext:
+    """What a builder gets: it reads `inputs`, writes its files into `out` and what it needs to resume into `state`.
+
+    `seed` is this stage's own, from the profile's seed and the stage's name.
+    """
+
+    profile: Profile
+    stage: Stage
+    inputs: dict[str, Path]
+    out: Path
+    state: Path
+    progress: progress.Progress
+    log: Callable[[str], None]
+    seed: int
+
+
+class Run:
+    """One profile's study: `stages` by name, `store` for what is made, `root` the folder of all stores."""
+
+    def __init__(self, profile: Profile, root: Path):
+        self.profile = profile
+        self.root = root
+        self.stages = study(profile)
+        self.store = Store(root / profile.name)
+
+    # Making ---------------------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        """Whether the stage is finished."""
+        return self.store.is_complete(find(self.stages, name))
+
+    def path(self, name: str) -> Path:
+        """The finished folder; raises MissingArtifact or CorruptArtifact."""
+        stage = find(self.stages, name)
+        if not self.store.is_complete(stage):
+            left = self.missing(name)
+            known = [self.expected_seconds(part) for part in left]
+            cost = f"about {progress.duration(sum(known))}" if None not in known else "a time not measured yet"
+            raise MissingArtifact(f"{name} is not made yet: `{command()} run {name} --profile "
+                                  f"{self.profile.name}` makes it ({len(left)} stages, {cost})")
+        return self.store.open(stage)
+
+    def need(self, name: str) -> Path:
+        """The finished folder; makes it and whatever it lacks first. Raises DiskFull, CorruptArtifact."""
+        for part in self.missing(name):
+            self._make(self.stages[part])
+        return self.path(name)
+
+    def missing(self, name: str) -> list[str]:
+        """What `need(name)` would make, in order; inputs of finished stages do not count."""
+        if self.has(name):
+            return []
+        wanted = {name}
+        for stage in reversed(upstream(self.stages, name)):
+            if stage.name in wanted and not self.has(stage.name):
+                wanted.update(stage.needs)
+        return [part for part in self.stages if part in wanted and not self.has(part)]
+
+    def rebuild(self, name: str) -> Path:
+        """Make a stage again; the old folder is moved to set-aside/, not removed."""
+        stage = find(self.stages, name)
+        with self.store.lock(f"{name} (set aside)", progress.say):
+            self.store.set_aside(stage)
+        return self.need(name)
+
+    def seed(self, name: str) -> int:
+        """A stage's own seed in [0, 2^31)."""
+        digest = hashlib.sha256(f"{self.profile.seed}/{name}".encode()).hexdigest()
+        return int(digest[:8], 16) % 2**31
+
+    def _make(self, stage: Stage) -> None:
+        with self.store.lock(stage.name, progress.say):
+            if self.store.is_complete(stage):  # another process made it while this one waited
+                return self.store.sweep(stage)
+            inputs = {name: self.path(name) for name in stage.needs}
+            out = self.store.begin(stage)
+            spent = _Spent(out / STATE / "seconds")
+            shown = progress.Progress(stage.name, spent.tick)
+            module, function = BUILDERS[stage.kind].split(":")
+            build = getattr(importlib.import_module(module), function)
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(self.profile.threads)
+            context = BuilderContext(self.profile, stage, inputs, out, out / STATE, shown, shown.log,
+                                     self.seed(stage.name))
+            try:
+                build(context)
+                facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
+                self.store.finish(stage, facts)
+            except Exception as error:  # only to give one cause a name of its own; all others pass unchanged
+                if not is_disk_full(error) and shutil.disk_usage(out).free > 2**20:
+                    raise
+                raise DiskFull(f"{stage.name}: no space left in {self.root}; make room and start again: "
+                               "it goes on from its last checkpoint") from error
+            shown.close()
+
+    # Cost -----------------------------------------------------------------------------------------
+
+    def expected_seconds(self, name: str) -> float | None:
+        """Measured seconds of the newest finished stage of that name in this profile; None if there is none."""
+        stage = find(self.stages, name)
+        found = _measured(self.store.root, stage)
+        return found[0] if found else None
+
+    def estimate(self) -> pd.DataFrame:
+        """One row a stage: done, steps, rollouts, tokens (at most), seconds and where these were measured.
+
+        Times of another profile are scaled by the most tokens a stage may sample and say so; a stage that was
+        never timed anywhere has no seconds (NaN).
+        """
+        import pandas as pd
+        rows = []
+        for name, stage in self.stages.items():
+            seconds, source = self.expected_seconds(name), "measured here"
+            if seconds is None:
+                seconds, source = self._scaled(stage)
+            rows.append({"stage": name, "kind": stage.kind, "done": self.has(name), **work(stage),
+                         "seconds": seconds, "from": source})
+        frame = pd.DataFrame(rows)
+        frame["seconds"] = frame["seconds"].astype(float)
+        return frame
+
+    def _scaled(self, stage: Stage) -> tuple[float | None, str]:
+        size = _amount(stage.kind, work(stage))
+        for folder in sorted(path for path in self.root.glob("*") if path != self.store.root and path.is_dir()):
+            found = _measured(folder, stage)
+            if found and size and _amount(stage.kind, found[1]):
+                return found[0] * size / _amount(stage.kind, found[1]), f"scaled from {folder.name}, another model"
+        return None, "not measured yet"
+
+    # Reading --------------------------------------------------------------------------------------
+
+    def table(self, name: str, file: str) -> pd.DataFrame:
+        """One Parquet (or .jsonl) file of a stage, made first where it is missing."""
+        import pandas as pd
+        path = self.need(name) / file
+        if not path.is_file():
+            there = ", ".join(sorted(part.name for part in path.parent.iterdir()))
+            raise MissingArtifact(f"{name} has no file {file}; it has {there}")
+        return pd.read_json(path, lines=True) if path.suffix == ".jsonl" else pd.read_parquet(path)
+
+    def scores(self, models: Iterable[str] | None = None) -> pd.DataFrame:
+        """Evaluation rows of these models (all of the study's): one for each (model, benchmark, item, sample)."""
+        return self._stack(f"eval-{model}" for model in models or MODELS)
+
+    def judged(self, models: Iterable[str] | None = None) -> pd.DataFrame:
+        """Self-verification rows (section 3.6) of these models (those of Table 7)."""
+        return self._stack(f"judge-{model}" for model in models or JUDGED)
+
+    def steps(self, model: str) -> pd.DataFrame:
+        """What was recorded at each training step: reward, length, entropy, ..."""
+        return self.table(model, "metrics.jsonl")
+
+    def timing(self, model: str) -> pd.DataFrame:
+        """Seconds and tokens of each training step."""
+        return self.table(model, "timing.jsonl")
+
+    def along(self, model: str | None = None) -> pd.DataFrame:
+        """Evaluation rows on the way, one for each (model, step, benchmark, item, sample); all policies by default."""
+        import pandas as pd
+        names = [model] if model else TRAINED
+        return pd.concat([self.table(name, "along.parquet") for name in names], ignore_index=True)
+
+    def rollouts(self, model: str) -> pd.DataFrame:
+        """Sample rollouts of a training run."""
+        return self.table(model, "rollouts.jsonl")
+
+    def manifest(self, name: str) -> dict:
+        """How a finished stage was made."""
+        self.path(name)
+        return self.store.manifest(self.stages[name])
+
+    def _stack(self, names: Iterable[str]) -> pd.DataFrame:
+        import pandas as pd
+        return pd.concat([self.table(name, "rows.parquet") for name in names], ignore_index=True)
+
+    # Publishing: files of the report; nothing is written unless its runner asks for it --------------
+
+    def publish_table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        """tables/<name>.csv of the report; returns the frame, to be shown."""
+        return publish.table(name, frame)
+
+    def publish_figure(self, name: str, chart):
+        """figures/<name>.png and .vl.json of the report; returns the chart, to be shown."""
+        return publish.figure(name, chart)
+
+    def publish_claims(self, section: str, claims: Iterable) -> list[dict]:
+        """The verdicts of a section, for this store and for claims.json of the report; returns them as dicts."""
+        return publish.claims(self.store.root / "claims", section, claims)
+
+    def claims(self) -> list[dict]:
+        """All verdicts so far: the report's while it is made, else the store's."""
+        return publish.read_claims(self.store.root / "claims")
+
+
+def open_run(profile: str | Path, root: Path | str | None = None) -> Run:
+    """The run of a profile; its store is root/<profile>. `root`: else M2RL_ARTIFACTS, else artifacts/ of the clone."""
+    root = root or os.environ.get("M2RL_ARTIFACTS") or repo_root() / "artifacts"
+    return Run(load_profile(profile), Path(root).absolute())
+
+
+def _measured(folder: Path, stage: Stage) -> tuple[float, dict] | None:
+    """Seconds and amount of work of the newest finished stage of that name in a profile's store."""
+    found = [path for path in folder.glob(f"{stage.group}/{stage.name}-*/manifest.json")
+             if len(path.parent.name) == len(stage.name) + 9]
+    for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns):
+        old = json.loads(path.read_text(encoding="utf-8"))
+        past = Stage(stage.name, stage.kind, (), old["settings"], old["version"], {})
+        if past.settings.keys() == stage.settings.keys():
+            return old["seconds"], work(past)
+    return None
+
+
+def _amount(kind: str, done: dict) -> int:
+    return done["tokens"] or done["steps"]
+
+
+class _Spent:
+    """Seconds that a stage has taken over all its attempts, kept in its state/."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.before = float(path.read_text()) if path.is_file() and path.read_text() else 0.0
+
+    def tick(self, seconds: float) -> None:
+        self.path.write_text(f"{self.before + seconds:.1f}")

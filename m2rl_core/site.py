@@ -1,0 +1,124 @@
+"""The report as a site: one page for each executed notebook and an index, readable without a network.
+
+Pages hold their pictures. Formulas are TeX; a browser with a network sets them through MathJax.
+"""
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+from m2rl_core.progress import duration
+from m2rl_core.publish import CLAIM_KEYS
+from m2rl_core.store import write_atomic
+
+HEADLINES = ("headline", "figure2", "fig2", "figure9")  # the index shows the first of these that was made, or any
+STYLE = """
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b }
+h1, h2, h3 { line-height: 1.25 } a { color: #0b57a4 } img { max-width: 100% }
+table { border-collapse: collapse; font-size: .86rem; display: block; overflow-x: auto }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+pre { background: #f6f7f8; padding: .6rem .8rem; overflow-x: auto; font-size: .84rem; border-radius: 4px }
+.jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none }
+.supported, .completed, .holds { color: #14692f } .failed, .contradicted { color: #a3170f }
+.undecided, .not { color: #7a5d00 } nav { font-size: .9rem; color: #555 } .small { font-size: .85rem; color: #555 }
+"""
+MATHJAX = ('<script>MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]]}}</script>'
+           '<script async src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml.js"></script>')
+
+
+def write(report: Path) -> list[Path]:
+    """index.html and a page for each notebook of run.json; returns the pages written."""
+    facts = json.loads((report / "run.json").read_text(encoding="utf-8"))
+    pages = [report / f"{entry['name']}.ipynb" for entry in facts["notebooks"]]
+    pages = [_notebook_page(path) for path in pages if path.is_file()]
+    claims = report / "claims.json"
+    verdicts = json.loads(claims.read_text(encoding="utf-8")) if claims.is_file() else []
+    write_atomic(report / "index.html", _page(f"M2RL: the {facts['profile']} report", index(facts, verdicts, report)))
+    return [*pages, report / "index.html"]
+
+
+def index(facts: dict, verdicts: list[dict], report: Path) -> str:
+    """The body of index.html: verdicts, one figure, the notebooks, and what made them."""
+    machine = facts["machine"]
+    figure = _headline(report)
+    tables = "".join(f'<li><a href="tables/{path.name}">{path.name}</a></li>'
+                     for path in sorted((report / "tables").glob("*.csv")))
+    return "\n".join([
+        f"<h1>Mix or merge: the study at profile <code>{_text(facts['profile'])}</code></h1>",
+        "<h2>Verdicts</h2>", verdict_table(verdicts),
+        f'<h2>One figure</h2><img src="{figure}" alt="{Path(figure).stem}">' if figure else "",
+        "<h2>Notebooks</h2>", notebook_table(facts["notebooks"], report),
+        f'<h2>Tables</h2><ul>{tables}</ul>' if tables else "",
+        '<h2>What made this</h2>',
+        f'<p class="small">Commit {_text(facts["commit"])}; {machine["cores"]} cores, {machine["memory_gb"]} GB, '
+        f'{_text(machine["processor"])}, Python {_text(machine["python"])}; '
+        '<a href="environment.txt">all packages</a>, <a href="claims.json">claims.json</a>.</p>',
+    ])
+
+
+def verdict_table(verdicts: list[dict]) -> str:
+    """One row a claim: the paper's own data beside this run's verdict, with its interval and n."""
+    if not verdicts:
+        return "<p>No claim was judged in this run.</p>"
+    head = "".join(f"<th>{name}</th>" for name in
+                   ("Section", "Claim", "Printed", "By the paper's numbers", "Here", "Estimate", "95 % interval", "n"))
+    rows = []
+    for claim in verdicts:
+        claim = {key: claim.get(key) for key in CLAIM_KEYS}
+        interval = f"[{_number(claim['low'])}, {_number(claim['high'])}]" if claim["low"] is not None else ""
+        kind = str(claim["run_verdict"] or "").split(" ")[0].rstrip(":,")
+        cells = [claim["section"], claim["text"], claim["printed"], claim["paper_verdict"], claim["run_verdict"],
+                 _number(claim["estimate"]), interval, claim["n"]]
+        cells = [f"<td>{_text(cell)}</td>" for cell in cells]
+        cells[4] = cells[4].replace("<td>", f'<td class="{_text(kind)}">')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def notebook_table(entries: list[dict], report: Path) -> str:
+    """One row a notebook: its page, how it ended and how long it took."""
+    rows = []
+    for entry in entries:
+        made = entry["status"] != "not run" and (report / f"{entry['name']}.html").is_file()
+        name = _text(entry["name"])
+        link = f'<a href="{name}.html">{name}</a>' if made else name
+        status = entry["status"] + (f": {entry['reason']}" if entry["reason"] else "")
+        rows.append(f"<tr><td>{link}</td>"
+                    f'<td class="{entry["status"].split()[0]}">{_text(status)}</td>'
+                    f'<td>{duration(entry["seconds"]) if entry["seconds"] else ""}</td></tr>')
+    head = "<th>Notebook</th><th>Status</th><th>Time</th>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _notebook_page(path: Path) -> Path:
+    """<name>.html beside <name>.ipynb; cells, outputs and pictures, no scripts but MathJax."""
+    import nbformat
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(nbformat.read(path, as_version=4))
+    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
+    target = path.with_name(path.name.removesuffix(".ipynb") + ".html")
+    nav = '<nav><a href="index.html">All notebooks</a></nav>'
+    write_atomic(target, _page(path.stem, f"{nav}\n{body}", colours, MATHJAX))
+    return target
+
+
+def _page(title: str, body: str, style: str = "", scripts: str = "") -> str:
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}{style}</style>{scripts}</head>'
+            f"<body>\n{body}\n</body></html>\n")
+
+
+def _headline(report: Path) -> str:
+    there = sorted(path.stem for path in (report / "figures").glob("*.png"))
+    chosen = next((name for name in HEADLINES if name in there), there[0] if there else "")
+    return f"figures/{chosen}.png" if chosen else ""
+
+
+def _number(value) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, int | float) else str(value)
+
+
+def _text(value) -> str:
+    return "" if value is None else html.escape(str(value))

@@ -1,0 +1,163 @@
+"""What a profile says, as frozen dataclasses; the values stand in params/<name>.yaml and nowhere else."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A Qwen3 of this shape; `vocab` and `context` in tokens."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    context: int
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Plain next-token training of `base`; `batch_tokens` a step, `warmup` in steps."""
+
+    documents: int
+    steps: int
+    batch_tokens: int
+    lr: float
+    warmup: int
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One line of Table 1: `share` of the blend, `pool` of different rows, and how they are drawn."""
+
+    type: str
+    domain: str
+    share: float
+    pool: int
+    sampling: str  # "random sampling", "use all" or "repeat N times"
+
+
+@dataclass(frozen=True)
+class SftSpec:
+    """Supervised fine-tuning on the blend (section 3.1, appendix A); `warmup` in steps."""
+
+    rows: int
+    blend: tuple[Blend, ...]
+    steps: int
+    batch_size: int
+    lr: float
+    final_lr: float
+    warmup: int
+    weight_decay: float
+    betas: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RlSpec:
+    """RLVR by GRPO (appendix A): `prompts` x `group` rollouts a step, one update each."""
+
+    rows: dict[str, int]
+    prompts: int
+    group: int
+    steps: int
+    multi_steps: int
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    clip_low: float
+    clip_high: float
+    grad_clip: float
+    is_correction: Literal["none", "tis", "mis"]
+    is_low: float
+    is_high: float
+    loss: Literal["grpo"]
+    kl: float
+    temperature: float
+    max_new_tokens: int
+    max_turns: int
+    checkpoint_every: int
+    eval_every: int
+    eval_items: int
+    eval_k: int
+
+
+@dataclass(frozen=True)
+class OpdSpec:
+    """Multi-teacher on-policy distillation (appendix A): the student's own rollouts, routed teachers."""
+
+    prompts: int
+    group: int
+    steps: int
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    clip_low: float
+    clip_high: float
+    grad_clip: float
+    is_correction: Literal["none", "tis", "mis"]
+    is_low: float
+    is_high: float
+    temperature: float
+    max_new_tokens: int
+    max_turns: int
+    loss: Literal["sampled", "full"]
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """`density` kept by TIES, `drop_rate` of DARE, `scale` of the summed task vectors."""
+
+    density: float
+    drop_rate: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """Avg@K: items and samples an item for each benchmark."""
+
+    items: dict[str, int]
+    k: dict[str, int]
+    temperature: float
+    max_new_tokens: int
+    max_turns: int
+
+
+@dataclass(frozen=True)
+class AnalysisSpec:
+    """Settings of sections 3.3 to 3.6; `eta` is the relative threshold of a changed weight."""
+
+    eta: float
+    layer: int
+    random_projection: int
+    kl_prompts: int
+    kl_samples: int
+    judge_items: int
+    judge_k: int
+    bootstrap: int
+    pairs: bool
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One scale of the study; `name` is the file's."""
+
+    name: str
+    about: str
+    seed: int
+    threads: int
+    model: ModelSpec
+    base: BaseSpec
+    sft: SftSpec
+    rl: RlSpec
+    opd: OpdSpec
+    merge: MergeSpec
+    eval: EvalSpec
+    analysis: AnalysisSpec
+    engine: Literal["torch"] = "torch"
+    seeds: int = 1

@@ -1,0 +1,270 @@
+"""The store: artifacts by content key, each in a folder of its own with a manifest written last.
+
+artifacts/<profile>/<group>/<name>-<key8>/. Where manifest.json is missing the stage is unfinished and
+goes on from state/. A finished folder is never written again: `set_aside` moves it away first. Digests
+are checked when an artifact is opened. Nothing here imports torch.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from m2rl_core.study import Stage
+
+MANIFEST = "manifest.json"
+STATE = "state"  # what a stage needs to go on after a crash; removed when it is finished
+UNHASHED = "timing.jsonl"  # seconds differ from run to run, so they are no part of what an artifact is
+SPARE = 64 * 2**20  # bytes that must be free before a stage starts, besides four times its largest input
+NOTICE = 30.0  # seconds between two lines of somebody who waits for the lock
+
+
+class CorruptArtifact(RuntimeError):
+    """A finished artifact whose files are not those that its manifest lists."""
+
+
+class DiskFull(RuntimeError):
+    """No space left; what was made so far is kept."""
+
+
+class Store:
+    """The artifacts of one profile under `root` (artifacts/<profile>)."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+        self._checked: set[tuple[Path, int]] = set()
+
+    def folder(self, stage: Stage) -> Path:
+        """Where the stage's files stand or will stand."""
+        return self.root / stage.group / f"{stage.name}-{stage.key[:8]}"
+
+    def is_complete(self, stage: Stage) -> bool:
+        return (self.folder(stage) / MANIFEST).is_file()
+
+    def manifest(self, stage: Stage) -> dict:
+        """The manifest of a finished stage; raises CorruptArtifact where it cannot be read."""
+        return self._read(self.folder(stage), stage.name)
+
+    def open(self, stage: Stage) -> Path:
+        """The folder of a finished stage, its digests checked (once a process); raises CorruptArtifact."""
+        folder = self.folder(stage)
+        mark = (folder, (folder / MANIFEST).stat().st_mtime_ns)
+        if mark not in self._checked:
+            manifest = self._read(folder, stage.name)
+            if manifest["key"] != stage.key:
+                raise self._corrupt(folder, stage.name, MANIFEST, "belongs to another key")
+            for name, digest in manifest["digests"].items():
+                if not (folder / name).is_file():
+                    raise self._corrupt(folder, stage.name, name, "is missing")
+                if sha256(folder / name) != digest:
+                    raise self._corrupt(folder, stage.name, name, "is not what was written (its digest differs)")
+            self._checked.add(mark)
+        return folder
+
+    def begin(self, stage: Stage) -> Path:
+        """An unfinished stage's folder with state/ in it, old or new; raises DiskFull before any work is lost."""
+        folder = self.folder(stage)
+        if self.is_complete(stage):
+            raise FileExistsError(f"{folder} is finished and is never overwritten; use `rebuild {stage.name}`")
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+        inputs = [path for name in stage.inputs for path in self.root.glob(f"*/{name}-{stage.inputs[name][:8]}")]
+        needed = SPARE + 4 * max((size(path) for path in inputs), default=0)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise DiskFull(f"{stage.name}: {free / 2**20:.0f} MB free in {self.root}, about "
+                           f"{needed / 2**20:.0f} MB needed; make room and start again: nothing is lost")
+        return folder
+
+    def finish(self, stage: Stage, facts: dict) -> None:
+        """Seal a stage: its files reach the disk, then the manifest appears by rename, then state/ goes.
+
+        `facts` (commit, packages, machine, seconds, ...) are put beside key, settings, inputs and digests.
+        """
+        folder = self.folder(stage)
+        own = (STATE, MANIFEST, MANIFEST + ".new")
+        files = [path for path in sorted(folder.rglob("*"))
+                 if path.is_file() and path.relative_to(folder).parts[0] not in own]
+        for path in files:
+            _sync(path)
+        digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files if path.name != UNHASHED}
+        manifest = {"stage": stage.name, "kind": stage.kind, "version": stage.version, "key": stage.key,
+                    "settings": stage.settings, "inputs": stage.inputs, "digests": digests, **facts}
+        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        self.sweep(stage)
+
+    def sweep(self, stage: Stage) -> None:
+        """Remove the state/ that a crash between manifest and clean-up left behind."""
+        if self.is_complete(stage):
+            shutil.rmtree(self.folder(stage) / STATE, ignore_errors=True)
+
+    def set_aside(self, stage: Stage) -> Path | None:
+        """Move the stage's folder into set-aside/, so that it is made afresh; its new place, None if there was none."""
+        folder = self.folder(stage)
+        if not folder.exists():
+            return None
+        home = self.root / "set-aside"
+        home.mkdir(exist_ok=True)
+        place = next(p for i in range(1, 10**6) if not (p := home / f"{folder.name}.{i}").exists())
+        os.replace(folder, place)
+        return place
+
+    def why(self, stage: Stage) -> list[str]:
+        """Why the stage would run, one reason a line; empty where it is finished."""
+        if self.is_complete(stage):
+            return []
+        others = [path for path in self.root.glob(f"{stage.group}/{stage.name}-*/{MANIFEST}")
+                  if len(path.parent.name) == len(stage.name) + 9]
+        begun = ["begun and not finished; it goes on where it stopped"] if self._has_state(stage) else []
+        if not others:
+            return begun or ["never made"]
+        newest = max(others, key=lambda path: path.stat().st_mtime_ns)
+        old = self._read(newest.parent, stage.name)
+        reasons = []
+        if old["version"] != stage.version:
+            reasons.append(f"version of {stage.kind!r} changed: {old['version']} -> {stage.version}")
+        reasons += [f"setting {line}" for line in differences(old["settings"], stage.settings)]
+        reasons += [f"input {name} changed" for name in stage.inputs
+                    if old["inputs"].get(name) not in (None, stage.inputs[name])]
+        reasons += [f"input {name} is new" for name in stage.inputs if name not in old["inputs"]]
+        reasons += [f"input {name} is gone" for name in old["inputs"] if name not in stage.inputs]
+        return begun + reasons
+
+    def lock(self, stage: str, say: Callable[[str], None] = print):
+        """Hold the store while `stage` is made; a second process waits and says for whom."""
+        return hold(self.root / ".lock", stage, say)
+
+    def _has_state(self, stage: Stage) -> bool:
+        state = self.folder(stage) / STATE
+        return state.is_dir() and any(state.iterdir())
+
+    def _read(self, folder: Path, name: str) -> dict:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            missing = {"key", "settings", "inputs", "digests", "version"} - set(manifest)
+        except (ValueError, TypeError) as error:
+            raise self._corrupt(folder, name, MANIFEST, "is not readable") from error
+        if missing:
+            raise self._corrupt(folder, name, MANIFEST, f"lacks {', '.join(sorted(missing))}")
+        return manifest
+
+    def _corrupt(self, folder: Path, name: str, file: str, what: str) -> CorruptArtifact:
+        return CorruptArtifact(f"{name}: {folder / file} {what}; "
+                               f"mend: `{command()} rebuild {name} --profile {self.root.name}`")
+
+
+@contextlib.contextmanager
+def hold(path: Path, stage: str, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; while another process has it, wait and say who that is.
+
+    The lock ends with the process, however it ends; the file's text only tells who holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        told = -NOTICE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - told >= NOTICE:
+                    told = time.monotonic()
+                    say(f"waiting: {_holder(path)}")
+                time.sleep(0.2)
+        _sign(handle, stage)
+        try:
+            yield
+        finally:
+            os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)  # and with it the lock
+
+
+def _sign(handle: int, stage: str) -> None:
+    """Write who holds the lock; on a full disk it is held without a name."""
+    who = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "stage": stage, "since": time.strftime("%H:%M:%S")}
+    os.ftruncate(handle, 0)
+    try:
+        os.pwrite(handle, json.dumps(who).encode(), 0)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"another process holds {path}"
+    return f"process {who['pid']} ({who['command']}) works on {who['stage']} since {who['since']}"
+
+
+def command() -> str:
+    """How to call this package's command line from the clone's root."""
+    own = sys.prefix != sys.base_prefix and Path(sys.prefix).name == ".venv"
+    return f"{'.venv/bin/python' if own else 'python'} -m m2rl_core"
+
+
+def differences(old: dict, new: dict, where: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two nested dicts differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key, "absent"), new.get(key, "absent")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            lines.append(f"{where}{key}: {_short(a)} -> {_short(b)}")
+    return lines
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def sha256(path: Path) -> str:
+    """64 hex digits of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or none of it: a new file, synced, renamed over the old one."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    _sync(path.parent)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that the disk (or a quota, or a file-size limit) is full."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or "No space left on device" in str(error) or "File too large" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

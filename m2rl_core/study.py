@@ -1,0 +1,163 @@
+"""The study as a graph of names: what is made, from what, with which settings.
+
+Fig. 1 is drawn from it and the order of work follows it. A stage's key is a hash of its name, kind,
+version, its own settings and its inputs' keys, so a change rebuilds what depends on it and no more.
+Settings that cannot change a result (threads) stand in no key.
+"""
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from itertools import combinations
+
+from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.profile import Profile
+
+# Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
+VERSION = {"base": 1, "sft": 1, "rl": 1, "opd": 1, "merge": 1, "eval": 1, "weights": 1, "kl": 1, "judge": 1}
+
+GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models",
+         "eval": "evals", "judge": "evals", "weights": "analyses", "kl": "analyses"}
+
+EXPERTS = tuple(f"rl-{domain}" for domain in DOMAINS)
+MERGES = {  # model -> (method, the settings of `merge` that it reads)
+    "merge-average": ("average", ()),
+    "merge-ta": ("ta", ("scale",)),
+    "merge-ties": ("ties", ("density", "scale")),
+    "merge-sce": ("sce", ()),  # without its select step, as in the paper
+    "merge-ties-dare": ("ties-dare", ("density", "drop_rate", "scale")),
+    "merge-ta-dare": ("ta-dare", ("drop_rate", "scale")),
+}
+TRAINED = (*EXPERTS, "rl-multi", "mt-opd")  # every policy that learns from its own rollouts (3.2_train)
+MODELS = ("base", "sft", *EXPERTS, "rl-multi", *MERGES, "mt-opd")
+JUDGED = ("sft", *EXPERTS, "merge-ties", "rl-multi", "mt-opd")  # the rows of Table 7
+NEIGHBORS = ("sft", *EXPERTS, "rl-multi", "merge-ties", "mt-opd")
+
+
+class UnknownStage(KeyError):
+    """A name that the study does not have; the message names the nearest one that it has."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing to make; `inputs` maps each needed stage to its key."""
+
+    name: str
+    kind: str
+    needs: tuple[str, ...]
+    settings: dict
+    version: int
+    inputs: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """64 hex digits of everything that the result depends on."""
+        content = [self.name, self.kind, self.version, self.settings, self.inputs]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def group(self) -> str:
+        return GROUP[self.kind]
+
+
+def pair_names() -> list[tuple[str, str, str]]:
+    """(stage, domain, domain) of the ten TIES merges of two experts (section 3.5)."""
+    return [(f"pair-{a}-{b}", a, b) for a, b in combinations(DOMAINS, 2)]
+
+
+def study(profile: Profile) -> dict[str, Stage]:
+    """All stages of a profile by name, each after what it needs."""
+    stages: dict[str, Stage] = {}
+    seed = {"seed": profile.seed}
+    rl, opd, sampling = asdict(profile.rl), asdict(profile.opd), asdict(profile.eval)
+    multi_steps, rows = rl.pop("multi_steps"), rl.pop("rows")
+    rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k", "checkpoint_every")}
+    rl["along"] |= {name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")}
+
+    def add(name, kind, needs, settings):
+        inputs = {need: stages[need].key for need in needs}
+        settings = json.loads(json.dumps(settings))  # as the manifest will hold it
+        stages[name] = Stage(name, kind, tuple(needs), settings, VERSION[kind], inputs)
+
+    def add_merge(name, method, experts, reads):
+        settings = {"method": method, **{key: getattr(profile.merge, key) for key in reads}}
+        add(name, "merge", ("sft", *experts), settings | (seed if "drop_rate" in reads else {}))
+
+    sft = asdict(profile.sft)
+    blend = {"rows": sft["rows"], "lines": sft["blend"]}  # the tokenizer is trained on it too
+    add("base", "base", (), {"model": asdict(profile.model), **asdict(profile.base), "blend": blend, **seed})
+    add("sft", "sft", ("base",), {**sft, **seed})
+    for domain, name in zip(DOMAINS, EXPERTS, strict=True):
+        add(name, "rl", ("sft",), {**rl, "rows": {domain: rows[domain]}, "engine": profile.engine, **seed})
+    add("rl-multi", "rl", ("sft",), {**rl, "rows": rows, "steps": multi_steps, "engine": profile.engine, **seed})
+    for name, (method, reads) in MERGES.items():
+        add_merge(name, method, EXPERTS, reads)
+    add("mt-opd", "opd", ("sft", *EXPERTS), {
+        **opd, "along": rl["along"], "rows": rows, "engine": profile.engine, **seed})
+    for name in MODELS:
+        add(f"eval-{name}", "eval", (name,), {**sampling, "engine": profile.engine, **seed})
+
+    analysis = profile.analysis
+    add("weights", "weights", ("sft", *EXPERTS), {
+        "eta": analysis.eta, "random_projection": analysis.random_projection, **seed})
+    add("neighborhoods", "kl", NEIGHBORS, {
+        "prompts": analysis.kl_prompts, "samples": analysis.kl_samples, "rows": rows, "engine": profile.engine,
+        **{name: rl[name] for name in ("temperature", "max_new_tokens", "max_turns")}, **seed})
+    for name, a, b in pair_names() if analysis.pairs else ():
+        add_merge(name, "ties", (f"rl-{a}", f"rl-{b}"), MERGES["merge-ties"][1])
+        own = [benchmark for benchmark, domain in BENCHMARKS.items() if domain in (a, b)]  # as in Table 6
+        add(f"eval-{name}", "eval", (name,), {**sampling, "benchmarks": own, "engine": profile.engine, **seed})
+    for name in JUDGED:
+        add(f"judge-{name}", "judge", (name, f"eval-{name}"), {
+            "items": analysis.judge_items, "k": analysis.judge_k, "temperature": profile.eval.temperature,
+            "max_new_tokens": profile.eval.max_new_tokens, "engine": profile.engine, **seed})
+    return stages
+
+
+def find(stages: dict[str, Stage], name: str) -> Stage:
+    """The stage of that name; raises UnknownStage with the nearest name."""
+    if name not in stages:
+        close = difflib.get_close_matches(name, stages, 1, 0.5)
+        hint = f"did you mean {close[0]!r}?" if close else "`make status` lists them all"
+        raise UnknownStage(f"unknown stage {name!r}; {hint}")
+    return stages[name]
+
+
+def upstream(stages: dict[str, Stage], name: str) -> list[Stage]:
+    """Everything that `name` needs, itself last, in order of work."""
+    wanted = {find(stages, name).name}
+    for stage in reversed(stages.values()):
+        if stage.name in wanted:
+            wanted.update(stage.needs)
+    return [stage for stage in stages.values() if stage.name in wanted]
+
+
+def work(stage: Stage) -> dict[str, int]:
+    """How much a stage does, from its settings: steps, rollouts and the most tokens that these can have.
+
+    A rollout is bounded by `max_new_tokens` a turn. Evaluation on the way is counted. Zeros for a merge
+    or for the weights, which sample nothing.
+    """
+    s = stage.settings
+    if stage.kind == "base":
+        return {"steps": s["steps"], "rollouts": 0, "tokens": s["steps"] * s["batch_tokens"]}
+    if stage.kind == "sft":
+        return {"steps": s["steps"], "rollouts": 0, "tokens": 0}
+    if stage.kind in ("rl", "opd"):
+        seen = s["along"]
+        marks = s["steps"] // seen["eval_every"] * len(BENCHMARKS)
+        rollouts = s["steps"] * s["prompts"] * s["group"] + marks * seen["eval_items"] * seen["eval_k"]
+    elif stage.kind == "eval":
+        rollouts = sum(s["items"][name] * s["k"][name] for name in s.get("benchmarks", s["items"]))
+    elif stage.kind == "judge":
+        rollouts = 2 * len(BENCHMARKS) * s["items"] * s["k"]  # by outcome and by process
+    elif stage.kind == "kl":
+        rollouts = len(DOMAINS) ** 2 * s["prompts"] * s["samples"]
+    else:
+        return {"steps": 0, "rollouts": 0, "tokens": 0}
+    return {"steps": s.get("steps", 0), "rollouts": rollouts, "tokens": rollouts * s["max_new_tokens"]}

@@ -1,0 +1,151 @@
+"""Math rows and their verifier."""
+import time
+
+import pytest
+
+from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, math, rewards, training_rows
+from m2rl_core.domains import math_worker
+
+
+def score(gold, answer):
+    return math.verify([Row("", "math", "", "", (), {"answer": gold})], [[answer]])[0]
+
+
+@pytest.mark.parametrize("gold, answer", [
+    ("5", r"Answer: \boxed{5}"),
+    ("73", r"\boxed{073}"),
+    ("073", r"so \boxed{ 73 }."),
+    ("-4", r"\boxed{-4}"),
+    ("1000", r"\boxed{1{,}000}"),  # braces inside: a regular expression up to the first } would fail
+    ("1/2", r"\boxed{\frac{1}{2}}"),
+    ("0.5", r"\boxed{\frac12}"),
+    ("73", r"\boxed{73^\circ}"),
+    ("33", r"\boxed{m+n=33}"),
+    ("5", r"first \boxed{5}, again \boxed{05}"),  # several boxes of one value
+    ("x+1", r"\boxed{1+x}"),
+])
+def test_right_answers_score_1(gold, answer):
+    assert score(gold, answer).score == 1.0
+
+
+@pytest.mark.parametrize("gold, answer, reason", [
+    ("5", "Answer: 5", "no box"),
+    ("5", "", "no box"),
+    ("5", r"\boxed{5", "no box"),  # cut off
+    ("5", r"\boxed{}", "wrong"),
+    ("5", r"\boxed{6}", "wrong"),
+    ("73", r"\boxed{730}", "wrong"),
+    ("5", r"\boxed{5} or \boxed{6}", "wrong"),  # the last box decides
+    ("6", r"\boxed{5} or \boxed{6}", "several"),  # attempt to cheat: a list of guesses that ends well
+    ("588", r"\boxed{70} \boxed{588}", "several"),  # math-verify alone would read 70588 here
+    ("70588", r"\boxed{70} \boxed{588}", "wrong"),
+    ("5", r"\boxed{5,588}", "wrong"),
+    ("5", r"\boxed{5 \text{ or } 588}", "wrong"),  # attempt to cheat: two values in one box
+    ("5", r"\boxed{(((}", "wrong"),
+])
+def test_wrong_answers_score_0(gold, answer, reason):
+    verdict = score(gold, answer)
+    assert verdict.score == 0.0 and verdict.reason.startswith(reason)
+
+
+def test_answer_inside_think_earns_nothing():
+    row = benchmark_rows("aime25", 1, 0)[0]
+    good = row.truth["answer"]
+    inside, cut, outside = (f"<think>\\boxed{{{good}}}</think>", f"<think>\\boxed{{{good}}}",
+                            f"<think></think>\\boxed{{{good}}}")
+    assert [v.score for v in rewards([row] * 3, [[inside], [cut], [outside]])] == [0.0, 0.0, 1.0]
+
+
+def test_endless_answer_is_killed_and_the_next_one_served():
+    """Without the kill this test hangs; without the restart its last line fails."""
+    start = time.monotonic()
+    verdict = score("5", r"\boxed{9^{9^{9}}}")
+    assert verdict.score == 0.0 and verdict.reason.startswith("too slow or too large")
+    assert score("5", r"\boxed{9^{9^{9}}}") == verdict  # remembered: a group of copies costs one kill
+    assert time.monotonic() - start < math_worker.LIMIT + 30  # the start of a worker on a busy machine included
+    assert score("1/2", r"\boxed{0.50}").score == 1.0
+
+
+def test_one_worker_serves_a_process():
+    score("1/2", r"\boxed{\frac{3}{6}}")
+    first = math_worker._worker[1]
+    score("1/2", r"\boxed{\frac{4}{8}}")
+    assert math_worker._worker[1] is first
+
+
+def rows_of_all_kinds():
+    rng = generator("test", "math")
+    for make in (math.sft, math.rl, lambda r: math.test("aime24", r), lambda r: math.test("aime25", r)):
+        yield [make(rng) for _ in range(200)]
+
+
+def test_respond_is_right_and_spoil_is_wrong():
+    rng = generator("spoil")
+    for rows in rows_of_all_kinds():
+        for worked in (True, False):
+            turns = [[math.respond(row, worked)[0]["content"]] for row in rows]
+            assert {v.score for v in rewards(rows, turns)} == {1.0}
+        verdicts = rewards(rows, [[math.spoil(row, rng)[0]["content"]] for row in rows])
+        assert {v.score for v in verdicts} == {0.0} and all(v.reason.startswith("wrong answer") for v in verdicts)
+
+
+def test_sft_turns_are_right_and_of_both_styles():
+    rows = training_rows("math", "sft", 400, 0)
+    contents = [row.turns[0]["content"] for row in rows]
+    assert {v.score for v in rewards(rows, [[text] for text in contents])} == {1.0}
+    terse = sum(text.startswith("<think>\n\n</think>\n\n") for text in contents) / len(contents)
+    assert abs(terse - math.SFT_TERSE) < 0.1
+
+
+def test_worked_lines_by_hand():
+    chain = Row("", "math", "", "chain:7+5*3-4", (), {"answer": "2"})
+    assert math.respond(chain)[0]["content"] == "<think>\n7+5>2\n2*3>6\n6-4>2\n</think>\n\nAnswer: \\boxed{2}"
+    equation = Row("", "math", "", "equation:3*x-4=11", (), {"answer": "5"})
+    assert math.respond(equation)[0]["content"] == "<think>\n11+4=15\n15/3=5\n</think>\n\nAnswer: \\boxed{5}"
+
+
+def test_chains_agree_with_ordinary_arithmetic():
+    """"Last digit" must mean the same with and without reduction on the way: no negative value may occur."""
+    for row in training_rows("math", "rl", 300, 3):
+        family, problem = row.fingerprint.split(":")
+        if family == "chain":
+            value = int(problem[0])
+            for op, number in zip(problem[1::2], map(int, problem[2::2]), strict=True):
+                value = {"+": value + number, "-": value - number, "*": value * number}[op]
+                assert value >= 0
+            assert row.truth["answer"] == str(value)[-1]
+        else:
+            left, right = problem.split("=")
+            assert eval(left, {"x": int(row.truth["answer"])}) == int(right)
+
+
+def test_corpus_facts_are_true():
+    rng = generator("corpus")
+    for line in "\n".join(math.corpus(rng) for _ in range(100)).split("\n"):
+        left, sign, right = line.partition(">" if ">" in line else "=")
+        assert eval(left) % 10 == int(right) if sign == ">" else eval(left) == int(right), line
+
+
+def test_train_and_test_are_disjoint_and_large_enough():
+    train = {row.fingerprint for kind in ("sft", "rl") for row in training_rows("math", kind, 2000, 0)}
+    for benchmark in ("aime24", "aime25"):
+        rows = benchmark_rows(benchmark, 120, 0)
+        held_out = {row.fingerprint for row in rows}
+        assert len(held_out) == 120 and not held_out & train and all(map(is_held_out, held_out))
+        assert rows == benchmark_rows(benchmark, 120, 0) != benchmark_rows(benchmark, 120, 1)
+    assert training_rows("math", "rl", 20, 5) == training_rows("math", "rl", 20, 5)
+
+
+def test_paraphrases_share_a_fingerprint():
+    rows = training_rows("math", "rl", 3000, 0)
+    prompts = {}
+    for row in rows:
+        prompts.setdefault(row.fingerprint, set()).add(row.messages[0]["content"])
+    assert max(map(len, prompts.values())) == 3
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="aime24, aime25"):
+        math.test("aime26", generator(0))
+    with pytest.raises(ValueError, match="no worked answer"):
+        math.respond(Row("real/7", "math", "aime24", "sha:1", (), {"answer": "73"}))
