@@ -14,8 +14,7 @@ from m2rl_core.sandbox import Outcome, Program
 
 STEPS, BITS, ITEMS, OUTPUT = 50_000, 512, 5_000, 65_536  # most steps, bits of a number, items of a list, characters
 DEPTH, LENGTH = 100, 20_000  # most nesting, most characters of a program
-NAMES = ("int", "list", "map", "filter", "sum", "max", "min", "len", "sorted", "reversed", "abs", "print", "input",
-         "range")
+NAMES = ("int", "list", "map", "filter", "sum", "max", "min", "len", "sorted", "abs", "print", "input", "range")
 METHODS = ("split", "append", "reverse", "sort")
 KEYWORDS = ("key", "reverse", "default", "start", "sep", "end")
 BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
@@ -138,13 +137,14 @@ class _Run:
             "sum": lambda xs, start=0: sum(map(self.number, self.each(xs)), self.number(start)),
             "max": lambda *xs, **how: max(*map(self.counted, xs), **how),
             "min": lambda *xs, **how: min(*map(self.counted, xs), **how),
-            "sorted": lambda xs, **how: sorted(self.flat(xs), **how), "reversed": lambda xs: reversed(xs),
+            "sorted": lambda xs, **how: sorted(self.flat(xs), **how),
             "print": self.write, "input": self.read, "range": self.numbers,
         }
         assert set(self.names) == set(NAMES)
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, *operands) -> None:
+        """Counts one step, and one for each item of the texts and lists that an operation goes through."""
+        self.steps += 1 + sum(len(one) for one in operands if isinstance(one, (str, list, tuple)))
         if self.steps > STEPS:
             raise Refused(f"step limit: more than {STEPS} steps")
 
@@ -182,6 +182,7 @@ class _Run:
             yield value
 
     def counted(self, value):
+        self.step(value)
         return value if isinstance(value, (int, str)) else self.each(value)
 
     def number(self, value) -> int:
@@ -279,6 +280,7 @@ class _Run:
                 found, before = True, self.value(left, scope)
                 for op, right in zip(ops, rights, strict=True):
                     after = self.value(right, scope)
+                    self.step(before, after)
                     found = COMPARE[type(op)](before, after)
                     if not found:
                         break
@@ -296,7 +298,9 @@ class _Run:
                 return self.comprehension(element, generators, scope)
             case ast.Subscript(base, ast.Slice(lower, upper, step)):
                 bounds = [None if part is None else self.value(part, scope) for part in (lower, upper, step)]
-                return self.value(base, scope)[slice(*bounds)]
+                found = self.value(base, scope)
+                self.step(found)
+                return found[slice(*bounds)]
             case ast.Subscript(base, index):
                 return self.value(base, scope)[self.value(index, scope)]
             case ast.Lambda(arguments, body):
@@ -321,6 +325,7 @@ class _Run:
 
     def binary(self, op, left, right):
         """An arithmetic result of bounded size; texts and lists may only be added or repeated."""
+        self.step(left, right)
         numbers = isinstance(left, int) and isinstance(right, int)
         if isinstance(op, ast.Pow) and not (numbers and 0 <= right and left.bit_length() * right <= BITS):
             raise Refused("not in the miniature's grammar: this power")
@@ -374,6 +379,6 @@ class _Run:
             values = [self.small(value, inside=True) for value in values]
             if len(base) >= ITEMS:
                 raise Refused(f"size limit: more than {ITEMS} items")
-        elif function.attr != "split":
-            self.steps += len(base)
+        else:
+            self.step(base)
         return getattr(base, function.attr)(*values, **named)

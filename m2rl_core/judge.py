@@ -29,8 +29,9 @@ REPLY = "<think>\n\n</think>\n\n{}"
 
 def judge_row(task: str, response: str, mode: str, right: bool, name: str) -> Row:
     """Ask whether `response` to `task` is right; in "outcome" mode only what stands after `</think>` is shown."""
-    shown = answer_of(response) if mode == "outcome" else response.replace("<think>\n", "").replace("</think>", "")
-    prompt = PROMPTS[mode].format(task=task, shown=(shown or response).strip())
+    thought = response.replace("<think>\n", "").replace("</think>", "")
+    shown = (answer_of(response) or "") if mode == "outcome" else thought  # no answer is shown as none
+    prompt = PROMPTS[mode].format(task=task, shown=shown.strip())
     return Row(id=name, domain="judge", source=mode, fingerprint=f"judge/{name}",
                messages=({"role": "user", "content": prompt},), truth={"right": right})
 
@@ -82,7 +83,7 @@ def build(ctx) -> None:
         for j, rollout in enumerate(rollouts):
             answer, truth = answers.iloc[fits[j // settings["k"]]], int(rollout.row.truth["right"])
             said = verdict_of(rollout.turns[-1])
-            found.append({"model": model, "benchmark": answer.benchmark, "item": answer.item, "sample": j % settings["k"],
+            found.append({"model": model, "benchmark": answer.benchmark, "item": answer["item"], "sample": j % settings["k"],
                           "mode": mode, "truth": truth, "said": said, "correct": int(said == truth),
                           "tokens": rollout.length, "response": rollout.turns[-1]})
     pd.DataFrame(found).to_parquet(ctx.out / "rows.parquet", index=False)

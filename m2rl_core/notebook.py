@@ -4,9 +4,9 @@ from __future__ import annotations
 import os
 import sys
 
-import altair as alt
 from IPython.display import Markdown, display
 
+from m2rl_core.plots import show_as_png
 from m2rl_core.provenance import commit, machine, packages
 from m2rl_core.run import Run, open_run
 
@@ -17,7 +17,7 @@ def start(profile: str, section: str) -> Run:
     The card holds no time, so that the same results give the same notebook. Raises ProfileError.
     """
     run = open_run(profile)
-    alt.renderers.enable("png", ppi=144)
+    show_as_png()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(run.profile.threads)
     else:

@@ -25,7 +25,8 @@ from m2rl_core.trainer import Optimization, fit
 def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float) -> Tensor:
     """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D)."""
     logp = F.log_softmax(F.linear(hidden, head(student.weights)).float() / temperature, dim=-1)
-    logq = F.log_softmax(F.linear(teacher_hidden, head(teacher.weights)).float() / temperature, dim=-1)
+    with torch.no_grad():
+        logq = F.log_softmax(F.linear(teacher_hidden, head(teacher.weights)).float() / temperature, dim=-1)
     return (logp.exp() * (logp - logq)).sum(-1)
 
 

@@ -139,13 +139,14 @@ def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher 
     scale = alt.Scale(zero=zero)
     base = alt.Chart(frame)
     y, pale = alt.Y("value:Q", title=y_title, scale=scale), alt.Opacity("pale:Q", scale=None)
-    legend = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2)
+    legend = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1)
     layers = [base.mark_line(strokeWidth=1.6).encode(
         x, y, _color(models, legend), strokeDash=_dash(models, legend), opacity=pale)]
     if {"low", "high"} <= set(frame.columns):
         layers.insert(0, base.mark_area(opacity=0.13).encode(
-            x, alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q", color=_color(models, None)))
+            x, alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q", color=_color(models, legend)))
     chart = alt.layer(*layers)
+    good += "" if finished.all() else "; pale: not finished"
     if facet is None:
         return _finish(chart.properties(width=380, height=200), title, good)
     chart = chart.properties(width=185, height=120)
@@ -182,7 +183,8 @@ def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5)
         x="value:Q", y=y, shape=_shape(models, None)).transform_filter("datum.source != 'this run'")
     chart = (rules + dots + hollow).properties(width=118 if len(benchmarks) > 1 else 330, height=13 * len(models))
     chart = chart.facet(facet=alt.Facet("benchmark:N", title=None, sort=benchmarks), columns=columns)
-    how = "right is better" + ("; hollow: the paper's model, on the full benchmarks" if printed is not None else "")
+    hollow_is = "; hollow: the paper's model, full benchmarks" if printed is not None else ""
+    how = f"right is better; filled: this run (95 %){hollow_is}"
     return _finish(chart.resolve_scale(x="independent"), title, how)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from m2rl_core.qwen3 import Shape, Weights
@@ -38,9 +38,7 @@ CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'tool' %}
 {%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}
-<tool_response>
-{{ message.content }}
-</tool_response>
+{{- '\\n<tool_response>\\n' ~ message.content ~ '\\n</tool_response>' }}
 {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>
 {% endif %}
 {%- else %}<|im_start|>{{ message.role }}
@@ -88,6 +86,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[*SPECIAL, *MARKERS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    # As in Qwen's own files: text that other tools decode without special tokens keeps these.
+    tokenizer.add_tokens([AddedToken(marker, normalized=False, special=False) for marker in MARKERS])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD,
                                    clean_up_tokenization_spaces=False)
     fast.chat_template = CHAT_TEMPLATE

@@ -40,10 +40,10 @@ def figure(name: str, chart):
     """figures/<name>.png (144 dpi) and the chart's Vega-Lite source beside it."""
     report = report_folder()
     if report:
+        from m2rl_core import plots  # Altair takes a second to load
+
         target = _file(report / "figures", name, ".png")
-        new = target.with_name("new." + target.name)
-        chart.save(new, format="png", ppi=144)
-        os.replace(new, target)
+        write_atomic(target, plots.png(chart))
         write_atomic(_file(report / "figures", name, ".vl.json"), json.dumps(chart.to_dict(), indent=1) + "\n")
     return chart
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2rl_core.domains import Row, answer_of, module
+from m2rl_core.domains import MODULES, Row, answer_of, module
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, token_logprobs
 
@@ -83,9 +83,10 @@ class _Wave:
         self.flushed = [0] * len(rollouts)  # tokens already moved into the rollout
         self.environments = {}
         for i, rollout in enumerate(rollouts):
-            make = getattr(module(rollout.row.domain), "environment", None)
-            if make is not None:
-                self.environments[i] = make(rollout.row)
+            if rollout.row.domain in MODULES:  # a judge's question belongs to no domain
+                make = getattr(module(rollout.row.domain), "environment", None)
+                if make is not None:
+                    self.environments[i] = make(rollout.row)
         self._prefill(n)
 
     def _prefill(self, n):
@@ -274,7 +275,7 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
     return hidden[chosen], tokens[chosen], owner
 
 
-def micro_batches(rollouts: Sequence[Rollout], budget: int = 12000) -> list[list[int]]:
+def micro_batches(rollouts: Sequence[Rollout], budget: int = 1536) -> list[list[int]]:
     """Indices of rollouts in batches of at most `budget` padded response tokens; groups stay together."""
     groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].prompt)]
     groups.sort(key=lambda g: (max(len(rollouts[i].tokens) for i in g), g[0]))

@@ -64,14 +64,12 @@ class _Ended(Exception):
     """The process inside went away or did not answer in time."""
 
 
-def _pythons() -> list[tuple[str, dict[str, str], list[str]]]:
-    """(path, environment, folders to bind) of the Pythons that may stand inside, best first: the system's, then ours."""
-    found = [(path, {}, []) for path in ("/usr/bin/python3", "/usr/local/bin/python3") if os.path.exists(path)]
+def _pythons() -> list[tuple[str, list[str]]]:
+    """(path, folders to bind) of the Pythons that may stand inside, best first: the system's, then this one."""
     prefix = os.path.realpath(sys.base_prefix)
     ours = os.path.join(prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
-    found.append((ours, {}, [] if prefix in ("/usr", "/usr/local") else [prefix]))
-    return [(path, {"LD_LIBRARY_PATH": os.path.join(os.path.dirname(os.path.dirname(path)), "lib")}
-             if not path.startswith("/usr/bin/") else env, binds) for path, env, binds in found]
+    found = [(path, []) for path in ("/usr/bin/python3", "/usr/local/bin/python3") if os.path.exists(path)]
+    return [*found, (ours, [] if f"{prefix}/".startswith("/usr/") else [prefix])]
 
 
 def _command(bwrap: str, python: str, binds: list[str], limits: Limits) -> list[str]:
@@ -92,23 +90,32 @@ class _Worker:
         if bwrap is None:
             raise SandboxUnavailable("bwrap is not installed: apt-get install bubblewrap")
         failures = []
-        for python, env, binds in _pythons():
-            env = {"PYTHONHASHSEED": "0", **env}  # the whole environment; sets print in the same order each time
-            who = {"user": UID, "group": UID, "extra_groups": ()} if os.geteuid() == 0 else {}
-            self.process = subprocess.Popen(
-                _command(bwrap, python, binds, limits), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, env=env, cwd="/", bufsize=0, start_new_session=True, **who)
+        for python, binds in _pythons():
+            libraries = str(pathlib.Path(python).parents[1] / "lib")
             try:
-                first = self._receive(START)
-            except _Ended:
-                self.close()
-                first = {"refused": " ".join(self.said.split()) or "no answer"}
+                first = self._start(_command(bwrap, python, binds, limits), libraries)
+            except (OSError, subprocess.SubprocessError) as error:  # for example no right to become another user
+                first = {"refused": str(error)}
             if "ready" in first:
                 self.about = f"{python} {first['ready']}"
                 return
-            self.close()
             failures.append(f"{python}: {first['refused']}")
         raise SandboxUnavailable(f"bwrap cannot start a confined Python ({'; '.join(failures)})")
+
+    def _start(self, command: list[str], libraries: str) -> dict:
+        """The first message of a new process, {"ready": version} or {"refused": why}; it is ended if not ready."""
+        # The whole environment: sets print in the same order each time, and libpython is found outside of /usr/lib.
+        env = {"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": libraries}
+        who = {"user": UID, "group": UID, "extra_groups": ()} if os.geteuid() == 0 else {}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=env, cwd="/", bufsize=0, start_new_session=True, **who)
+        first = {}
+        with contextlib.suppress(_Ended):
+            first = self._receive(START)
+        if "ready" not in first:
+            self.close()
+            first = {"refused": first.get("refused") or " ".join(self.said.split()) or "no answer"}
+        return first
 
     def ask(self, program: Program) -> Outcome:
         """One program's outcome; `_Ended` where the process went away meanwhile."""
@@ -159,9 +166,8 @@ class Sandbox:
     def __init__(self, limits: Limits = Limits(), workers: int | None = None):
         """Starts the first worker, so that SandboxUnavailable comes here; the others start when needed."""
         self.limits = limits
-        self._pid = os.getpid()
         self._mine, self._workers = threading.local(), []
-        count = workers or min(4, max(2, os.cpu_count() or 1))
+        count = workers or min(4, 1 + (os.cpu_count() or 1))  # one more than cores: pipes take turns
         self._pool = ThreadPoolExecutor(count, "sandbox")  # a worker dies with its thread, so threads last
         try:
             self.about = f"bubblewrap around {self._pool.submit(self._worker).result().about}, {count} workers"
@@ -213,6 +219,19 @@ def open_sandbox(limits: Limits = Limits()):
     The environment variable M2RL_SANDBOX forces one: "bubblewrap" (SandboxUnavailable where it fails) or
     "interpreter"; ValueError for any other value but "auto".
     """
+    found = _find(limits)
+    if found.kind == "interpreter":
+        warnings.warn(f"no sandbox: model-written programs go to the {found.about}", stacklevel=2)
+    return found
+
+
+def probe() -> str:
+    """Which kind is usable here and why, in one line."""
+    with _find(Limits()) as found:
+        return found.about
+
+
+def _find(limits: Limits):
     from m2rl_core.interpreter import Interpreter
 
     choice = os.environ.get("M2RL_SANDBOX", "auto")
@@ -225,17 +244,7 @@ def open_sandbox(limits: Limits = Limits()):
     except SandboxUnavailable as reason:
         if choice == "bubblewrap":
             raise
-        warnings.warn(f"no sandbox ({reason}): model-written programs go to the restricted interpreter, which knows "
-                      "the miniature's grammar and refuses all other code", stacklevel=2)
         return Interpreter(str(reason))
-
-
-def probe() -> str:
-    """Which kind is usable here and why, in one line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the same words come back as the result
-        with open_sandbox() as found:
-            return found.about
 
 
 _shared: list = []

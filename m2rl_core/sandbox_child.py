@@ -225,7 +225,7 @@ def run(request: dict, limits: dict, program: bytes) -> dict:
         found, failure, used, go_on = run_group(request["code"], rest[:GROUP], max(1, int(cpu - spent)), left, limits,
                                                 program)
         if failure and not error:
-            error = "input %d: %s" % (len(outputs) + 1, failure)
+            error = "input %d: %s" % (len(outputs) + found.index(None) + 1, failure)
         outputs += found
         spent += used
         if not go_on:

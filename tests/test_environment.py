@@ -60,7 +60,7 @@ def test_what_is_installed_is_what_is_pinned(pin):
 def test_every_import_is_pinned():
     """Catches a package that happens to be there through another one."""
     names = {"yaml": "PyYAML", "vl_convert": "vl-convert-python", "math_verify": "math-verify", "IPython": "ipython",
-             "pygments": "Pygments"}
+             "pygments": "Pygments", "PIL": "pillow"}
     pinned = {re.sub(r"\[.*\]", "", pin).split("==")[0] for pin in (*REQUIRED, *APART)}
     import sys
     for path in (ROOT / "m2rl_core").rglob("*.py"):

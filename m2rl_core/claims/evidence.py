@@ -93,7 +93,8 @@ class Evidence:
         for benchmark, column in weights:
             if not found.has(benchmark, column):
                 raise Missing(f"no {of} of {column} on {benchmark}")
-        return found.contrast(weights, 1 - 0.05 / parts)
+        e = found.contrast(weights, 1 - 0.05 / parts)
+        return e if of == "kl" else stats.widen(e, 1 - 0.05 / parts)
 
     def best(self, models: Iterable[str]) -> str:
         """The model with the best mean over the nine benchmarks among those measured on all of them."""

@@ -111,7 +111,8 @@ def _one(rows, models, benchmark, rng, experts, anchor, resamples):
         defined = np.isfinite(drawn[:, j])
         low, high = np.quantile(drawn[defined, j], [0.025, 0.975]) if defined.any() else (nan, nan)
         found = float(cosine(u, g[:, j]))
-        note = "" if np.isfinite(found) else f"undefined: {'no expert' if not u.any() else model} gains on no item"
+        idle = "no expert gains on any item" if not u.any() else f"{model} gains on no item"
+        note = "" if np.isfinite(found) else f"undefined: {idle}"
         lines.append({
             "benchmark": benchmark, "model": model, "cosine": found, "low": low, "high": high,
             "chance": float(_ratio(n * u.mean() * g[:, j].mean(), (u * u).sum(), (g[:, j] ** 2).sum())),

@@ -151,7 +151,7 @@ def score_table(
 ) -> pd.DataFrame:
     """Avg@K in percent: model, <bench>, <bench>_low, <bench>_high, ..., avg, avg_low, avg_high; NaN where not measured.
 
-    A set on which all items scored 0 (or all 1) gets the exact one-sided binomial end instead of an empty interval.
+    A set on which all items scored alike gets the exact binomial end instead of an empty interval (`widen`).
     """
     found = measure(rows, rng, models, benchmarks, resamples=resamples)
     lines = []
@@ -161,7 +161,7 @@ def score_table(
             known = found.has(benchmark, model)
             _put(line, benchmark, _bounded(found.contrast({(benchmark, model): 1.0})) if known else None)
         whole = all(found.has(benchmark, model) for benchmark in benchmarks)
-        _put(line, "avg", found.contrast(average(model, benchmarks)) if whole else None)
+        _put(line, "avg", _bounded(found.contrast(average(model, benchmarks))) if whole else None)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -171,10 +171,16 @@ def _put(line: dict, name: str, e: Estimate | None) -> None:
 
 
 def _bounded(e: Estimate) -> Estimate:
-    if e.se == 0 and e.estimate in (0.0, 100.0):
-        reach = 100 * (1 - 0.025 ** (1 / e.n))
-        return e._replace(low=max(0.0, e.estimate - reach), high=min(100.0, e.estimate + reach))
+    e = widen(e)
     return e._replace(low=max(e.low, 0.0), high=min(e.high, 100.0))
+
+
+def widen(e: Estimate, level: float = 0.95) -> Estimate:
+    """Where all items agree, the interval (in points) that n agreeing items allow: a rarer kind may be unseen."""
+    if e.se != 0:
+        return e
+    reach = 100 * (1 - (0.5 - level / 2) ** (1 / e.n))
+    return e._replace(low=e.estimate - reach, high=e.estimate + reach)
 
 
 def average(model: str, benchmarks: Iterable[str], sign: float = 1.0) -> dict[tuple[str, str], float]:
@@ -208,7 +214,7 @@ def paired_difference(
             raise ValueError(f"{benchmark}: {a} and {b} have different K "
                              f"({left.max()} and {right.max()} samples an item); evaluate both with one K")
     found = measure(rows, rng, (a, b), benchmarks, resamples=resamples)
-    return found.contrast(difference(a, b, benchmarks))
+    return widen(found.contrast(difference(a, b, benchmarks)))
 
 
 def needed(e: Estimate, threshold: float = 0.0, power: float = 0.8, level: float = 0.95) -> int | None:

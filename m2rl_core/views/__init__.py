@@ -1,0 +1,1 @@
+"""What notebooks show: pure functions from frames to frames, Markdown and pictures."""

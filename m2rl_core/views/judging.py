@@ -1,0 +1,183 @@
+"""Section 3.6: models as judges of their own answers: Table 7, Figs. 6 to 8, and what accuracy hides.
+
+A judge that always says yes is right as often as its model is, so beside the paper's accuracy stand balanced
+accuracy (mean of the shares judged rightly among right and among wrong answers) and the share of yes.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import isfinite, nan
+
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown
+
+from m2rl_core import paper
+from m2rl_core.claims.evidence import JUDGED, Evidence
+from m2rl_core.metrics import stats
+from m2rl_core.metrics.stats import average
+from m2rl_core.paper import audit
+from m2rl_core.study import JUDGED as JUDGES
+from m2rl_core.views.opening import interval, miniature
+
+MODES = ("outcome", "process")
+SHORT = {"generation": "gen", "outcome": "out", "process": "proc"}  # Table 7's columns
+INTEGRATED = ("sft", "merge-ties", "rl-multi", "mt-opd")
+
+
+def prompts(run) -> Markdown:
+    """The judge prompts of this run, as its judge stage recorded them."""
+    found = json.loads((run.need(f"judge-{JUDGES[0]}") / "prompts.json").read_text(encoding="utf-8"))
+    return Markdown("\n\n".join(f"**{mode}**\n\n~~~~text\n{text}\n~~~~" for mode, text in found.items()))
+
+
+def scores(evidence: Evidence, models: Sequence[str] = JUDGES) -> pd.DataFrame:
+    """Generation and judging, long: model, benchmark ("avg": mean of the four), mode, value, low, high, n."""
+    lines = []
+    for model in models:
+        for mode in SHORT:
+            of, column = ("scores", model) if mode == "generation" else ("judged", f"{model}/{mode}")
+            for benchmark in (*JUDGED, "avg"):
+                on = JUDGED if benchmark == "avg" else [benchmark]
+                if not all(evidence.measured(of).has(b, column) for b in on):
+                    lines.append({"model": model, "benchmark": benchmark, "mode": mode, "value": nan, "low": nan,
+                                  "high": nan, "n": 0})
+                    continue
+                e = evidence.contrast(average(column, on), of=of)
+                lines.append({"model": model, "benchmark": benchmark, "mode": mode, "value": e.estimate,
+                              "low": max(e.low, 0.0) if isfinite(e.low) else nan,
+                              "high": min(e.high, 100.0) if isfinite(e.high) else nan, "n": e.n})
+    return pd.DataFrame(lines)
+
+
+def table7(found: pd.DataFrame) -> pd.DataFrame:
+    """Table 7, wide: model, then <bench>_gen, <bench>_gen_low, <bench>_gen_high, <bench>_out, ..., avg_proc_high."""
+    lines = []
+    for model, part in found.groupby("model", sort=False):
+        line: dict[str, object] = {"model": model}
+        ordered = part.assign(place=part["benchmark"].map([*JUDGED, "avg"].index)).sort_values("place", kind="stable")
+        for r in ordered.itertuples():
+            name = f"{r.benchmark}_{SHORT[r.mode]}"
+            line |= {name: r.value, f"{name}_low": r.low, f"{name}_high": r.high}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def table7_shown(found: pd.DataFrame) -> pd.DataFrame:
+    """Table 7 for the eye: a row a model, a column a benchmark; in it gen, out and proc, the paper's in brackets."""
+    printed, cells = paper.table(7), found.set_index(["model", "benchmark", "mode"])
+    lines = []
+    for model in dict.fromkeys(found["model"]):
+        line = {"model": model}
+        for benchmark in (*JUDGED, "avg"):
+            told = []
+            for mode, short in SHORT.items():
+                r = cells.loc[(model, benchmark, mode)]
+                theirs = printed.loc[model, f"{benchmark}_{short}"]
+                told.append(f"{short} {interval(r.value, r.low, r.high)} ({theirs:.1f})")
+            line["mean of four" if benchmark == "avg" else miniature(benchmark)] = "\n".join(told)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def quality(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each model, benchmark and mode, in percent: accuracy, balanced, yes, right, unreadable, n (items).
+
+    `balanced` is NaN where all judged answers were right, or all wrong. `right` is the share of right answers
+    among those that were judged; a reply that is neither yes nor no is unreadable and counts as wrong.
+    """
+    lines = []
+    for (model, benchmark, mode), part in rows.groupby(["model", "benchmark", "mode"], sort=False):
+        by_truth = part.groupby("truth")["correct"].mean()
+        lines.append({
+            "model": model, "benchmark": benchmark, "mode": mode, "accuracy": 100 * part["correct"].mean(),
+            "balanced": 100 * by_truth.mean() if len(by_truth) == 2 else nan, "yes": 100 * (part["said"] == 1).mean(),
+            "right": 100 * part["truth"].mean(), "unreadable": 100 * (part["said"] == -1).mean(),
+            "n": part["item"].nunique(),
+        })
+    return pd.DataFrame(lines)
+
+
+def quality_shown(found: pd.DataFrame) -> pd.DataFrame:
+    """`quality` averaged over the benchmarks where it is defined: a row a model and mode."""
+    lines = []
+    for (model, mode), part in found.groupby(["model", "mode"], sort=False):
+        mean = part[["accuracy", "balanced", "yes", "right", "unreadable"]].mean()
+        defined = part["balanced"].notna().sum()
+        lines.append({
+            "model": model, "mode": mode, "accuracy": f"{mean['accuracy']:.1f}",
+            "balanced accuracy (50: no skill)": f"{mean['balanced']:.1f} ({defined} of {len(part)} benchmarks)"
+            if defined else "undefined", "says yes": f"{mean['yes']:.1f}",
+            "answers that are right": f"{mean['right']:.1f}", "unreadable": f"{mean['unreadable']:.1f}",
+        })
+    return pd.DataFrame(lines)
+
+
+def quality_sentence(found: pd.DataFrame) -> Markdown:
+    """Whether the judges can tell right from wrong at all, by mode."""
+    told = []
+    for mode in MODES:
+        known = found.loc[found["mode"] == mode, "balanced"].dropna()
+        told.append(f"{mode}: {known.mean():.1f} (from {known.min():.1f} to {known.max():.1f}, {len(known)} cells)"
+                    if len(known) else f"{mode}: undefined")
+    return Markdown("Balanced accuracy, mean over models and benchmarks (50: no skill): " + "; ".join(told) + ".")
+
+
+def figure6(found: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 6: mode, model, x (mean generation), y (mean judging), over the four benchmarks."""
+    mean = found[found["benchmark"] == "avg"].pivot(index="model", columns="mode", values="value").dropna()
+    mean = mean.loc[[m for m in dict.fromkeys(found["model"]) if m in mean.index]]
+    return pd.concat([pd.DataFrame({"mode": f"{mode} judging", "model": mean.index, "x": mean["generation"].to_numpy(),
+                                    "y": mean[mode].to_numpy()}) for mode in MODES], ignore_index=True)
+
+
+def correlations(points: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """r of generation and judging, here and by the paper's Table 7, with interval and leave-one-out range."""
+    printed, lines = audit.judge_correlations(rng), []
+    for mode in MODES:
+        own = points[points["mode"] == f"{mode} judging"]
+        e = stats.pearson(own["x"], own["y"], rng) if len(own) > 2 else stats.Estimate(nan, nan, nan, len(own), nan)
+        left = stats.leave_one_out(own["model"], own["x"], own["y"]).set_index("dropped")["r"]
+        theirs = printed[printed["mode"] == mode].set_index("dropped")
+        whole, rest = theirs.loc[""], theirs.drop("")["r"]
+        lines.append({
+            "judging": mode, "r here": interval(*e[:3], 2) if isfinite(e.estimate) else "undefined: a side is constant",
+            "leaving one model out": _range(left), "models": e.n,
+            "r by the paper's Table 7": interval(whole["r"], whole["low"], whole["high"], 2),
+            "its leave-one-out": _range(rest), "paper's text": "-0.53" if mode == "process" else "positive, no number",
+        })
+    return pd.DataFrame(lines)
+
+
+def _range(values: pd.Series) -> str:
+    """Smallest and largest r, each with the model whose absence makes it."""
+    known = values.dropna()
+    if known.empty:
+        return "undefined"
+    return f"{known.min():.2f} (without {known.idxmin()}) to {known.max():.2f} (without {known.idxmax()})"
+
+
+def figure7(found: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 7: both ways of judging by benchmark and model."""
+    part = found[(found["mode"] != "generation") & (found["benchmark"] != "avg")].dropna(subset="value")
+    return part.assign(benchmark=part["benchmark"].map(miniature))
+
+
+def figure8(found: pd.DataFrame, models: Sequence[str] = INTEGRATED) -> pd.DataFrame:
+    """Fig. 8: generation, outcome and process of the models that serve all domains, mean of the four benchmarks."""
+    part = found[(found["benchmark"] == "avg") & found["model"].isin(list(models))]
+    return part.dropna(subset="value")
+
+
+def modality_sentence(found: pd.DataFrame) -> Markdown:
+    """In how many cells process judging is better, by benchmark, beside the paper's Table 7."""
+    cells = found[found["benchmark"] != "avg"]
+    wide = cells.pivot(index=["benchmark", "model"], columns="mode", values="value").dropna()
+    theirs = audit.finding1().groupby("benchmark")["process_better"].agg(["sum", "size"])
+    told = []
+    for benchmark in JUDGED:
+        own = wide[wide.index.get_level_values("benchmark") == benchmark]
+        told.append(f"{miniature(benchmark)} {(own['process'] > own['outcome']).sum()} of {len(own)} "
+                    f"(paper {theirs.loc[benchmark, 'sum']} of {theirs.loc[benchmark, 'size']})")
+    return Markdown("Models for which judging the process is better: " + "; ".join(told) + ".")

@@ -1,0 +1,132 @@
+"""Notebook 0: this machine, what is made and what the rest will cost; and `show`, `interval`, used by others."""
+from __future__ import annotations
+
+import html
+import math
+import shutil
+from collections.abc import Mapping
+
+import altair as alt
+import numpy as np
+import pandas as pd
+from IPython.display import HTML
+
+from m2rl_core import paper, plots
+from m2rl_core.domains import BENCHMARKS
+from m2rl_core.paper import audit
+from m2rl_core.progress import duration
+from m2rl_core.provenance import machine, packages
+
+VERDICT_COLOURS = {"supported": "#14692f", "contradicted": "#a3170f", "undecided": "#7a5d00"}
+
+
+def show(frame: pd.DataFrame, formats: Mapping[str, str] | None = None) -> HTML:
+    """The frame as an HTML table without its index; `formats` are format specs by column, NaN reads "–"."""
+    formats = formats or {}
+    body = "".join("<tr>" + "".join(_cell(value, formats.get(name, "")) for name, value in line.items()) + "</tr>\n"
+                   for line in frame.to_dict("records"))
+    head = "".join(f'<th style="text-align:left">{html.escape(str(name))}</th>' for name in frame.columns)
+    return HTML(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
+
+
+def _cell(value, spec: str) -> str:
+    if value is None or isinstance(value, float) and math.isnan(value):
+        text = "–"
+    elif isinstance(value, bool | np.bool_):
+        text = "yes" if value else "no"
+    else:
+        text = format(value, spec) if spec and not isinstance(value, str) else str(value)
+    lines = html.escape(text).replace("\n", "<br>")
+    colour = VERDICT_COLOURS.get(text)
+    style = "text-align:left;vertical-align:top" + (f";color:{colour}" if colour else "")
+    return f'<td style="{style}">{lines}</td>'
+
+
+def interval(value: float, low: float, high: float, digits: int = 1) -> str:
+    """`61.2 [58.1, 64.0]`; "–" where there is no value, "61.2 [undefined]" where a single item gives no interval."""
+    if value is None or math.isnan(value):
+        return "–"
+    if low is None or math.isnan(low):
+        return f"{value:.{digits}f} [undefined]"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def miniature(benchmark: str) -> str:
+    """How a miniature benchmark is called on every table."""
+    return f"{benchmark} (miniature)" if benchmark in BENCHMARKS else benchmark
+
+
+def machine_table(run, sandbox: str) -> pd.DataFrame:
+    """What this machine offers: cores, memory, free disk, packages, and which sandbox runs a model's programs."""
+    here, home = machine(), run.root
+    while not home.exists():
+        home = home.parent
+    versions = ", ".join(f"{name} {version}" for name, version in packages().items())
+    return pd.DataFrame({"what": ["cores", "memory", "disk free for the store", "programs of the model run in", "packages"],
+                         "here": [f"{here['cores']}, of which {run.profile.threads} are used", f"{here['memory_gb']} GB",
+                                  f"{shutil.disk_usage(home).free / 2**30:.0f} GB", sandbox, versions]})
+
+
+def by_kind(plan: pd.DataFrame) -> pd.DataFrame:
+    """`run.estimate()` summed over kinds: stages, made, steps, rollouts, tokens, seconds made and left ("?" if untimed)."""
+    lines = []
+    for kind, part in plan.groupby("kind", sort=False):
+        left = part[~part["done"]]
+        lines.append({"kind": kind, "stages": len(part), "made": int(part["done"].sum()), "steps": part["steps"].sum(),
+                      "rollouts": part["rollouts"].sum(), "tokens at most": part["tokens"].sum(),
+                      "time taken": _clock(part.loc[part["done"], "seconds"]), "time left": _clock(left["seconds"])})
+    return pd.DataFrame(lines)
+
+
+def _clock(seconds: pd.Series) -> str:
+    if seconds.empty:
+        return "–"
+    return "not measured yet" if seconds.isna().all() else duration(seconds.sum()) + (" + ?" if seconds.isna().any() else "")
+
+
+def plan_sentence(plan: pd.DataFrame) -> str:
+    """What is done and what the rest will cost, in words."""
+    left = plan[~plan["done"]]
+    if left.empty:
+        return f"All {len(plan)} stages are made; they took {duration(plan['seconds'].sum())}. Nothing would run."
+    timed = left["seconds"].notna()
+    cost = f"{duration(left['seconds'].sum())} for the {timed.sum()} that were timed before" if timed.any() else "not known"
+    blank = "" if timed.all() else f"; {int((~timed).sum())} have never been timed on this machine"
+    return (f"{int(plan['done'].sum())} of {len(plan)} stages are made. {len(left)} are left and will sample at most "
+            f"{left['tokens'].sum():,} tokens. Expected time: {cost}{blank}.")
+
+
+def plan_chart(plan: pd.DataFrame):
+    """Where the work goes: seconds of each stage where all are timed, else the most tokens it can see; unmade ones pale."""
+    timed = plan["seconds"].notna().all()
+    value, title = ("seconds", "seconds") if timed else ("tokens", "tokens at most (not all stages are timed yet)")
+    frame = plan[plan[value] > 0].assign(pale=plan["done"].map({True: 1.0, False: 0.35}))
+    frame = frame.nlargest(20, value, keep="all").head(20)
+    chart = alt.Chart(frame).mark_bar(color="#0072B2").encode(
+        alt.X(f"{value}:Q", title=title), alt.Y("stage:N", sort=list(frame["stage"]), title=None),
+        opacity=alt.Opacity("pale:Q", scale=None)).properties(width=430, height=13 * len(frame))
+    return plots._finish(chart, f"The {len(frame)} largest stages", "less is better; pale: not made yet")
+
+
+def reasons(run) -> pd.DataFrame:
+    """Every stage that is not made and why it would run: stage, why."""
+    return pd.DataFrame([{"stage": name, "why": "; ".join(run.store.why(stage))}
+                         for name, stage in run.stages.items() if not run.has(name)], columns=["stage", "why"])
+
+
+def cost_beside_paper(run, plan: pd.DataFrame) -> pd.DataFrame:
+    """Table 2 beside this profile: steps and rollouts a step of each run, and its share of the five experts' cost."""
+    printed, ours = paper.table(2), plan.set_index("stage")
+    experts = list(audit.EXPERTS)
+    lines = []
+    for model in printed.index:
+        settings = run.stages[model].settings
+        lines.append({
+            "model": model, "steps (paper)": printed.loc[model, "steps"], "steps (here)": settings["steps"],
+            "prompts x group (paper)": f"{printed.loc[model, 'batch_size']} x {printed.loc[model, 'rollouts']}",
+            "prompts x group (here)": f"{settings['prompts']} x {settings['group']}",
+            "% of experts' GPU hours (paper)":
+                100 * printed.loc[model, "gpu_hours"] / printed.loc[experts, "gpu_hours"].sum(),
+            "% of experts' time (here)": 100 * ours.loc[model, "seconds"] / ours.loc[experts, "seconds"].sum(skipna=False),
+            "% of experts' tokens at most (here)": 100 * ours.loc[model, "tokens"] / ours.loc[experts, "tokens"].sum()})
+    return pd.DataFrame(lines)

@@ -1,0 +1,251 @@
+"""Section 3.2: what training cost, every score beside the paper's, who helps or harms whom, and the merges.
+
+Scores and differences are in points with 95 % intervals over items; differences are paired by item. Functions
+take the `Evidence` that the section's claims are decided on, so that tables and verdicts cannot disagree.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+
+import pandas as pd
+from IPython.display import Markdown
+
+from m2rl_core import paper
+from m2rl_core.claims.evidence import EXPERT, FIGURE2, MERGES, OWN, Evidence
+from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.metrics import stats
+from m2rl_core.metrics.stats import average, difference
+from m2rl_core.paper import audit
+from m2rl_core.plots import DOMAIN_NAMES
+from m2rl_core.study import TRAINED
+from m2rl_core.views.opening import interval, miniature
+
+PARTS = ("seconds", "seconds_sample", "seconds_verify", "seconds_update")
+TABLE3 = ("base", "sft", *EXPERT.values(), "merge-ties", "rl-multi")  # the columns of Table 3
+TABLE4 = (*MERGES, "mt-opd")
+INTEGRATED = ("rl-multi", *MERGES, "mt-opd")
+
+
+# Costs (Table 2) -------------------------------------------------------------------------------------------------
+
+def costs(run, models: Iterable[str] = TRAINED) -> pd.DataFrame:
+    """What each run did and took: model, prompts, group, steps, rollouts, tokens, seconds (and parts), hours.
+
+    Seconds are those of the training steps (sampling, verification, update) on this machine; looking at the
+    policy on the way is not counted.
+    """
+    lines = []
+    for model in models:
+        did, took, settings = run.steps(model), run.timing(model), run.stages[model].settings
+        lines.append({
+            "model": model, **{name: settings[name] for name in ("prompts", "group", "steps")},
+            "rollouts": int(did["rollouts"].sum()), "tokens": int(did["response_tokens"].sum()),
+            **{part: float(took[part].sum()) for part in PARTS}, "hours": float(took["seconds"].sum()) / 3600,
+        })
+    return pd.DataFrame(lines)
+
+
+def shares(spent: pd.DataFrame, column: str = "hours") -> pd.Series:
+    """Each model's cost in percent of the five experts' together; index model."""
+    by_model = spent.set_index("model")[column]
+    return 100 * by_model / by_model[list(EXPERT.values())].sum()
+
+
+def table2(spent: pd.DataFrame) -> pd.DataFrame:
+    """Table 2 for the eye: ours with the printed GPU hours and both shares of the five experts' cost."""
+    printed, ours = paper.table(2), shares(spent)
+    theirs = shares(printed["gpu_hours"].rename("hours").rename_axis("model").reset_index())
+    total = spent["seconds"].where(spent["seconds"] > 0)
+    return pd.DataFrame({
+        "model": spent["model"],
+        "prompts x group x steps": [f"{r.prompts} x {r.group} x {r.steps}" for r in spent.itertuples()],
+        "paper's": [f"{p.batch_size} x {p.rollouts} x {p.steps}" for p in printed.loc[spent["model"]].itertuples()],
+        "rollouts": [f"{n:,}" for n in spent["rollouts"]], "tokens sampled": [f"{n:,}" for n in spent["tokens"]],
+        "seconds": [f"{s:,.1f}" for s in spent["seconds"]],
+        "sample / verify / update": [" / ".join(f"{100 * r[part] / t:.0f} %" for part in PARTS[1:])
+                                     for (_, r), t in zip(spent.iterrows(), total, strict=True)],
+        "% of experts": [f"{ours[m]:.1f}" for m in spent["model"]],
+        "paper: GPU hours": [f"{printed.loc[m, 'gpu_hours']:,.1f}" for m in spent["model"]],
+        "paper: % of experts": [f"{theirs[m]:.1f}" for m in spent["model"]],
+    })
+
+
+def cost_sentence(spent: pd.DataFrame) -> Markdown:
+    """The mix against the five experts, in seconds and in tokens, beside the paper's ratio."""
+    printed = audit.gpu_hours().set_index("model")["percent_of_experts"]
+    time, tokens = shares(spent), shares(spent, "tokens")
+    return Markdown(
+        f"`rl-multi` took **{time['rl-multi']:.1f} %** of the five experts' training seconds "
+        f"({tokens['rl-multi']:.1f} % of their sampled tokens); the paper's GPU hours give {printed['rl-multi']:.1f} %. "
+        f"`mt-opd` adds {time['mt-opd']:.1f} % on top of the experts that it needs; the paper's adds {printed['mt-opd']:.1f} %.")
+
+
+# Scores (Tables 3 and 4, Fig. 2) -------------------------------------------------------------------------------------
+
+def table(evidence: Evidence, models: Sequence[str]) -> pd.DataFrame:
+    """Avg@K of `models` on the nine benchmarks and their mean, in percent, as `stats.score_table` writes it."""
+    rows = evidence.frame("scores")
+    return stats.score_table(rows, list(models), list(BENCHMARKS), evidence.rng(), evidence.resamples)
+
+
+def beside(scores: pd.DataFrame, printed: pd.DataFrame | None = None) -> pd.DataFrame:
+    """A score table for the eye: score, interval below it, and below that the paper's number where there is one."""
+    columns = [c for c in scores if f"{c}_low" in scores]
+    shown = {"model": scores["model"]}
+    for column in columns:
+        cells = [interval(*values).replace(" [", "\n[") for values in
+                 scores[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)]
+        if printed is not None and column in printed:
+            theirs = printed[column].reindex(scores["model"])
+            cells = [cell + ("" if pd.isna(value) else f"\npaper {value:.1f}")
+                     for cell, value in zip(cells, theirs, strict=True)]
+        shown["mean of nine" if column == "avg" else miniature(column)] = cells
+    return pd.DataFrame(shown)
+
+
+def printed_scores() -> pd.DataFrame:
+    """The paper's score of every model of Tables 3 and 4 on the nine benchmarks and their mean: index model."""
+    whole = pd.concat([paper.table(3), paper.table(4).drop("merge-ties")])[list(BENCHMARKS)]
+    return whole.assign(avg=whole.mean(axis=1))
+
+
+def titled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with benchmark columns named as miniatures, for the titles of charts."""
+    names = {b + end: miniature(b) + end for b in BENCHMARKS for end in ("", "_low", "_high")}
+    return frame.rename(columns=names | {"avg" + end: "mean of nine" + end for end in ("", "_low", "_high")})
+
+
+def at_home(evidence: Evidence) -> pd.DataFrame:
+    """Each expert against SFT in its own domain: domain, model, sft, expert, difference, low, high, n, paper."""
+    printed, lines = printed_scores(), []
+    for domain, model in EXPERT.items():
+        gap = evidence.contrast(difference(model, "sft", OWN[domain]))
+        before, after = (evidence.contrast(average(m, OWN[domain])).estimate for m in ("sft", model))
+        lines.append({"domain": domain, "model": model, "sft": before, "expert": after, "difference": gap.estimate,
+                      "low": gap.low, "high": gap.high, "n": gap.n,
+                      "paper": (printed.loc[model] - printed.loc["sft"])[OWN[domain]].mean()})
+    return pd.DataFrame(lines)
+
+
+def at_home_shown(home: pd.DataFrame) -> pd.DataFrame:
+    """`at_home` for the eye."""
+    return pd.DataFrame({
+        "domain": home["domain"].map(DOMAIN_NAMES), "expert": home["model"],
+        "benchmarks": [", ".join(miniature(b) for b in OWN[d]) for d in home["domain"]],
+        "SFT": home["sft"].map("{:.1f}".format), "expert's score": home["expert"].map("{:.1f}".format),
+        "difference, paired": [interval(r.difference, r.low, r.high) for r in home.itertuples()],
+        "items": home["n"], "paper's difference": home["paper"].map("{:+.1f}".format),
+    })
+
+
+def at_home_sentence(home: pd.DataFrame, points: float = 10) -> Markdown:
+    """How many experts learned their own domain, in words."""
+    clear = home["low"] > 0
+    large = clear & (home["difference"] >= points)
+    others = ", ".join(home.loc[~clear, "model"])
+    return Markdown(
+        f"{clear.sum()} of {len(home)} experts are above SFT at home with the whole interval, {large.sum()} of them by "
+        f"{points:g} points or more." + (f" Not shown to have learned: {others}." if others else ""))
+
+
+def interference(evidence: Evidence, models: Iterable[str] = tuple(EXPERT.values())) -> pd.DataFrame:
+    """Every model against SFT in every domain: model, domain, difference, low, high, n, interval (text)."""
+    lines = []
+    for model in models:
+        for domain in DOMAINS:
+            e = evidence.contrast(difference(model, "sft", OWN[domain]))
+            lines.append({"model": model, "domain": domain, "difference": e.estimate, "low": e.low, "high": e.high,
+                          "n": e.n, "interval": bounds(e.low, e.high)})
+    return pd.DataFrame(lines)
+
+
+def bounds(low: float, high: float, digits: int = 1) -> str:
+    """`[58.1, 64.0]`, or "undefined"."""
+    return f"[{low:.{digits}f}, {high:.{digits}f}]" if isfinite(low) else "[undefined]"
+
+
+def interference_sentence(found: pd.DataFrame) -> Markdown:
+    """How many cells away from home are clearly up, clearly down, or open."""
+    away = found[found["model"] != found["domain"].map(EXPERT)]
+    up, down = (away["low"] > 0).sum(), (away["high"] < 0).sum()
+    worst = away.loc[away["difference"].idxmin()]
+    return Markdown(
+        f"Away from home, {up} of {len(away)} cells are above SFT with the whole interval, {down} below, "
+        f"{len(away) - up - down} can be either. The lowest is `{worst['model']}` on {DOMAIN_NAMES[worst['domain']]}: "
+        f"{interval(worst['difference'], worst['low'], worst['high'])} points.")
+
+
+def along_with_start(along: pd.DataFrame, sft: pd.DataFrame) -> pd.DataFrame:
+    """Rows on the way with step 0 in front: SFT's own rows on the same items, as many samples, for every model."""
+    columns = [c for c in along if c in sft or c == "step"]
+    same = sft[sft["sample"] <= along["sample"].max()].merge(along[["benchmark", "item"]].drop_duplicates(), on=["benchmark", "item"])
+    starts = [same.assign(model=model, step=0) for model in dict.fromkeys(along["model"])]
+    return pd.concat([part[columns] for part in (*starts, along)], ignore_index=True)
+
+
+def trajectories(evidence: Evidence, models: Iterable[str]) -> pd.DataFrame:
+    """Fig. 2: model, benchmark, step, value, low, high; the interval is kept for the benchmark's own expert only."""
+    steps, lines = evidence.frame("along", "step").groupby("model")["step"].unique(), []
+    for domain, benchmark in FIGURE2.items():
+        for model in models:
+            for step in sorted(steps.get(model, [])):
+                e = evidence.contrast({(benchmark, f"{model}@{step}"): 1.0}, of="along")
+                home = model == EXPERT[domain]
+                lines.append({"benchmark": miniature(benchmark), "model": model, "step": int(step), "value": e.estimate,
+                              "low": max(e.low, 0.0) if home else None, "high": min(e.high, 100.0) if home else None})
+    return pd.DataFrame(lines).astype({"low": float, "high": float})
+
+
+# Merges (Table 4) ----------------------------------------------------------------------------------------------------
+
+def diagnoses(run, models: Iterable[str] = MERGES) -> dict[str, dict]:
+    """The merge.json of every weight merge."""
+    return {model: json.loads((run.need(model) / "merge.json").read_text(encoding="utf-8")) for model in models}
+
+
+def diagnosis_table(found: Mapping[str, dict]) -> pd.DataFrame:
+    """What each merge did, in percent; where experts differ, the range over them."""
+    lines = []
+    for model, entry in found.items():
+        d, p = entry["diagnosis"], entry["recipe"]["parameters"]
+        told = [f"{name.replace('_', ' ')} {p[name]:g}" for name in ("density", "drop_rate", "scale") if name in p]
+        lines.append({
+            "model": model, "recipe": ", ".join([entry["recipe"]["method"], *told]),
+            "changed by the experts (%)": _range(d["changed"]), "sign conflict (%)": f"{100 * d['sign_conflict']:.1f}",
+            "density that reaches the merge (%)": _range(d["density"]),
+            "moved by the merge (%)": f"{100 * d['moved']:.1f}",
+            "undone by rounding (%)": f"{100 * d['lost']:.1f}",
+        })
+    return pd.DataFrame(lines)
+
+
+def warning_text(found: Mapping[str, dict]) -> Markdown:
+    """What the merges warn of, each warning once with the merges that gave it."""
+    told: dict[str, list[str]] = {}
+    for model, entry in found.items():
+        for warning in entry["diagnosis"]["warnings"]:
+            told.setdefault(warning, []).append(f"`{model}`")
+    lines = [f"* {what} ({'all merges' if len(by) == len(found) else ', '.join(by)})" for what, by in told.items()]
+    return Markdown("\n".join(["**Warnings of the merges:**", "", *lines]) if lines else "No merge warns of anything.")
+
+
+def _range(by_expert: Mapping[str, float]) -> str:
+    low, high = 100 * min(by_expert.values()), 100 * max(by_expert.values())
+    return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+
+
+def against_best(evidence: Evidence, models: Sequence[str] = INTEGRATED) -> pd.DataFrame:
+    """Mean of nine and its paired difference to the merge with the best mean: model, mean, to the best, paper."""
+    best, printed, lines = evidence.best(MERGES), printed_scores()["avg"], []
+    for model in models:
+        own = evidence.contrast(average(model, BENCHMARKS))
+        gap = evidence.contrast(difference(model, best, BENCHMARKS))
+        lines.append({
+            "model": model, "mean of nine": interval(*own[:3]),
+            f"minus {best}, paired": "the best here" if model == best else interval(*gap[:3]),
+            "paper: mean": f"{printed[model]:.2f}",
+            "paper: minus its best": f"{printed[model] - printed[list(MERGES)].max():+.2f}",
+        })
+    return pd.DataFrame(lines)

@@ -1,0 +1,225 @@
+"""Notebooks 3.2_train and A: what training recorded, as frames for `plots.trajectories`, tables and sentences."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from m2rl_core import paper
+from m2rl_core.claims.evidence import FIGURE2
+from m2rl_core.metrics import stats
+from m2rl_core.plots import DOMAIN_NAMES
+from m2rl_core.progress import duration
+from m2rl_core.study import EXPERTS
+from m2rl_core.views.opening import interval, miniature
+
+ROUTES = {"rl-multi": "GRPO on the mix of all five domains", "mt-opd": "distillation from the five experts"}
+UPDATED = ("kept", "entropy", "mismatch", "grad_norm")  # say nothing of a step whose groups were all skipped
+PANELS = {
+    "length": "response length (tokens)", "truncated": "truncated (share)", "skipped_groups": "skipped groups (share)",
+    "kept": "tokens kept (share)", "entropy": "entropy (nats a token)", "grad_norm": "gradient norm",
+    "reverse_kl": "reverse KL (nats a token)",
+}
+
+
+def window(steps: int) -> int:
+    """Steps that the smoothed curves average over: a tenth of the run, at least one."""
+    return max(1, round(steps / 10))
+
+
+def smoothed(steps: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Centred moving mean of a column over `window` steps, and the lowest and highest step in it: step, value, low, high."""
+    rolling = steps[column].rolling(window(len(steps)), center=True, min_periods=1)
+    return pd.DataFrame({"step": steps["step"], "value": rolling.mean(), "low": rolling.min(), "high": rolling.max()})
+
+
+def rewards(steps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Fig. 9 for several runs, {model: run.steps(model)}: model, step, value, low, high; one panel a model."""
+    return pd.concat([smoothed(frame, "reward").assign(model=model) for model, frame in steps.items()], ignore_index=True)
+
+
+def rewards_by_domain(steps: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Fig. 9 of one run: the reward of all rollouts and, where it has several domains, of each; column `panel`."""
+    domains = [d for d in DOMAIN_NAMES if f"reward_{d}" in steps]
+    wanted = {"reward": "all domains"} | {f"reward_{d}": DOMAIN_NAMES[d] for d in domains} if len(domains) > 1 else {
+        "reward": DOMAIN_NAMES[domains[0]] if domains else "reward"}
+    return pd.concat([smoothed(steps, c).assign(model=model, panel=p) for c, p in wanted.items()], ignore_index=True)
+
+
+def smoothing(steps: pd.DataFrame) -> str:
+    """The subtitle of a smoothed curve."""
+    wide = window(len(steps))
+    return "higher is better" + (f"; line: mean of {wide} steps, band: lowest to highest of them" if wide > 1 else "")
+
+
+def reward_sentence(steps: pd.DataFrame, model: str) -> str:
+    """Reward at the two ends of a run, each over a fifth of its steps, with the 95 % interval over those steps."""
+    part = max(1, len(steps) // 5)
+    ends = [steps["reward"].head(part), steps["reward"].tail(part)]
+    shown = [interval(100 * e.mean(), *(100 * (e.mean() + side * 1.96 * e.std(ddof=1) / np.sqrt(len(e))) for side in (-1, 1)))
+             for e in ends]
+    return (f"{model}: mean reward of the first {part} step(s) {shown[0]} %, of the last {part} {shown[1]} %, "
+            f"from {int(steps['rollouts'].iloc[0])} rollouts a step.")
+
+
+def on_the_way(along: pd.DataFrame, sft: pd.DataFrame, rng: np.random.Generator, resamples: int) -> pd.DataFrame:
+    """Fig. 2 of one policy: model, step, panel (benchmark), value, low, high in percent.
+
+    Step 0 is the SFT model, cut down from its full evaluation `sft` to the same items and as many samples.
+    """
+    (model,) = along["model"].unique()
+    start = sft[sft["item"].isin(along["item"]) & (sft["sample"] <= along["sample"].max())].assign(step=0)
+    rows = pd.concat([start, along], ignore_index=True)
+    rows = rows.assign(model=rows["step"].astype(str))
+    marks = sorted(rows["step"].unique())
+    table = stats.score_table(rows, [str(m) for m in marks], list(FIGURE2.values()), rng, resamples)
+    parts = [pd.DataFrame({"model": model, "step": marks, "panel": miniature(b), "value": table[b],
+                           "low": table[f"{b}_low"], "high": table[f"{b}_high"]}) for b in FIGURE2.values()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def on_the_way_sentence(frame: pd.DataFrame) -> str:
+    """First and last accuracy on each benchmark of Fig. 2."""
+    ends = [(panel, part.iloc[0], part.iloc[-1]) for panel, part in frame.groupby("panel", sort=False)]
+    parts = [f"{panel} {interval(a.value, a.low, a.high)} → {interval(b.value, b.low, b.high)}" for panel, a, b in ends]
+    return f"From step {int(ends[0][1].step)} to step {int(ends[0][2].step)}, in percent: {'; '.join(parts)}."
+
+
+def defined(steps: pd.DataFrame) -> pd.DataFrame:
+    """`run.steps` with NaN for what a step without any update cannot say (every group was unanimous)."""
+    idle = steps["skipped_groups"].eq(1) & ("reverse_kl" not in steps)
+    return steps.assign(**{c: steps[c].where(~idle) for c in UPDATED if c in steps})
+
+
+def inside(steps: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Length, truncation, skipped groups, kept tokens, entropy, gradient (and reverse KL) by step, for a picture in panels."""
+    steps = defined(steps)
+    parts = [pd.DataFrame({"model": model, "step": steps["step"], "panel": name, "value": steps[column]})
+             for column, name in PANELS.items() if column in steps]
+    return pd.concat(parts, ignore_index=True)
+
+
+def match_sentence(steps: pd.DataFrame) -> str:
+    """How well sampler and trainer agree on the tokens of the same policy, and what masking removed."""
+    steps = defined(steps).dropna(subset="kept")
+    if steps.empty or "mismatch" not in steps:
+        return "Sampler against trainer: undefined, for no step of this run recorded an update by policy gradient."
+    return (f"Over {len(steps)} step(s) with an update, sampler and trainer differed by at most {steps['mismatch'].max():.1e} "
+            f"nats on a token; the importance weights kept at least {100 * steps['kept'].min():.2f} % of the tokens, "
+            f"{100 * steps['kept'].mean():.2f} % on average.")
+
+
+def skipped_sentence(steps: pd.DataFrame) -> str:
+    """The share of groups that gave GRPO nothing to compare."""
+    share = 100 * steps["skipped_groups"]
+    return (f"Unanimous groups, whose advantage is zero: {share.mean():.1f} % on average, {share.iloc[0]:.1f} % in the first "
+            f"step and {share.iloc[-1]:.1f} % in the last.")
+
+
+def rollouts_table(rollouts: pd.DataFrame, n: int = 2) -> pd.DataFrame:
+    """`n` sample rollouts (of different prompts where there are) from the first and from the last step that kept some."""
+    ends = sorted({rollouts["step"].min(), rollouts["step"].max()})
+    parts = []
+    for step in ends:
+        own = rollouts[rollouts["step"] == step]
+        first = own.drop_duplicates("item")
+        parts.append(pd.concat([first, own.drop(first.index)]).head(n))
+    found = pd.concat(parts)
+    return pd.DataFrame({"step": found["step"], "domain": found["domain"], "prompt": found["prompt"], "response":
+                         found["response"].str.replace("<|im_end|>", "\n→ ", regex=False), "reward": found["score"],
+                         "reason": found["reason"]})
+
+
+def cost_table(timing: pd.DataFrame, steps: pd.DataFrame, seconds: float) -> pd.DataFrame:
+    """Where the time of a run went; `seconds` is the whole stage's. Columns: part, seconds, share (%), seconds a step."""
+    parts = {"sampling rollouts": timing["seconds_sample"].sum(), "verifying": timing["seconds_verify"].sum(),
+             "updating": timing["seconds_update"].sum()}
+    parts["evaluation on the way, checkpoints, loading"] = max(0.0, seconds - sum(parts.values()))
+    parts["all"] = sum(parts.values())
+    return pd.DataFrame([{"part": name, "seconds": value, "share (%)": 100 * value / max(1e-9, parts["all"]),
+                          "seconds a step": value / len(steps)} for name, value in parts.items()])
+
+
+def cost_sentence(timing: pd.DataFrame, steps: pd.DataFrame, model: str, seconds: float) -> str:
+    """Speed and price of the run, and the paper's hours for its own (Table 2)."""
+    printed = paper.table(2)["gpu_hours"]
+    tokens, spent = steps["response_tokens"].sum(), timing["seconds_sample"].sum()
+    return (f"{model} sampled {tokens:,} tokens at {tokens / max(spent, 1e-9):,.0f} a second and took {duration(seconds)}. The "
+            f"paper's {model} took {printed[model]:,.1f} GPU hours, "
+            f"{100 * printed[model] / printed[list(EXPERTS)].sum():.1f} % of its five experts' together (Table 2).")
+
+
+def what_it_is(stage) -> str:
+    """One line on the policy that the notebook trains: what from, on how many prompts, for how long."""
+    s = stage.settings
+    kind = ROUTES.get(stage.name, f"GRPO on {DOMAIN_NAMES.get(stage.name.removeprefix('rl-'), stage.name)} alone")
+    rows = ", ".join(f"{n:,} {DOMAIN_NAMES[d]}" for d, n in s["rows"].items())
+    return (f"**{stage.name}**: {kind}, from {' and '.join(stage.needs[:1])}. Prompts: {rows}. {s['steps']} steps of "
+            f"{s['prompts']} prompts x {s['group']} rollouts, learning rate {s['lr']:g}, at most {s['max_new_tokens']} tokens a "
+            f"rollout, key `{stage.key[:8]}`.")
+
+
+# A_training_details -------------------------------------------------------------------------------------
+
+def used(profile) -> dict[tuple[str, str], object]:
+    """What this profile uses for each setting of `paper.settings()`, by (stage, name)."""
+    sft, rl, opd, merge, analysis = profile.sft, profile.rl, profile.opd, profile.merge, profile.analysis
+    corrections = {"mis": f"masked outside [{rl.is_low:g}, {rl.is_high:g}] (token level)",
+                   "tis": f"truncated at {rl.is_high:g} (token level)", "none": "none"}
+    found = {
+        "sft": {
+            "initial model": "base of this study", "samples": sft.rows, "epochs": round(sft.steps * sft.batch_size / sft.rows, 2),
+            "optimizer": f"AdamW, betas {sft.betas[0]:g} and {sft.betas[1]:g}", "weight decay": sft.weight_decay,
+            "learning rate": f"{sft.lr:g} with cosine decay to {sft.final_lr:g}", "batch size": sft.batch_size,
+            "warm-up share": round(sft.warmup / sft.steps, 3)},
+        "rl": {
+            "algorithm": "GRPO; unbiased standard deviation in each group", "prompts in a batch": rl.prompts,
+            "group size": rl.group, f"gradient updates for each {128 * 16} rollouts": f"1 for each {rl.prompts * rl.group}",
+            "steps of an expert": rl.steps, "steps of RL-Multi": rl.multi_steps, "weight decay": rl.weight_decay,
+            "optimizer": f"AdamW, betas {rl.betas[0]:g} and {rl.betas[1]:g}, gradients clipped at {rl.grad_clip:g}",
+            "learning rate": f"{rl.lr:g} constant", "temperature": rl.temperature,
+            "longest response": f"{rl.max_new_tokens} tokens", "importance sampling": corrections[rl.is_correction],
+            "KL penalty": rl.kl, "clip range": f"{rl.clip_low:g} and {rl.clip_high:g}; without effect at one update a batch",
+            "multi-task batch": "random mixture of the five sets",
+            "reward": "binary; without </think> it is 0", "math verifier": "math-verify on the last box",
+            "instruction verifier": "IFEval's strict checks, all must hold", "code verifier": "all unit tests, in a sandbox",
+            "agent environment": f"small workplace, at most {rl.max_turns} turns",
+            **{f"{word} prompts": rl.rows[d] for d, word in (("math", "math"), ("coding", "coding"), ("science", "science"),
+                                                             ("if", "instruction"), ("agent", "agent"))}},
+        "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
+                  "TIES density": f"{merge.density:g} over all weights of an expert together",
+                  "scale of the merged task vector": merge.scale},
+        "opd": {
+            "prompts in a batch": opd.prompts, "group size": opd.group, "steps": opd.steps, "learning rate": f"{opd.lr:g}",
+            f"gradient updates for each {256 * 4} rollouts": f"1 for each {opd.prompts * opd.group}",
+            "optimizer": f"AdamW, betas {opd.betas[0]:g} and {opd.betas[1]:g}", "longest response": f"{opd.max_new_tokens} tokens",
+            "divergence": {"sampled": "log-ratio of the sampled token only", "full": "reverse KL over the vocabulary"}[opd.loss]},
+        "analysis": {"changed-weight threshold eta": analysis.eta, "layer": f"{analysis.layer} of {profile.model.layers}",
+                     "random projection dimension": analysis.random_projection, "judge repeats": f"Avg@{analysis.judge_k}"},
+    }
+    return {(stage, name): value for stage, values in found.items() for name, value in values.items()}
+
+
+def settings_table(profile, stage: str) -> pd.DataFrame:
+    """Stated, released and used settings of one stage (sft, rl, merge, opd, analysis): name, section, and the three."""
+    stated, ours = paper.settings(), used(profile)
+    part = stated[stated["stage"] == stage]
+    return pd.DataFrame({"setting": part["name"], "stated": part["stated"].astype(str), "section": part["section"],
+                         "released code": part["released"].astype(str).replace("", "as stated, or silent"),
+                         "here": [str(ours.get((stage, name), "–")) for name in part["name"]]})
+
+
+def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict]) -> pd.DataFrame:
+    """All runs in one line each: reward at both ends, kept and skipped, mismatch, time, and the digest of the weights."""
+    lines = []
+    for model, frame in steps.items():
+        part, sure = max(1, len(frame) // 5), defined(frame)
+        lines.append({
+            "model": model, "steps": len(frame), "first reward (%)": 100 * frame["reward"].head(part).mean(),
+            "last reward (%)": 100 * frame["reward"].tail(part).mean(), "lowest kept (%)": 100 * sure["kept"].min(),
+            "skipped groups (%)": 100 * frame["skipped_groups"].mean(),
+            "largest mismatch (nats)": sure["mismatch"].max() if "mismatch" in sure else np.nan,
+            "time": duration(manifests[model]["seconds"]), "key": manifests[model]["key"][:8],
+            "SHA-256 of the weights": manifests[model]["digests"]["model.safetensors"][:12]})
+    return pd.DataFrame(lines)

@@ -1,0 +1,201 @@
+"""Verdicts: the evidence of a run, claims as tables, what agrees with the paper, and quality beside cost."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from math import isnan
+
+import altair as alt
+import pandas as pd
+from IPython.display import Markdown
+
+from m2rl_core import claims, plots
+from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
+from m2rl_core.domains import BENCHMARKS
+from m2rl_core.metrics.stats import average, difference
+from m2rl_core.study import JUDGED, MODELS
+from m2rl_core.views import scores
+from m2rl_core.views.opening import interval
+
+FRAMES = ("scores", "pairs", "along", "costs", "jaccard", "cosine", "kl", "judged")
+VERDICTS = ("supported", "contradicted", "undecided", "not run", "cannot be decided from printed numbers")
+COMPARED = ("sft", *EXPERT.values(), "rl-multi", *MERGES, "mt-opd")
+
+
+def evidence(run, *frames: str) -> Evidence:
+    """What claims are decided on, from a run: any of FRAMES (all where none is named); makes what is missing first.
+
+    "pairs" adds the merges of two experts to the scores; "along" starts with SFT at step 0.
+    """
+    wanted, found = frames or FRAMES, {}
+    unknown = [name for name in wanted if name not in FRAMES]
+    if unknown:
+        raise ValueError(f"unknown evidence {unknown[0]!r}; there is {', '.join(FRAMES)}")
+    if "scores" in wanted:
+        two = [name.removeprefix("eval-") for name in run.stages if name.startswith("eval-pair-")]
+        found["scores"] = run.scores((*MODELS, *two) if "pairs" in wanted else MODELS)
+    if "along" in wanted:
+        found["along"] = scores.along_with_start(run.along(), run.scores(["sft"]))
+    if "costs" in wanted:
+        found["costs"] = scores.costs(run)
+    for name in ("jaccard", "cosine"):
+        if name in wanted:
+            found[name] = run.table("weights", f"{name}.parquet")
+    if "kl" in wanted:
+        found["kl"] = run.table("neighborhoods", "kl.parquet")
+    if "judged" in wanted:
+        found["judged"] = run.judged(JUDGED)
+    return Evidence(**found, seed=run.profile.seed)
+
+
+def table(lines: Sequence[dict]) -> pd.DataFrame:
+    """Verdicts for the eye: the claim and its rule, by the paper's printed numbers and by this run."""
+    return pd.DataFrame([{
+        "section": line["section"], "claim": f"{line['text']}\nRule: {line['rule']}.",
+        "by the paper's numbers": line["paper_verdict"], "paper's estimate": _estimate(line, "paper_"),
+        "by this run": line["run_verdict"], "estimate [95 %]": _estimate(line, ""), "n": line["n"] or "",
+        "note": line["note"],
+    } for line in lines])
+
+
+def _estimate(line: dict, of: str) -> str:
+    value, low, high = line[f"{of}estimate"], line[f"{of}low"], line[f"{of}high"]
+    if value is None:
+        return ""
+    digits = 2 if abs(value) < 10 else 1
+    return f"{value:.{digits}f}" if low is None else interval(value, low, high, digits)
+
+
+def counts(lines: Sequence[dict]) -> pd.DataFrame:
+    """How many claims got which verdict: a row a section, a column a source and verdict."""
+    rows = []
+    for section in [*dict.fromkeys(line["section"] for line in lines), "all"]:
+        part = [line for line in lines if section in ("all", line["section"])]
+        row = {"section": section, "claims": len(part)}
+        for source, key in (("paper", "paper_verdict"), ("here", "run_verdict")):
+            count = Counter(line[key] for line in part)
+            row |= {f"{source}: {name}": count[name] for name in VERDICTS[:3]}
+            last = "not decidable" if source == "paper" else "not run"
+            row[f"{source}: {last}"] = sum(count[name] for name in VERDICTS[3:])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summary(lines: Sequence[dict]) -> Markdown:
+    """One sentence of counts."""
+    count = Counter(line["run_verdict"] for line in lines)
+    told = ", ".join(f"{count[name]} {name}" for name in VERDICTS if count[name])
+    return Markdown(f"Of {len(lines)} claims, this run finds: **{told}**.")
+
+
+def agreement(lines: Sequence[dict], run_verdict: str) -> Markdown:
+    """The claims with this verdict of the run, each with what the paper's own numbers say of it."""
+    part = [line for line in lines if line["run_verdict"] == run_verdict]
+    if not part:
+        return Markdown(f"*No claim is {run_verdict} here.*")
+    told = []
+    for line in part:
+        number, note = _estimate(line, ""), line["note"] if run_verdict == "undecided" else ""
+        detail = "; ".join(filter(None, [f"here {number}" if number else "", note]))
+        told.append(f"* {line['text']} ({line['section']}; {detail + '; ' if detail else ''}"
+                    f"by the paper's own numbers: {line['paper_verdict']})")
+    return Markdown("\n".join(told))
+
+
+# Quality beside cost ---------------------------------------------------------------------------------------------
+
+def quality_and_cost(found: Evidence, models: Iterable[str] = COMPARED) -> pd.DataFrame:
+    """What each model scores and costs, here and in print: source, model, cost, value, low, high.
+
+    `cost`: training beyond SFT in percent of the five experts' together; a merge needs all five and MT-OPD its own
+    training on top; the merging itself takes no training. `value`: mean of the nine benchmarks.
+    """
+    printed = claims.paper_evidence()
+    lines = []
+    for source, e in (("this run", found), ("the paper, printed", printed)):
+        share = scores.shares(e.frame("costs", "model", "hours"))
+        extra = {"sft": 0.0, **dict.fromkeys(MERGES, 100.0), "mt-opd": 100 + share["mt-opd"]}
+        for model in models:
+            mean = e.contrast(average(model, BENCHMARKS))
+            lines.append({"source": source, "model": model, "cost": extra.get(model, share.get(model)),
+                          "value": mean.estimate, "low": mean.low, "high": mean.high})
+    return pd.DataFrame(lines)
+
+
+def placed(frame: pd.DataFrame, room: float = 0.055) -> pd.DataFrame:
+    """The frame with `x` (merges of one cost drawn side by side) and `at`, `beside`: where each name can be read.
+
+    `room`: the height of a name as a share of the picture's.
+    """
+    parts = []
+    for _, part in frame.groupby("source", sort=False):
+        part = part.copy()
+        merges = [m for m in MERGES if m in set(part["model"])]
+        shift = {m: 1.8 * (i - (len(merges) - 1) / 2) for i, m in enumerate(merges)}
+        part["x"] = part["cost"] + part["model"].map(shift).fillna(0.0)
+        edge = max(part["x"].max(), 100.0)
+        far = part["x"] > 80
+        part["at"] = part["x"].where(~far, edge + 6) + (~far) * 3
+        height = (part["high"].fillna(part["value"]).max() - part["low"].fillna(part["value"]).min()) or 1.0
+        part["beside"] = part["value"]
+        for group in (part[far], part[~far]):
+            ordered = group.sort_values("value")
+            gap, last = room * height, -float("inf")
+            spread = []
+            for value in ordered["value"]:
+                last = max(value, last + gap)
+                spread.append(last)
+            excess = (sum(spread) - ordered["value"].sum()) / max(len(spread), 1)
+            part.loc[ordered.index, "beside"] = [y - excess for y in spread]
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model scores and what it cost"):
+    """The study in one picture: mean of nine against training cost, this run and the paper's printed numbers."""
+    frame = placed(frame)
+    models = plots._models(frame)
+    charts = []
+    for source, part in frame.groupby("source", sort=False):
+        low, high = (part[[c, "value", "beside"]].stack() for c in ("low", "high"))
+        scale = alt.Scale(domain=[low.min() - 1, high.max() + 1], nice=False)
+        base = alt.Chart(part)
+        x = alt.X("x:Q", title="training beyond SFT, % of the five experts together",
+                  scale=alt.Scale(domain=[-4, max(part["at"].max(), 100) + 34], nice=False),
+                  axis=alt.Axis(values=[0, 25, 50, 75, 100, 125]))
+        y = alt.Y("value:Q", title="mean of the nine benchmarks (%)", scale=scale)
+        color, shape = plots._color(models, None), plots._shape(models, None)
+        whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.3, opacity=0.7).encode(
+            x, alt.Y("low:Q", scale=scale, title="mean of the nine benchmarks (%)"), y2="high:Q", color=color)
+        leads = base.mark_rule(strokeWidth=0.6, color="#bbbbbb").encode(x, y, x2="at:Q", y2="beside:Q")
+        dots = base.mark_point(filled=True, size=65, opacity=1).encode(x, y, color, shape)
+        names = base.mark_text(align="left", dx=2, fontSize=10).encode(
+            alt.X("at:Q"), alt.Y("beside:Q", scale=scale), text="model:N", color=color)
+        charts.append((leads + whiskers + dots + names).properties(width=430, height=300, title=source))
+    how = ("up and left is better; lines: 95 % (paper: sampling noise only); "
+           "each merge costs the five experts, they are drawn side by side")
+    return plots._finish(alt.hconcat(*charts), title, how)
+
+
+def mix_or_merge(found: Evidence) -> Markdown:
+    """The answer of this run in words, by the rule of the claims: equal means inside +-2 points."""
+    best = found.best(MERGES)
+    e = found.contrast(difference("rl-multi", best, BENCHMARKS))
+    distilled = found.contrast(difference("mt-opd", best, BENCHMARKS))
+    share = scores.shares(found.frame("costs", "model", "hours"))
+    cost = share["rl-multi"]
+    if isnan(e.low):
+        answer = "**Cannot tell**: too few items for an interval."
+    elif e.low > -MARGIN and e.high < MARGIN:
+        answer = "**The two are equal** here, so the cheaper one is the better buy: " + (
+            "**mix**." if cost < 100 else "**merge**.")
+    elif e.low > 0:
+        answer = "**Mix**: it scores higher" + (" and costs less." if cost < 100 else ", at a higher cost.")
+    elif e.high < 0:
+        answer = "**Merge**: it scores higher" + (", at a higher cost." if cost < 100 else " and costs less.")
+    else:
+        answer = "**Cannot tell** which scores higher; " + ("mixing" if cost < 100 else "merging") + " costs less."
+    return Markdown(
+        f"{answer} `rl-multi` minus `{best}` (the merge with the best mean, picked on these same items, which favours "
+        f"it): {interval(*e[:3])} points over nine benchmarks, at {cost:.0f} % of the experts' training time. "
+        f"`mt-opd` minus `{best}`: {interval(*distilled[:3])} points, at {100 + share['mt-opd']:.0f} %.")

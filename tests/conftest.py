@@ -1,0 +1,55 @@
+"""Fixtures that several test files share; torch is imported only by the tests that ask for a policy."""
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer."""
+    import toy_policy
+    return toy_policy.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def policy(words):
+    """A tiny random policy; tests read it and never change it."""
+    import toy_policy
+    return toy_policy.make(words)
+
+
+@pytest.fixture(scope="session")
+def other(words):
+    """Another one over the same tokens."""
+    import toy_policy
+    return toy_policy.make(words, seed=1)
+
+
+@pytest.fixture(scope="session")
+def toy_rows():
+    """Three training prompts of each domain, fifteen in all."""
+    from m2rl_core.domains import DOMAINS, training_rows
+    return [row for domain in DOMAINS for row in training_rows(domain, "rl", 3, 1)]
+
+
+@pytest.fixture(scope="session")
+def episodes():
+    """Agent rows whose right continuation has two tool calls, each answered, and a last word."""
+    from m2rl_core.domains import training_rows
+    return [row for row in training_rows("agent", "rl", 40, 1) if row.truth["kind"] == "multi_turn"][:3]
+
+
+@pytest.fixture(scope="session")
+def played(policy, toy_rows, episodes):
+    """Rollouts of uneven length, three a prompt, with and without tool turns between: 24 of them."""
+    import toy_policy
+    import torch
+    from m2rl_core.domains import module
+    from m2rl_core.rollout import sample
+    found = sample(policy, toy_rows[:5], 3, generator=torch.Generator().manual_seed(1), max_new_tokens=24)
+    wanted = []
+    for row in episodes:
+        right = module("agent").respond(row)
+        wanted += [toy_policy.script_of(policy, row, turns) for turns in (right, right[:1], right[2:3])]
+    with pytest.MonkeyPatch.context() as patch:
+        return found + toy_policy.scripted(policy, episodes, wanted, patch, n=3)

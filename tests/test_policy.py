@@ -1,0 +1,213 @@
+"""The model against transformers' own, the folder that other tools read, the tokenizer and the chat markup."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import toy_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+from m2rl_core import policy as policies
+from m2rl_core.domains import module
+from m2rl_core.policy import EOS, MARKERS, PAD, Policy
+from m2rl_core.qwen3 import Shape, head, hidden_states, token_logprobs
+from m2rl_core.rollout import tool_reply
+
+CLOSE = 1e-5  # logits are of size 1; float32 rounding of two orders of summation
+
+
+def ours(policy, tokens, positions, **settings):
+    hidden, kv = hidden_states(policy.weights, policy.shape, tokens, positions, **settings)
+    return torch.nn.functional.linear(hidden, head(policy.weights)), kv
+
+
+def some_tokens(policy, rows, width):
+    tokens = torch.randint(0, policy.config.vocab_size, (rows, width), generator=torch.Generator().manual_seed(2))
+    return tokens, torch.arange(width).expand(rows, width)
+
+
+@torch.no_grad()
+def test_forward_pass_is_that_of_transformers(policy):
+    """Faults: a head mapped to the wrong key head (4 heads share 2), a norm left out, another epsilon."""
+    tokens, positions = some_tokens(policy, 3, 33)
+    found, _ = ours(policy, tokens, positions)
+    wanted = toy_policy.transformers_model(policy)(tokens).logits
+    assert float(wanted.std()) > 0.5  # not a comparison of zeros
+    assert float((found - wanted).abs().max()) < CLOSE
+
+
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing(policy):
+    """Fault: a short row sees the padding of a long one."""
+    tokens, positions = some_tokens(policy, 3, 20)
+    lengths, model = (20, 7, 13), toy_policy.transformers_model(policy)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length:] = 0
+    padded, _ = ours(policy, tokens, positions)
+    for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+        alone = model(ids[None, :length]).logits[0]
+        assert float((padded[row, :length] - alone).abs().max()) < CLOSE
+
+
+@torch.no_grad()
+def test_positions_are_those_given(policy):
+    """Faults: positions counted from the start of the call, angles of a wrong base or in the wrong order."""
+    tokens, positions = some_tokens(policy, 2, 12)
+    gaps = positions * 3 + torch.tensor([[5], [100]])
+    wanted = toy_policy.transformers_model(policy)(tokens, position_ids=gaps).logits
+    assert float((ours(policy, tokens, gaps)[0] - wanted).abs().max()) < CLOSE
+    assert float((ours(policy, tokens, positions)[0] - wanted).abs().max()) > 100 * CLOSE
+
+
+@torch.no_grad()
+def test_earlier_keys_and_values_stand_before_the_new_ones(policy):
+    """Fault: a continuation that does not see the prompt's keys, or sees them in another place."""
+    tokens, positions = some_tokens(policy, 2, 16)
+    whole, _ = ours(policy, tokens, positions)
+    _, past = ours(policy, tokens[:, :10], positions[:, :10])
+    mask = (torch.arange(16) <= torch.arange(10, 16)[:, None])[None, None].expand(2, 1, -1, -1)
+    rest, new = ours(policy, tokens[:, 10:], positions[:, 10:], past=past, mask=mask)
+    assert float((rest - whole[:, 10:]).abs().max()) < CLOSE
+    assert new[0][0].shape == (2, 2, 6, 16)  # rows, key heads, new tokens, head size: not the old ones again
+
+
+@torch.no_grad()
+def test_a_large_models_settings_are_honoured(words):
+    """Faults: the base of the angles or the epsilon written into the code; an untied output embedding ignored."""
+    config = Qwen3Config(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=False, rms_norm_eps=1e-2,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    rng = torch.Generator().manual_seed(3)
+    sizes = policies.sizes(config) | {"lm_head.weight": (50, 24)}
+    policy = Policy({n: torch.randn(s, generator=rng) * 0.3 for n, s in sizes.items()}, config, words)
+    tokens, positions = some_tokens(policy, 2, 40)
+    wanted = toy_policy.transformers_model(policy)(tokens).logits
+    assert float((ours(policy, tokens, positions)[0] - wanted).abs().max()) < CLOSE
+    assert Shape.of(config).rope_theta == 1e6
+
+
+@torch.no_grad()
+def test_token_logprobs_do_not_depend_on_the_chunk(policy):
+    """Faults: a chunk's rows matched with another chunk's targets; a temperature that is left out."""
+    hidden = torch.randn(23, 32, generator=torch.Generator().manual_seed(4))
+    targets = torch.arange(23) * 7
+    logp = torch.log_softmax(hidden @ head(policy.weights).T / 0.7, dim=-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    for chunk in (4096, 23, 5):
+        found, found_entropy = token_logprobs(policy.weights, hidden, targets, temperature=0.7, chunk=chunk)
+        assert torch.allclose(found, logp[torch.arange(23), targets], atol=1e-5)
+        assert torch.allclose(found_entropy, entropy, atol=1e-5)
+
+
+def test_folder_gives_back_every_bit(policy, tmp_path):
+    """Faults: a weight cast or left out on the way to the disk; a folder whose bytes depend on when it was written."""
+    policies.save(policy, tmp_path / "a")
+    again = policies.load(tmp_path / "a")
+    assert again.weights.keys() == policy.weights.keys()
+    assert all(torch.equal(again.weights[n], w) for n, w in policy.weights.items())
+    assert again.shape == policy.shape and again.stop_ids == policy.stop_ids
+    policies.save(again, tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        if file.name != "tokenizer_config.json":  # transformers notes there how it was loaded
+            assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_other_tools_can_load_and_run_the_folder(policy, tmp_path):
+    """Faults: a weight under a name that transformers does not know, and fills with noise; a wrong end marker."""
+    policies.save(policy, tmp_path)
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "What is 3 + 4?"}]
+    ids = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert ids["input_ids"][0].tolist() == policies.encode_prompt(policy, chat)
+    made = model.generate(**ids, do_sample=False, max_new_tokens=12)
+    tokens = ids["input_ids"]
+    while tokens.shape[1] < made.shape[1]:
+        logits, _ = ours(policy, tokens, torch.arange(tokens.shape[1])[None])
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(tokens, made)
+    assert model.generation_config.eos_token_id == list(policy.stop_ids)
+    assert model.config.architectures == ["Qwen3ForCausalLM"]
+
+
+def test_a_folder_of_another_kind_is_refused_in_one_line(tmp_path):
+    """Fault: a llama folder run as if it were qwen3."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="a llama model; the torch engine runs dense qwen3 models") as caught:
+        policies.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_digits_and_markers_are_single_tokens(policy):
+    """Faults: 12 as one token and 13 as two; a marker that the model must spell."""
+    words = policy.tokenizer
+    for text in ("7", "1234567890", " 2024", "x12"):
+        pieces = [words.decode([i]) for i in words.encode(text, add_special_tokens=False)]
+        assert [p for p in pieces if any(c.isdigit() for c in p)] == [c for c in text if c.isdigit()], text
+    for marker in (EOS, PAD, "<|im_start|>", *MARKERS):
+        assert len(words.encode(marker, add_special_tokens=False)) == 1
+        assert len(words.encode(f"a{marker}b", add_special_tokens=False)) == 3
+    assert policy.stop_ids == (words.convert_tokens_to_ids("<|im_end|>"), words.convert_tokens_to_ids("<|endoftext|>"))
+    assert len(words) <= toy_policy.SPEC.vocab
+
+
+def test_text_survives_the_tokenizer(policy, toy_rows, episodes):
+    """Fault: spaces cleaned up or markers dropped in decoding, so that a right answer is verified as another."""
+    for row in (*toy_rows, *episodes):
+        for message in (*row.messages, *module(row.domain).respond(row)):
+            ids = policy.tokenizer.encode(message["content"], add_special_tokens=False)
+            assert policy.tokenizer.decode(ids) == message["content"]
+
+
+def test_markers_stay_where_special_tokens_are_dropped(policy, tmp_path):
+    """Fault: `</think>` marked as special, so that vLLM and lm-eval cut it and no answer passes the format gate."""
+    policies.save(policy, tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    ids = words.encode("<think>\n1\n</think>\n\n<tool_call>\n2\n</tool_call><|im_end|>")
+    assert words.decode(ids, skip_special_tokens=True) == "<think>\n1\n</think>\n\n<tool_call>\n2\n</tool_call>"
+
+
+def tool(name, *arguments):
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": dict.fromkeys(arguments, {})}}}
+
+
+ASK = [{"role": "user", "content": "Find Ann."}]
+CALL = [{"role": "assistant", "content": "<think>\n\n</think>\n\nA"}]
+END = [{"role": "assistant", "content": "Done."}]
+TOOL = [{"role": "tool", "content": '{"id":3}'}]
+HEAD = "<|im_start|>user\nFind Ann.<|im_end|>\n"
+
+
+@pytest.mark.parametrize(("messages", "tools", "prompt", "wanted"), [
+    (ASK, None, True, HEAD + "<|im_start|>assistant\n"),
+    (ASK, [tool("find", "name"), tool("ping")], True,
+     "<|im_start|>system\nfind(name)\nping()\n<|im_end|>\n" + HEAD + "<|im_start|>assistant\n"),
+    (ASK + CALL, None, False, HEAD + "<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n"),
+    (ASK + CALL + TOOL, None, True,
+     HEAD + "<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n"
+     '<|im_start|>user\n<tool_response>\n{"id":3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'),
+    (ASK + CALL + TOOL * 2 + END, None, False,
+     HEAD + "<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n"
+     '<|im_start|>user\n<tool_response>\n{"id":3}\n</tool_response>\n<tool_response>\n{"id":3}\n</tool_response>'
+     "<|im_end|>\n<|im_start|>assistant\nDone.<|im_end|>\n"),
+], ids=["plain", "tools", "answered", "tool result", "two tool results"])
+def test_chat_template_to_the_letter(policy, messages, tools, prompt, wanted):
+    """Fault: a line break that the template engine swallows; the model then sees other text in training and in use."""
+    found = policy.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    assert found == wanted
+
+
+def test_tool_reply_is_what_the_template_writes(policy, episodes):
+    """Fault: a reply put into the running context that differs from the chat template's text of the same talk."""
+    for row in episodes:
+        first, *_ = turns = module("agent").respond(row)
+        outputs = [t["content"] for t in turns[1:2]]
+        for said in (outputs, outputs * 2):
+            talk = [*row.messages, first, *({"role": "tool", "content": text} for text in said)]
+            whole = policies.encode_prompt(policy, talk, row.tools)
+            before = policies.encode_prompt(policy, row.messages, row.tools)
+            spoken = [*policy.tokenizer.encode(first["content"], add_special_tokens=False), policy.stop_ids[0]]
+            assert whole == before + spoken + tool_reply(policy, said)
+            assert policy.tokenizer.decode(whole).endswith("<|im_start|>assistant\n")
