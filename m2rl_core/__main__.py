@@ -40,11 +40,13 @@ def reproduce(args) -> int:
 
 def report(args) -> int:
     """write the site again from the executed notebooks"""
-    from m2rl_core import site
+    from m2rl_core import readme, site
     folder = _report(_open(args))
     if not (folder / "run.json").is_file():
         raise runner.ReportError(f"{folder} holds no executed notebooks yet: `make reproduce PROFILE={args.profile}`")
     print(f"{len(site.write(folder))} pages; open {folder / 'index.html'}")
+    if args.readme:
+        readme.refresh(Path(args.readme), folder / "claims.json")
     return 0
 
 
@@ -157,6 +159,8 @@ def parser() -> argparse.ArgumentParser:
         if function in (run, why, rebuild):
             command.add_argument("name", help="a stage, such as rl-math" + {
                 run: ", or all", why: ", or a notebook, such as 3.3", rebuild: ""}[function])
+        if function is report:
+            command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:
             command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
             command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")

@@ -64,8 +64,8 @@ class Watch:
         ctx.state.mkdir(parents=True, exist_ok=True)
 
     def observe(self, step: int, policy: Policy) -> None:
-        """Evaluate after `step` updates where it is due. Step 0 is the SFT model's own evaluation."""
-        if step == 0 or step % self.spec.eval_every:
+        """Evaluate after `step` updates where it is due, and after the last. Step 0 is the SFT model's own evaluation."""
+        if step == 0 or step % self.spec.eval_every and step != self.ctx.stage.settings["steps"]:
             return
         k = dict.fromkeys(self.items, self.spec.eval_k)
         rows = evaluate(policy, self.ctx.stage.name, self.items, k, self.ctx.profile.eval, self.ctx.profile.seed)

@@ -76,7 +76,8 @@ def study(profile: Profile) -> dict[str, Stage]:
     seed = {"seed": profile.seed}
     rl, opd, sampling = asdict(profile.rl), asdict(profile.opd), asdict(profile.eval)
     multi_steps, rows = rl.pop("multi_steps"), rl.pop("rows")
-    rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k", "checkpoint_every")}
+    del rl["checkpoint_every"]
+    rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}
     rl["along"] |= {name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")}
 
     def add(name, kind, needs, settings):

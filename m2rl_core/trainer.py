@@ -67,8 +67,8 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
         record = objective(step)
         norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], settings.grad_clip)
         if not math.isfinite(record["loss"]) or not torch.isfinite(norm):
-            raise TrainingDiverged(f"step {step}: loss {record['loss']}, gradient norm {float(norm)}; the state before "
-                                   f"it is kept in {state}; lower the learning rate or look at the batch")
+            raise TrainingDiverged(f"step {step + 1}: loss {record['loss']}, gradient norm {float(norm)}; the state "
+                                   f"before it is kept in {state}; lower the learning rate or look at the batch")
         optimizer.step()
         seconds = {k: round(v, 4) for k, v in record.items() if k.startswith("seconds_")}
         metrics.append({"step": step + 1, **{k: _rounded(v) for k, v in record.items() if k not in seconds},

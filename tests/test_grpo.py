@@ -134,6 +134,7 @@ def test_gradient_is_that_of_plain_autograd(policy, learner, played, advantage):
     one after a prompt's padding, a token mean instead of a mean of means. Each weight of the model is compared."""
     assert len({r.length for r in played}) > 8 and len({tuple(r.prompt) for r in played}) == 8
     assert sum(not all(r.sampled) for r in played) >= 3
+    assert {r.tokens[-1] for r in played} >= set(policy.stop_ids)  # one of them is the padding's id, and is learnt
     found, stats = run(learner, played, advantage)
     wanted = toy_policy.plain_gradient(policy, played, advantage, len(played))
     assert max(float(g.abs().max()) for g in wanted.values()) > 0.1

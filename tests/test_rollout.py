@@ -13,7 +13,7 @@ import toy_policy
 from scipy import stats
 
 from m2rl_core import rollout as rollouts
-from m2rl_core.domains import Row, generator, module, rewards
+from m2rl_core.domains import Row, generator, module, rewards, training_rows
 from m2rl_core.judge import judge_row
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.rollout import Rollout, logprobs, micro_batches, sample
@@ -174,6 +174,21 @@ def test_continuing_from_the_cache_is_scoring_from_scratch(policy, toy_rows, epi
         for r in found:
             plain = toy_policy.plain_logps(model, r).gather(1, toy_policy.said(r)[:, None])[:, 0]
             assert float((recorded(r) - plain).abs().max()) < 2e-5
+
+
+def test_answers_of_unlike_length_at_one_moment(policy, monkeypatch):
+    """Fault: two tools answer at the same step, and the padding of the shorter answer stays in its row's context."""
+    talks = []
+    for row in (r for r in training_rows("agent", "rl", 400, 2) if r.truth["kind"] == "multi_turn"):
+        turns = module("agent").respond(row, worked=False)
+        _, sampled = toy_policy.script_of(policy, row, turns)
+        first = sampled.index(False)  # the step at which the first call ends
+        talks.append((first, sampled[first:].index(True), row, turns))
+    short, long = next((a, b) for a in talks for b in talks if a[0] == b[0] and a[1] < b[1])
+    rows, turns = [short[2], long[2]], [short[3], long[3]]
+    found, wanted = play(policy, rows, turns, monkeypatch)
+    assert [(r.tokens, r.sampled) for r in found] == wanted
+    assert worst(map(recorded, found), logprobs(policy, found)) < SAME
 
 
 def test_rollouts_of_one_prompt_share_no_workplace(policy, episodes, monkeypatch):

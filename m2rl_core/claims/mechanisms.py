@@ -36,6 +36,8 @@ def directions_agree(evidence):
 
 
 def _sign(values: pd.Series, note: str) -> Verdict:
+    if values.empty:
+        return Verdict("undecided", note=f"{note}; undefined everywhere")
     verdict = "supported" if (values > 0).all() else "contradicted" if values.mean() <= 0 else "undecided"
     return extremes(values, verdict, f"{note}; {(values > 0).sum()} of {len(values)} above 0")
 
@@ -47,7 +49,10 @@ def reasoning_closer(evidence):
     by = ["layer", "matrix"]
     inner = found[a & b].groupby(by)["cosine_projected"].mean()
     outer = found[a ^ b].groupby(by)["cosine_projected"].mean()
-    rows = pd.DataFrame({"item": range(len(inner)), "score": (inner - outer).to_numpy()})
+    gap = (inner - outer).dropna()
+    if gap.empty:
+        return Verdict("undecided", note="no cosine is defined: no weights that two of them changed")
+    rows = pd.DataFrame({"item": range(len(gap)), "score": gap.to_numpy()})
     rows = rows.assign(model="gap", benchmark="cosine")
     measured = stats.measure(rows, evidence.rng(), scale=1.0, resamples=evidence.resamples)
     return above(measured.contrast({("cosine", "gap"): 1.0}))

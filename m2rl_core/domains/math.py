@@ -14,10 +14,10 @@ from m2rl_core.domains import Row, Verdict
 from m2rl_core.domains.math_worker import ask
 
 # Difficulty, in one place. SFT sees shorter chains than RL and test, and half of its rows answer without working.
-SFT_LENGTHS, RL_LENGTHS, TEST_LENGTHS = (1, 2, 3), (2, 3, 4), (3, 4)  # steps of a chain
+SFT_LENGTHS, RL_LENGTHS, TEST_LENGTHS = (1, 2), (1, 2, 3), (2, 3)  # steps of a chain
 SFT_TERSE = 0.5  # share of SFT rows with an empty <think>
 CHAINS = 0.6  # share of chains among training rows, the rest are equations
-MULTIPLIERS = (2, 3, 4, 6, 7, 8, 9)  # not 5: it maps all digits to two
+MULTIPLIERS = (2, 3, 4)  # few enough facts for a million weights
 COEFFICIENTS = (2, 3, 4, 5)
 CORPUS_LINES = 8
 
@@ -34,7 +34,7 @@ EQUATION_WORDS = ("Solve {}.", "Find x if {}.", "{}. What is x?")
 
 def corpus(rng: Random) -> str:
     """Lines of one-step facts: `7+5>2` keeps the last digit only, `19-4=15` is ordinary arithmetic."""
-    make = rng.choice((_last_digit_fact, _last_digit_fact, _ordinary_fact))
+    make = rng.choice((_last_digit_fact, _ordinary_fact))
     return "\n".join(make(rng) for _ in range(CORPUS_LINES))
 
 
@@ -99,7 +99,7 @@ def _chain(rng: Random, lengths: Sequence[int], source: str) -> Row:
 
 
 def _equation(rng: Random, source: str) -> Row:
-    a, x, b, sign = rng.choice(COEFFICIENTS), rng.randint(0, 9), rng.randint(1, 9), rng.choice("+-")
+    a, x, b, sign = rng.choice(COEFFICIENTS), rng.randint(0, 9), rng.randint(1, 5), rng.choice("+-")
     if a * x < b:
         sign = "+"  # no negative numbers
     problem = f"{a}*x{sign}{b}={a * x + b if sign == '+' else a * x - b}"

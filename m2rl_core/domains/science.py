@@ -17,7 +17,7 @@ from m2rl_core.domains import Row, Verdict
 SFT_TERSE = 0.5  # share of SFT rows with an empty <think>
 CHOICES = 0.5  # share of multiple choice among training rows
 ELEMENT_SHARE = 0.25
-OPERANDS = range(2, 10)
+OPERANDS = range(2, 8)
 OPTIONS = 4
 CORPUS_LINES = 6
 

@@ -39,9 +39,9 @@ def audit_summary(rng: np.random.Generator) -> pd.DataFrame:
     same = (changes["printed"] - changes["computed"]).abs() < 0.005 + 1e-9
     off = blend.loc[~blend["agrees"], "type"].tolist()
     rows = [
-        ("Table 1", "proportions", _of(blend["agrees"]), f"off: {', '.join(off)}" if off else "", bool(blend["agrees"].all())),
-        ("Tables 4, 7, 8", "averages", _of(means["agrees"]), "", bool(means["agrees"].all())),
-        ("Table 6", "changes against the single expert", _of(same), "", bool(same.all())),
+        ("Table 1", "proportions", *_count(blend["agrees"], off)),
+        ("Tables 4, 7, 8", "averages", *_count(means["agrees"])),
+        ("Table 6", "changes against the single expert", *_count(same)),
         ("Table 2, abstract", "GPU hours of RL-Multi, % of the five experts'", f"{_printed('mix-costs-less'):.1f}",
          f"{share:.2f}", round(share, 1) == _printed("mix-costs-less")),
         ("Table 5", "Jaccard overlap of random masks", f"{paper.table(5).loc['random'].iloc[0]:.2f}", f"{overlap:.3f}",
@@ -57,8 +57,10 @@ def _printed(claim: str) -> float:
     return float(next(c["printed"] for c in paper.claims() if c["id"] == claim))
 
 
-def _of(agrees: pd.Series) -> str:
-    return f"{int(agrees.sum())} of {len(agrees)} agree"
+def _count(agrees: pd.Series, off: list[str] | None = None) -> tuple[str, str, bool]:
+    """How many cells are printed, how many of them come out again, and whether all do."""
+    names = f"; not {', '.join(off)}" if off else ""
+    return f"{len(agrees)} cells", f"{int(agrees.sum())} the same{names}", bool(agrees.all())
 
 
 def audit_sentence(summary: pd.DataFrame, blend: pd.DataFrame) -> str:

@@ -22,14 +22,11 @@ from m2rl_core.views.opening import interval, miniature
 PRINTED = {"down": "ffn_down", "up": "ffn_up", "gate": "ffn_gate"}  # ours: the paper's, where they differ
 ATTENTION = ("q", "k", "v", "o")
 POLICIES = ("rl-multi", "merge-ties", "mt-opd")
+PAIRS = ["domain", "partner", "model", "kl", "near", "change", "low", "high", "n", "paper"]
 FACTOR = 1.5  # epsilon of Eq. 1 in units of the own expert's divergence, as the claims' rules have it
 
 
 # Weights (section 3.3) -----------------------------------------------------------------------------------------------
-
-def pair_name(a: str, b: str) -> str:
-    return f"{DOMAIN_NAMES[a]} - {DOMAIN_NAMES[b]}"
-
 
 def table5(jaccard: pd.DataFrame, layer: int) -> pd.DataFrame:
     """Jaccard overlap of one layer, weights as stored: pair, then for each matrix <m>, <m>_random, <m>_null."""
@@ -48,7 +45,7 @@ def table5_shown(found: pd.DataFrame) -> pd.DataFrame:
     """Table 5 for the eye: ours with the paper's below it, and the two nulls as means over pairs."""
     printed = paper.table(5)
     columns = [c for c in found if f"{c}_random" in found]
-    lines = [{"pair": pair_name(*r["pair"].split("-")),
+    lines = [{"pair": " - ".join(DOMAIN_NAMES[d] for d in r["pair"].split("-")),
               **{c: f"{_two(r[c])}\npaper {printed.loc[r['pair'], c]:.2f}" for c in columns}}
              for _, r in found.iterrows()]
     lines.append({"pair": "random masks", **{
@@ -118,6 +115,14 @@ def directions_shown(found: pd.DataFrame) -> pd.DataFrame:
     return wide.iloc[::-1].reset_index().rename(columns={"group": "pairs"})
 
 
+def directions_sentence(found: pd.DataFrame) -> Markdown:
+    """Mean cosine of each group of pairs over all layers, and the noise of one projection."""
+    mean = found.groupby("group", sort=False)[["projected", "exact"]].mean().iloc[::-1]
+    told = "; ".join(f"{group} {_two(r['projected'])} (exact {_two(r['exact'])})" for group, r in mean.iterrows())
+    return Markdown(f"Mean over layers and matrices: {told}. One projected cosine has a standard deviation of about "
+                    f"{_two(found['projection_sd'].mean())} around its exact value.")
+
+
 # Policies (section 3.4) ----------------------------------------------------------------------------------------------
 
 def divergences(evidence: Evidence, policies: Sequence[str] = POLICIES) -> pd.DataFrame:
@@ -163,7 +168,7 @@ def link_sentence(found: pd.DataFrame, evidence: Evidence) -> Markdown:
 
 
 def neighbours(found: pd.DataFrame, policy: str, factor: float = FACTOR) -> pd.DataFrame:
-    """Eq. 1 for one policy: domain, neighbour (or ""), kl, epsilon, near, mutual, one line for each ordered pair.
+    """Eq. 1 for one policy: domain, expert (of another one), kl, epsilon, near, mutual; a row an ordered pair.
 
     epsilon is `factor` times the own expert's divergence in that domain.
     """
@@ -212,6 +217,8 @@ def pairs(evidence: Evidence, kl: pd.DataFrame, policy: str = "merge-ties") -> p
             if a == b:
                 continue
             x, y = sorted((a, b), key=DOMAINS.index)
+            if not evidence.measured("scores").has(OWN[a][0], f"pair-{x}-{y}"):  # the profile makes no pairs
+                continue
             gap = evidence.contrast(difference(f"pair-{x}-{y}", EXPERT[a], OWN[a]))
             row = f"merge-ties-{x}-{y}"
             row = row if row in printed.index else f"merge-ties-{y}-{x}"
@@ -220,7 +227,7 @@ def pairs(evidence: Evidence, kl: pd.DataFrame, policy: str = "merge-ties") -> p
             lines.append({"domain": a, "partner": b, "model": f"pair-{x}-{y}", "kl": eq1.loc[(a, b), "kl"],
                           "near": bool(eq1.loc[(a, b), "near"]), "change": gap.estimate, "low": gap.low,
                           "high": gap.high, "n": gap.n, "paper": theirs})
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=PAIRS)
 
 
 def pairs_shown(found: pd.DataFrame) -> pd.DataFrame:

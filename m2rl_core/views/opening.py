@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import shutil
 from collections.abc import Mapping
 
@@ -36,9 +37,10 @@ def _cell(value, spec: str) -> str:
         text = "yes" if value else "no"
     else:
         text = format(value, spec) if spec and not isinstance(value, str) else str(value)
-    lines = html.escape(text).replace("\n", "<br>")
+    lines = re.sub(r"\n+", "<br>", html.escape(text))
     colour = VERDICT_COLOURS.get(text)
     style = "text-align:left;vertical-align:top" + (f";color:{colour}" if colour else "")
+    style += ";font-family:monospace" if "\n" in text else ";white-space:nowrap" if len(text) <= 28 else ""
     return f'<td style="{style}">{lines}</td>'
 
 

@@ -12,6 +12,8 @@ from m2rl_core.run import BuilderContext, Run
 from m2rl_core.store import UNHASHED, sha256
 
 STEPS, PROMPTS, GROUP, EVERY = 6, 4, 4, 2
+MOVED = "The weights are not those of the start, so there was something to get wrong."
+STILL = "The weights did not move (no group had both right and wrong answers), so this shows the bookkeeping only."
 
 
 class BrokenOff(Exception):
@@ -33,7 +35,8 @@ def prove(run: Run, model: str, broken_at: int) -> pd.DataFrame:
     """Train `model` for a few small GRPO steps from the SFT model, twice: unbroken, and broken off at step `broken_at`.
 
     Both use this run's weights, rows and seeds, in a folder that is thrown away; the broken one starts again from
-    its last checkpoint. Returns a line a file: file, unbroken, resumed (12 digits of SHA-256) and whether they are one.
+    its last checkpoint. Returns a line a file: file, start (SFT's), unbroken, resumed (12 digits of SHA-256) and whether
+    the last two are one.
     """
     with tempfile.TemporaryDirectory() as folder:
         unbroken, resumed = (_context(run, model, Path(folder) / name) for name in ("unbroken", "resumed"))
@@ -43,9 +46,10 @@ def prove(run: Run, model: str, broken_at: int) -> pd.DataFrame:
         except BrokenOff:
             grpo.build(resumed)
         names = sorted(path.name for path in unbroken.out.iterdir() if path.is_file() and path.name != UNHASHED)
-        digests = [[sha256(context.out / name)[:12] for context in (unbroken, resumed)] for name in names]
-    return pd.DataFrame([{"file": name, "unbroken": a, "resumed": b, "the same": a == b}
-                         for name, (a, b) in zip(names, digests, strict=True)])
+        homes = (unbroken.inputs["sft"], unbroken.out, resumed.out)
+        digests = [[sha256(home / name)[:12] if (home / name).is_file() else "–" for home in homes] for name in names]
+    return pd.DataFrame([{"file": name, "start": start, "unbroken": a, "resumed": b, "the same": a == b}
+                         for name, (start, a, b) in zip(names, digests, strict=True)])
 
 
 def _context(run: Run, model: str, home: Path) -> BuilderContext:
@@ -59,9 +63,11 @@ def _context(run: Run, model: str, home: Path) -> BuilderContext:
 
 
 def sentence(found: pd.DataFrame, broken_at: int) -> str:
-    """Whether the resumed run ended with the bytes of the unbroken one."""
+    """Whether the resumed run ended with the bytes of the unbroken one, and whether that was hard."""
     same = int(found["the same"].sum())
+    weights = found.set_index("file").loc["model.safetensors"]
+    moved = weights["start"] != weights["unbroken"]
     checkpoint = (broken_at - 1) // EVERY * EVERY
     return (f"{STEPS} steps of {PROMPTS} x {GROUP} rollouts, broken off in step {broken_at} and taken up from "
             f"{f'the checkpoint after step {checkpoint}' if checkpoint else 'the start'}: {same} of {len(found)} files have "
-            f"the bytes of the unbroken run.")
+            f"the bytes of the unbroken run. {MOVED if moved else STILL}")

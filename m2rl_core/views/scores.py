@@ -78,8 +78,9 @@ def cost_sentence(spent: pd.DataFrame) -> Markdown:
     time, tokens = shares(spent), shares(spent, "tokens")
     return Markdown(
         f"`rl-multi` took **{time['rl-multi']:.1f} %** of the five experts' training seconds "
-        f"({tokens['rl-multi']:.1f} % of their sampled tokens); the paper's GPU hours give {printed['rl-multi']:.1f} %. "
-        f"`mt-opd` adds {time['mt-opd']:.1f} % on top of the experts that it needs; the paper's adds {printed['mt-opd']:.1f} %.")
+        f"({tokens['rl-multi']:.1f} % of their sampled tokens); by the paper's GPU hours {printed['rl-multi']:.1f} %. "
+        f"`mt-opd` adds {time['mt-opd']:.1f} % on top of the experts that it needs, the paper's "
+        f"{printed['mt-opd']:.1f} %.")
 
 
 # Scores (Tables 3 and 4, Fig. 2) -------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ def interference_sentence(found: pd.DataFrame) -> Markdown:
 def along_with_start(along: pd.DataFrame, sft: pd.DataFrame) -> pd.DataFrame:
     """Rows on the way with step 0 in front: SFT's own rows on the same items, as many samples, for every model."""
     columns = [c for c in along if c in sft or c == "step"]
-    same = sft[sft["sample"] <= along["sample"].max()].merge(along[["benchmark", "item"]].drop_duplicates(), on=["benchmark", "item"])
+    seen = along[["benchmark", "item"]].drop_duplicates()
+    same = sft[sft["sample"] <= along["sample"].max()].merge(seen, on=["benchmark", "item"])
     starts = [same.assign(model=model, step=0) for model in dict.fromkeys(along["model"])]
     return pd.concat([part[columns] for part in (*starts, along)], ignore_index=True)
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import altair as alt
 import pandas as pd
 from IPython.display import Markdown
 
+from m2rl_core import plots
 from m2rl_core.claims.evidence import FIGURE2, Evidence
 from m2rl_core.metrics import skills
 from m2rl_core.views.opening import interval, miniature
@@ -19,10 +21,15 @@ def consistency(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.Data
     return skills.consistency(evidence.frame("scores"), models, list(FIGURE2.values()), evidence.rng(), resamples=1000)
 
 
-def bars(found: pd.DataFrame) -> pd.DataFrame:
-    """`consistency` for `plots.bars_with_intervals`; what is undefined is no bar."""
+def figure5(found: pd.DataFrame):
+    """Fig. 5 as bars with chance and ceiling; what is undefined is no bar, and a picture without bars says so."""
+    title = "Fig. 5: cosine of gains with the union of the experts'"
     named = found.rename(columns={"cosine": "value"}).assign(benchmark=found["benchmark"].map(miniature))
-    return named.dropna(subset="value")[["benchmark", "model", "value", "low", "high", "ceiling", "chance"]]
+    named = named.dropna(subset="value")
+    if named.empty:
+        nothing = alt.Chart(pd.DataFrame({"text": ["undefined on every benchmark: no gains to compare"]}))
+        return nothing.mark_text(fontSize=12).encode(text="text:N").properties(width=400, height=60, title=title)
+    return plots.bars_with_intervals(named, title, marks=("ceiling", "chance"))
 
 
 def shown(found: pd.DataFrame) -> pd.DataFrame:

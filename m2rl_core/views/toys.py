@@ -25,11 +25,12 @@ def advantage_chart(group: int):
     frame = pd.DataFrame([{"right": k, "answer": name, "advantage": float(found[k, at])}
                           for k in range(group + 1) for name, at, there in (("right", 0, k > 0), ("wrong", -1, k < group))
                           if there])
-    color = alt.Color("answer:N", title="an answer that is", scale=alt.Scale(domain=["right", "wrong"],
-                                                                               range=["#009E73", "#D55E00"]))
+    kinds = ["right", "wrong"]
+    color = alt.Color("answer:N", title="an answer that is", scale=alt.Scale(domain=kinds, range=["#009E73", "#D55E00"]))
+    shape = alt.Shape("answer:N", title="an answer that is", scale=alt.Scale(domain=kinds, range=["circle", "square"]))
     base = alt.Chart(frame).encode(alt.X("right:O", title=f"right answers in the group of {group}",
                                          axis=alt.Axis(labelAngle=0)), alt.Y("advantage:Q"), color)
-    chart = (base.mark_line() + base.mark_point(filled=True, size=50).encode(shape="answer:N"))
+    chart = (base.mark_line() + base.mark_point(filled=True, size=50, opacity=1).encode(shape))
     return plots._finish(chart.properties(width=330, height=190), "A rare success counts most, a unanimous group nothing")
 
 
@@ -42,9 +43,9 @@ def importance_chart(low: float, high: float):
         lines.append(pd.DataFrame({"gap": gap.tolist(), "weight": (weight * counted).tolist(), "kind": kind}))
     chart = alt.Chart(pd.concat(lines)).mark_line(clip=True).encode(
         alt.X("gap:Q", title="log of the ratio trainer / sampler"), alt.Y("weight:Q", title="weight of the token"),
-        alt.Color("kind:N", sort=["none", "tis", "mis"], title=None,
+        alt.Color("kind:N", title=None,
                   scale=alt.Scale(domain=["none", "tis", "mis"], range=["#999999", "#E69F00", "#0072B2"])),
-        strokeDash=alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(
+        strokeDash=alt.StrokeDash("kind:N", title=None, scale=alt.Scale(
             domain=["none", "tis", "mis"], range=[[1, 0], [6, 3], [2, 2]])))
     return plots._finish(chart.properties(width=330, height=170), "Truncate (tis) or mask (mis) where sampler and trainer differ",
                          f"bounds {low:g} and {high:g}")
@@ -70,8 +71,13 @@ def plane(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]
         "group:N", legend=None, scale=alt.Scale(domain=["base", "expert", "merged"], range=["#555555", "#E69F00", "#0072B2"])),
         shape=alt.Shape("group:N", legend=None, scale=alt.Scale(domain=["base", "expert", "merged"],
                                                                 range=["square", "circle", "diamond"])))
-    names = alt.Chart(pd.DataFrame(marks)).mark_text(dx=9, align="left", fontSize=10).encode(x, y, text="name:N")
-    return plots._finish((path + dots + names).properties(width=400, height=230), title)
+    top = max(float(p[1]) for p in points.values())
+    places = {"base": (-9, 0, "right"), "expert": (9, 0, "left"), "upper": (9, -7, "left"), "lower": (9, 8, "left")}
+    marks = pd.DataFrame(marks)
+    marks["place"] = marks["group"].where(marks["group"] != "merged", marks["y"].ge(top).map({True: "upper", False: "lower"}))
+    names = [alt.Chart(marks[marks["place"] == place]).mark_text(dx=dx, dy=dy, align=align, fontSize=10).encode(x, y, text="name:N")
+             for place, (dx, dy, align) in places.items()]
+    return plots._finish(alt.layer(path, dots, *names).properties(width=400, height=230), title)
 
 
 def dare_cloud(base, experts, drop_rates: tuple[float, ...], seeds: int) -> pd.DataFrame:
@@ -134,7 +140,7 @@ def distil_paths(start: Tensor, teacher: Tensor, steps: int, tokens: int, lr: fl
             exact = full_loss(at, teacher)
             loss = exact if name == "full" else sampled_loss(at, teacher, generator, tokens)
             (slope,) = torch.autograd.grad(loss, at)
-            lines.append({"path": name, "step": step, "x": float(at[0]), "y": float(at[1]), "kl": float(exact)})
+            lines.append({"path": name, "step": step, "x": at[0].item(), "y": at[1].item(), "kl": exact.item()})
             at = (at - lr * slope).detach()
     return pd.DataFrame(lines)
 
@@ -155,6 +161,6 @@ def paths_chart(paths: pd.DataFrame, teacher: Tensor):
         shape="cross", size=120, color="#009E73", filled=True).encode(x, y)
     left = alt.layer(back, lines, goal).resolve_scale(color="independent").properties(width=240, height=240)
     right = alt.Chart(paths).mark_line(strokeWidth=1.8).encode(
-        alt.X("step:Q"), alt.Y("kl:Q", title="reverse KL (nats)"), color).properties(width=240, height=240)
+        alt.X("step:Q"), alt.Y("kl:Q", title="reverse KL (nats)"), color.copy().legend(None)).properties(width=240, height=240)
     chart = alt.hconcat(left, right).resolve_scale(color="independent")
     return plots._finish(chart, "Two ways down to the teacher", "cross: the teacher; darker: farther from it; lower KL is better")

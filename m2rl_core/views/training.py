@@ -1,4 +1,4 @@
-"""Notebooks 3.2_train and A: what training recorded, as frames for `plots.trajectories`, tables and sentences."""
+"""Notebook 3.2_train (and A): what training recorded, as frames for `plots.trajectories`, tables and sentences."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -59,8 +59,9 @@ def reward_sentence(steps: pd.DataFrame, model: str) -> str:
     ends = [steps["reward"].head(part), steps["reward"].tail(part)]
     shown = [interval(100 * e.mean(), *(100 * (e.mean() + side * 1.96 * e.std(ddof=1) / np.sqrt(len(e))) for side in (-1, 1)))
              for e in ends]
-    return (f"{model}: mean reward of the first {part} step(s) {shown[0]} %, of the last {part} {shown[1]} %, "
-            f"from {int(steps['rollouts'].iloc[0])} rollouts a step.")
+    few = "step" if part == 1 else f"{part} steps"
+    return (f"{model}: mean reward of the first {few} {shown[0]} %, of the last {few} {shown[1]} %, "
+            f"from {int(steps['rollouts'].iloc[0])} rollouts a step (95 % over steps).")
 
 
 def on_the_way(along: pd.DataFrame, sft: pd.DataFrame, rng: np.random.Generator, resamples: int) -> pd.DataFrame:
@@ -105,7 +106,7 @@ def match_sentence(steps: pd.DataFrame) -> str:
     steps = defined(steps).dropna(subset="kept")
     if steps.empty or "mismatch" not in steps:
         return "Sampler against trainer: undefined, for no step of this run recorded an update by policy gradient."
-    return (f"Over {len(steps)} step(s) with an update, sampler and trainer differed by at most {steps['mismatch'].max():.1e} "
+    return (f"Over {len(steps)} of the steps, those with an update, sampler and trainer differed by at most {steps['mismatch'].max():.1e} "
             f"nats on a token; the importance weights kept at least {100 * steps['kept'].min():.2f} % of the tokens, "
             f"{100 * steps['kept'].mean():.2f} % on average.")
 
@@ -158,68 +159,3 @@ def what_it_is(stage) -> str:
     return (f"**{stage.name}**: {kind}, from {' and '.join(stage.needs[:1])}. Prompts: {rows}. {s['steps']} steps of "
             f"{s['prompts']} prompts x {s['group']} rollouts, learning rate {s['lr']:g}, at most {s['max_new_tokens']} tokens a "
             f"rollout, key `{stage.key[:8]}`.")
-
-
-# A_training_details -------------------------------------------------------------------------------------
-
-def used(profile) -> dict[tuple[str, str], object]:
-    """What this profile uses for each setting of `paper.settings()`, by (stage, name)."""
-    sft, rl, opd, merge, analysis = profile.sft, profile.rl, profile.opd, profile.merge, profile.analysis
-    corrections = {"mis": f"masked outside [{rl.is_low:g}, {rl.is_high:g}] (token level)",
-                   "tis": f"truncated at {rl.is_high:g} (token level)", "none": "none"}
-    found = {
-        "sft": {
-            "initial model": "base of this study", "samples": sft.rows, "epochs": round(sft.steps * sft.batch_size / sft.rows, 2),
-            "optimizer": f"AdamW, betas {sft.betas[0]:g} and {sft.betas[1]:g}", "weight decay": sft.weight_decay,
-            "learning rate": f"{sft.lr:g} with cosine decay to {sft.final_lr:g}", "batch size": sft.batch_size,
-            "warm-up share": round(sft.warmup / sft.steps, 3)},
-        "rl": {
-            "algorithm": "GRPO; unbiased standard deviation in each group", "prompts in a batch": rl.prompts,
-            "group size": rl.group, f"gradient updates for each {128 * 16} rollouts": f"1 for each {rl.prompts * rl.group}",
-            "steps of an expert": rl.steps, "steps of RL-Multi": rl.multi_steps, "weight decay": rl.weight_decay,
-            "optimizer": f"AdamW, betas {rl.betas[0]:g} and {rl.betas[1]:g}, gradients clipped at {rl.grad_clip:g}",
-            "learning rate": f"{rl.lr:g} constant", "temperature": rl.temperature,
-            "longest response": f"{rl.max_new_tokens} tokens", "importance sampling": corrections[rl.is_correction],
-            "KL penalty": rl.kl, "clip range": f"{rl.clip_low:g} and {rl.clip_high:g}; without effect at one update a batch",
-            "multi-task batch": "random mixture of the five sets",
-            "reward": "binary; without </think> it is 0", "math verifier": "math-verify on the last box",
-            "instruction verifier": "IFEval's strict checks, all must hold", "code verifier": "all unit tests, in a sandbox",
-            "agent environment": f"small workplace, at most {rl.max_turns} turns",
-            **{f"{word} prompts": rl.rows[d] for d, word in (("math", "math"), ("coding", "coding"), ("science", "science"),
-                                                             ("if", "instruction"), ("agent", "agent"))}},
-        "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
-                  "TIES density": f"{merge.density:g} over all weights of an expert together",
-                  "scale of the merged task vector": merge.scale},
-        "opd": {
-            "prompts in a batch": opd.prompts, "group size": opd.group, "steps": opd.steps, "learning rate": f"{opd.lr:g}",
-            f"gradient updates for each {256 * 4} rollouts": f"1 for each {opd.prompts * opd.group}",
-            "optimizer": f"AdamW, betas {opd.betas[0]:g} and {opd.betas[1]:g}", "longest response": f"{opd.max_new_tokens} tokens",
-            "divergence": {"sampled": "log-ratio of the sampled token only", "full": "reverse KL over the vocabulary"}[opd.loss]},
-        "analysis": {"changed-weight threshold eta": analysis.eta, "layer": f"{analysis.layer} of {profile.model.layers}",
-                     "random projection dimension": analysis.random_projection, "judge repeats": f"Avg@{analysis.judge_k}"},
-    }
-    return {(stage, name): value for stage, values in found.items() for name, value in values.items()}
-
-
-def settings_table(profile, stage: str) -> pd.DataFrame:
-    """Stated, released and used settings of one stage (sft, rl, merge, opd, analysis): name, section, and the three."""
-    stated, ours = paper.settings(), used(profile)
-    part = stated[stated["stage"] == stage]
-    return pd.DataFrame({"setting": part["name"], "stated": part["stated"].astype(str), "section": part["section"],
-                         "released code": part["released"].astype(str).replace("", "as stated, or silent"),
-                         "here": [str(ours.get((stage, name), "–")) for name in part["name"]]})
-
-
-def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict]) -> pd.DataFrame:
-    """All runs in one line each: reward at both ends, kept and skipped, mismatch, time, and the digest of the weights."""
-    lines = []
-    for model, frame in steps.items():
-        part, sure = max(1, len(frame) // 5), defined(frame)
-        lines.append({
-            "model": model, "steps": len(frame), "first reward (%)": 100 * frame["reward"].head(part).mean(),
-            "last reward (%)": 100 * frame["reward"].tail(part).mean(), "lowest kept (%)": 100 * sure["kept"].min(),
-            "skipped groups (%)": 100 * frame["skipped_groups"].mean(),
-            "largest mismatch (nats)": sure["mismatch"].max() if "mismatch" in sure else np.nan,
-            "time": duration(manifests[model]["seconds"]), "key": manifests[model]["key"][:8],
-            "SHA-256 of the weights": manifests[model]["digests"]["model.safetensors"][:12]})
-    return pd.DataFrame(lines)

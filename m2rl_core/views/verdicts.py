@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from math import isnan
 
 import altair as alt
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
+from scipy.optimize import isotonic_regression
 
 from m2rl_core import claims, plots
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
@@ -19,6 +21,7 @@ from m2rl_core.views.opening import interval
 
 FRAMES = ("scores", "pairs", "along", "costs", "jaccard", "cosine", "kl", "judged")
 VERDICTS = ("supported", "contradicted", "undecided", "not run", "cannot be decided from printed numbers")
+LINE = 0.05  # the height of a name in the headline as a share of the picture's
 COMPARED = ("sft", *EXPERT.values(), "rl-multi", *MERGES, "mt-opd")
 
 
@@ -122,31 +125,23 @@ def quality_and_cost(found: Evidence, models: Iterable[str] = COMPARED) -> pd.Da
     return pd.DataFrame(lines)
 
 
-def placed(frame: pd.DataFrame, room: float = 0.055) -> pd.DataFrame:
-    """The frame with `x` (merges of one cost drawn side by side) and `at`, `beside`: where each name can be read.
+def placed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with `x` (merges of one cost side by side), `at` and `beside` (where each name stands), `floor`, `top`.
 
-    `room`: the height of a name as a share of the picture's.
+    Names keep their points' order and at least a line's distance; what that moves is least in squares.
     """
     parts = []
     for _, part in frame.groupby("source", sort=False):
-        part = part.copy()
         merges = [m for m in MERGES if m in set(part["model"])]
         shift = {m: 1.8 * (i - (len(merges) - 1) / 2) for i, m in enumerate(merges)}
-        part["x"] = part["cost"] + part["model"].map(shift).fillna(0.0)
-        edge = max(part["x"].max(), 100.0)
+        part = part.assign(x=part["cost"] + part["model"].map(shift).fillna(0.0))
+        floor, top = part[["low", "value"]].min(axis=None) - 1, part[["high", "value"]].max(axis=None) + 1
         far = part["x"] > 80
-        part["at"] = part["x"].where(~far, edge + 6) + (~far) * 3
-        height = (part["high"].fillna(part["value"]).max() - part["low"].fillna(part["value"]).min()) or 1.0
-        part["beside"] = part["value"]
+        part = part.assign(at=part["x"].where(~far, max(part["x"].max(), 100) + 6) + 3 * ~far, floor=floor, top=top)
         for group in (part[far], part[~far]):
-            ordered = group.sort_values("value")
-            gap, last = room * height, -float("inf")
-            spread = []
-            for value in ordered["value"]:
-                last = max(value, last + gap)
-                spread.append(last)
-            excess = (sum(spread) - ordered["value"].sum()) / max(len(spread), 1)
-            part.loc[ordered.index, "beside"] = [y - excess for y in spread]
+            ordered = group["value"].sort_values()
+            lines = (top - floor) * LINE * np.arange(len(ordered))
+            part.loc[ordered.index, "beside"] = isotonic_regression(ordered.to_numpy() - lines).x + lines
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
@@ -157,10 +152,10 @@ def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model sc
     models = plots._models(frame)
     charts = []
     for source, part in frame.groupby("source", sort=False):
-        low, high = (part[[c, "value", "beside"]].stack() for c in ("low", "high"))
-        scale = alt.Scale(domain=[low.min() - 1, high.max() + 1], nice=False)
+        reach = [min(part["floor"].iloc[0], part["beside"].min()), max(part["top"].iloc[0], part["beside"].max())]
+        scale = alt.Scale(domain=reach, nice=False)
         base = alt.Chart(part)
-        x = alt.X("x:Q", title="training beyond SFT, % of the five experts together",
+        x = alt.X("x:Q", title="training beyond SFT (% of the five experts together)",
                   scale=alt.Scale(domain=[-4, max(part["at"].max(), 100) + 34], nice=False),
                   axis=alt.Axis(values=[0, 25, 50, 75, 100, 125]))
         y = alt.Y("value:Q", title="mean of the nine benchmarks (%)", scale=scale)
@@ -171,7 +166,8 @@ def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model sc
         dots = base.mark_point(filled=True, size=65, opacity=1).encode(x, y, color, shape)
         names = base.mark_text(align="left", dx=2, fontSize=10).encode(
             alt.X("at:Q"), alt.Y("beside:Q", scale=scale), text="model:N", color=color)
-        charts.append((leads + whiskers + dots + names).properties(width=430, height=300, title=source))
+        charts.append((leads + whiskers + dots + names).properties(
+            width=400, height=300, title=alt.TitleParams(source, fontSize=11, anchor="start")))
     how = ("up and left is better; lines: 95 % (paper: sampling noise only); "
            "each merge costs the five experts, they are drawn side by side")
     return plots._finish(alt.hconcat(*charts), title, how)

@@ -1,0 +1,104 @@
+"""Notebook A: stated against used settings, all runs in one table, and Table 8."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from m2rl_core import paper
+from m2rl_core.domains import BENCHMARKS
+from m2rl_core.metrics import stats
+from m2rl_core.progress import duration
+from m2rl_core.study import MERGES
+from m2rl_core.views.opening import interval, miniature
+from m2rl_core.views.training import defined
+
+
+def used(profile) -> dict[tuple[str, str], object]:
+    """What this profile uses for each setting of `paper.settings()`, by (stage, name)."""
+    sft, rl, opd, merge, analysis = profile.sft, profile.rl, profile.opd, profile.merge, profile.analysis
+    corrections = {"mis": f"masked outside [{rl.is_low:g}, {rl.is_high:g}] (token level)",
+                   "tis": f"truncated at {rl.is_high:g} (token level)", "none": "none"}
+    found = {
+        "sft": {
+            "initial model": "base of this study", "samples": sft.rows, "epochs": round(sft.steps * sft.batch_size / sft.rows, 2),
+            "optimizer": f"AdamW, betas {sft.betas[0]:g} and {sft.betas[1]:g}", "weight decay": sft.weight_decay,
+            "learning rate": f"{sft.lr:g} with cosine decay to {sft.final_lr:g}", "batch size": sft.batch_size,
+            "warm-up share": round(sft.warmup / sft.steps, 3)},
+        "rl": {
+            "algorithm": "GRPO; unbiased standard deviation in each group", "prompts in a batch": rl.prompts,
+            "group size": rl.group, f"gradient updates for each {128 * 16} rollouts": f"1 for each {rl.prompts * rl.group}",
+            "steps of an expert": rl.steps, "steps of RL-Multi": rl.multi_steps, "weight decay": rl.weight_decay,
+            "optimizer": f"AdamW, betas {rl.betas[0]:g} and {rl.betas[1]:g}, gradients clipped at {rl.grad_clip:g}",
+            "learning rate": f"{rl.lr:g} constant", "temperature": rl.temperature,
+            "longest response": f"{rl.max_new_tokens} tokens", "importance sampling": corrections[rl.is_correction],
+            "KL penalty": rl.kl, "clip range": f"{rl.clip_low:g} and {rl.clip_high:g}; without effect at one update a batch",
+            "multi-task batch": "random mixture of the five sets",
+            "reward": "binary; without </think> it is 0", "math verifier": "math-verify on the last box",
+            "instruction verifier": "IFEval's strict checks, all must hold", "code verifier": "all unit tests, in a sandbox",
+            "agent environment": f"small workplace, at most {rl.max_turns} turns",
+            **{f"{word} prompts": rl.rows[d] for d, word in (("math", "math"), ("coding", "coding"), ("science", "science"),
+                                                             ("if", "instruction"), ("agent", "agent"))}},
+        "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
+                  "TIES density": f"{merge.density:g} over all weights of an expert together",
+                  "scale of the merged task vector": merge.scale},
+        "opd": {
+            "prompts in a batch": opd.prompts, "group size": opd.group, "steps": opd.steps, "learning rate": f"{opd.lr:g}",
+            f"gradient updates for each {256 * 4} rollouts": f"1 for each {opd.prompts * opd.group}",
+            "optimizer": f"AdamW, betas {opd.betas[0]:g} and {opd.betas[1]:g}", "longest response": f"{opd.max_new_tokens} tokens",
+            "divergence": {"sampled": "log-ratio of the sampled token only", "full": "reverse KL over the vocabulary"}[opd.loss]},
+        "analysis": {"changed-weight threshold eta": analysis.eta, "layer": f"{analysis.layer} of {profile.model.layers}",
+                     "random projection dimension": analysis.random_projection, "judge repeats": f"Avg@{analysis.judge_k}"},
+    }
+    return {(stage, name): value for stage, values in found.items() for name, value in values.items()}
+
+
+def settings_table(profile, stage: str) -> pd.DataFrame:
+    """Stated, released and used settings of one stage (sft, rl, merge, opd, analysis): name, section, and the three."""
+    stated, ours = paper.settings(), used(profile)
+    part = stated[stated["stage"] == stage]
+    return pd.DataFrame({"setting": part["name"], "stated": part["stated"].astype(str), "section": part["section"],
+                         "released code, where it differs": part["released"].astype(str).replace("", "–"),
+                         "here": [str(ours.get((stage, name), "–")) for name in part["name"]]})
+
+
+def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict]) -> pd.DataFrame:
+    """All runs in one line each: reward at both ends, kept and skipped, mismatch, time, and the digest of the weights."""
+    lines = []
+    for model, frame in steps.items():
+        part, sure = max(1, len(frame) // 5), defined(frame)
+        lines.append({
+            "model": model, "steps": len(frame), "first reward (%)": 100 * frame["reward"].head(part).mean(),
+            "last reward (%)": 100 * frame["reward"].tail(part).mean(), "lowest kept (%)": 100 * sure["kept"].min(),
+            "skipped groups (%)": 100 * frame["skipped_groups"].mean(),
+            "largest mismatch (nats)": sure["mismatch"].max() if "mismatch" in sure else np.nan,
+            "time": duration(manifests[model]["seconds"]), "key": manifests[model]["key"][:8],
+            "SHA-256 of the weights": manifests[model]["digests"]["model.safetensors"][:12]})
+    return pd.DataFrame(lines)
+
+
+def table8(run, rng: np.random.Generator) -> pd.DataFrame:
+    """Table 8: base and the best weight merge of this run (by the mean of the nine), then the paper's two models."""
+    rows = run.scores(["base", *MERGES])
+    ours = stats.score_table(rows, ["base", *MERGES], list(BENCHMARKS), rng, run.profile.analysis.bootstrap)
+    best = ours.loc[ours[ours["model"] != "base"]["avg"].idxmax(), "model"]
+    printed = paper.table(8).rename_axis("model").reset_index()
+    printed["model"] += " (paper)"
+    return pd.concat([ours[ours["model"].isin(["base", best])], printed], ignore_index=True)
+
+
+def table8_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`table8` for the eye: a line a benchmark, a column a model."""
+    lines = table.set_index("model")
+    return pd.DataFrame([{"benchmark": miniature(b) if b != "avg" else "mean of the nine", **{
+        model: interval(*(lines.loc[model, [b, f"{b}_low", f"{b}_high"]])).replace(" [undefined]", "") for model in lines.index}}
+        for b in [*BENCHMARKS, "avg"]])
+
+
+def table8_sentence(table: pd.DataFrame) -> str:
+    """What separates the two models of each block, on the mean of the nine."""
+    mean = table.set_index("model")["avg"]
+    base, best, official, theirs = mean.index
+    return (f"Here {best} is {mean[best] - mean[base]:+.1f} points from {base}; in the paper {theirs.split()[0]} is "
+            f"{mean[theirs] - mean[official]:+.1f} points from the official {official.split()[0]}.")

@@ -1,0 +1,34 @@
+"""The README's verdict table is that of the committed report, and refreshing it changes nothing else."""
+import json
+from pathlib import Path
+
+import pytest
+
+from m2rl_core import readme
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_table_is_that_of_the_committed_report():
+    """Catches a report that was committed without its README."""
+    claims = json.loads((ROOT / "reports/tiny/claims.json").read_text())
+    assert readme.table(claims) in (ROOT / "README.md").read_text()
+    assert set(readme.HEADLINES) <= {claim["id"] for claim in claims}
+
+
+def test_refresh_touches_only_what_is_between_the_markers(tmp_path):
+    page, claims = tmp_path / "README.md", tmp_path / "claims.json"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    claim = {"id": "few-interferences", "text": "few", "paper_verdict": "undecided", "run_verdict": "contradicted"}
+    claims.write_text(json.dumps([claim, {**claim, "id": "other", "run_verdict": "supported"}]))
+    readme.refresh(page, claims)
+    assert page.read_text().startswith(f"before\n{readme.BEGIN}\n| claim") and page.read_text().endswith(f"{readme.END}\nafter\n")
+    assert "| few | undecided | **contradicted** |" in page.read_text() and "old" not in page.read_text()
+    assert "All 2 claims in the small study: 1 contradicted, 1 supported." in page.read_text()
+
+
+def test_missing_marker_is_named(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(readme.BEGIN)
+    with pytest.raises(ValueError, match="end of verdicts"):
+        readme.refresh(page, tmp_path / "claims.json")
