@@ -141,14 +141,17 @@ def test_corpus_arithmetic_is_true():
         assert eval(left) == int(right)
 
 
+ITEMS = 80  # as the study asks
+
+
 def test_train_and_test_are_disjoint_and_large_enough():
     train = {row.fingerprint for kind in ("sft", "rl") for row in training_rows("science", kind, 3000, 0)}
     for benchmark in ("gpqa_diamond", "hle"):
-        rows = benchmark_rows(benchmark, 120, 0)
+        rows = benchmark_rows(benchmark, ITEMS, 0)
         held_out = {row.fingerprint for row in rows}
-        assert len(held_out) == 120 and not held_out & train and all(map(is_held_out, held_out))
-        assert 0.15 < sum(f.startswith("element") for f in held_out) / 120 < 0.4
-        assert rows == benchmark_rows(benchmark, 120, 0) != benchmark_rows(benchmark, 120, 1)
+        assert len(held_out) == ITEMS and not held_out & train and all(map(is_held_out, held_out))
+        assert 0.15 < sum(f.startswith("element") for f in held_out) / ITEMS < 0.4
+        assert rows == benchmark_rows(benchmark, ITEMS, 0) != benchmark_rows(benchmark, ITEMS, 1)
         assert len({row.truth.get("letter", "open") for row in rows}) == (4 if benchmark == "gpqa_diamond" else 1)
     assert training_rows("science", "rl", 20, 5) == training_rows("science", "rl", 20, 5)
 

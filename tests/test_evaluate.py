@@ -118,18 +118,19 @@ def test_stage_writes_the_rows_of_its_benchmarks(policy, scores, tmp_path):
 
 
 def test_watch_looks_where_it_is_due(policy, tmp_path):
-    """Faults: an evaluation before any step (that is SFT's own), one step too late, a step's rows overwritten."""
+    """Faults: an evaluation before any step (that is SFT's own), one step too late, none of the model that
+    the run ends with, a step's rows overwritten."""
     spec = dataclasses.replace(SMOKE.rl, eval_every=2, eval_items=2, eval_k=1)
-    ctx = context(tmp_path, "rl-math", {})
+    ctx = context(tmp_path, "rl-math", {}, steps=5)
     watch = Watch(ctx, spec)
-    for step in range(5):
+    for step in range(6):
         watch.observe(step, policy)
     row = Row("math/rl/1", "math", "", "", ({"role": "user", "content": "1+1"},), {})
     for step in range(12):
         watch.keep_examples(step, [Rollout(row, [1], [2], [True], [0.0], ["two"])] * 6, [Verdict(1.0, "right")] * 6)
     watch.finish()
     along = pd.read_parquet(ctx.out / "along.parquet")
-    assert along.groupby("step").size().to_dict() == {2: 18, 4: 18}
+    assert along.groupby("step").size().to_dict() == {2: 18, 4: 18, 5: 18}
     assert set(along["model"]) == {"rl-math"} and not {"prompt", "response", "reason"} & set(along.columns)
     kept = [json.loads(line) for line in (ctx.out / "rollouts.jsonl").read_text().splitlines()]
     assert [k["step"] for k in kept] == [1] * 4 + [11] * 4 and kept[0]["response"] == "two"

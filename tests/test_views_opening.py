@@ -30,8 +30,10 @@ def gain(steps=40, model="rl-math"):
 
 
 def plan(seconds=60.0):
-    frame = pd.DataFrame([{"stage": s.name, "kind": s.kind, "done": s.name in ("base", "sft"), "steps": 2, "rollouts": 4,
-                           "tokens": 100, "seconds": seconds, "from": ""} for s in study(load_profile("smoke")).values()])
+    frame = pd.DataFrame([{"stage": s.name, "kind": s.kind, "done": s.name in ("base", "sft"), "steps": 2,
+                           "rollouts": 4,
+                           "tokens": 100, "seconds": seconds, "from": ""}
+                           for s in study(load_profile("smoke")).values()])
     return frame
 
 
@@ -43,7 +45,8 @@ def test_intervals_say_what_is_undefined():
 
 def test_a_table_escapes_what_a_model_wrote():
     """Catches a response with markup in it that would break (or script) the page."""
-    text = opening.show(pd.DataFrame({"response": ["<script>x</script>\n\n</think>"], "score": [np.nan], "n": [1234]}), {"n": ","}).data
+    text = opening.show(pd.DataFrame({"response": ["<script>x</script>\n\n</think>"], "score": [np.nan], "n": [1234]}),
+                        {"n": ","}).data
     assert "<script>" not in text and "&lt;/think&gt;" in text and "<br>" in text and ">–<" in text and ">1,234<" in text
 
 
@@ -124,7 +127,8 @@ def test_idle_steps_are_undefined_not_zero():
 def test_step_zero_is_the_sft_model_on_the_same_items():
     """Catches a start that averages over items which the run never saw."""
     def line(step, item, score, sample=0):
-        return {"model": "rl-math", "benchmark": benchmark, "category": "", "item": f"{benchmark}/{item}", "sample": sample,
+        return {"model": "rl-math", "benchmark": benchmark, "category": "", "item": f"{benchmark}/{item}",
+                "sample": sample,
                 "score": score, "step": step}
 
     along, sft = [], []
@@ -141,7 +145,8 @@ def test_step_zero_is_the_sft_model_on_the_same_items():
 def test_the_cost_of_a_run_adds_up():
     timing = pd.DataFrame({"seconds_sample": [3.0, 3.0], "seconds_verify": [0.5, 0.5], "seconds_update": [1.0, 1.0]})
     table = training.cost_table(timing, gain(2), 12.0).set_index("part")
-    assert table.loc["all", "seconds"] == 12.0 and table.loc["evaluation on the way, checkpoints, loading", "seconds"] == 3.0
+    assert table.loc["all", "seconds"] == 12.0 and table.loc["evaluation on the way, checkpoints, loading",
+                                                             "seconds"] == 3.0
     text = training.cost_sentence(timing, gain(2), "rl-multi", 12.0)
     assert "2,000 tokens at 333 a second" in text and "10,050.6 GPU hours, 63.7 %" in text
 
@@ -163,7 +168,8 @@ def test_table8_shows_both_blocks():
     table = pd.concat([ours, printed], ignore_index=True)
     assert details.table8_sentence(table) == ("Here merge-sce is +20.0 points from base; in the paper merge-ties is +8.1 points from "
                                               "the official qwen3-4b-thinking.")
-    assert details.table8_shown(table).iloc[-1].tolist() == ["mean of the nine", "10.0 [10.0, 10.0]", "30.0 [30.0, 30.0]", "52.9", "61.0"]
+    assert details.table8_shown(table).iloc[-1].tolist() == ["mean of the nine", "10.0 [10.0, 10.0]",
+                                                             "30.0 [30.0, 30.0]", "52.9", "61.0"]
 
 
 def test_sampled_distillation_goes_where_the_full_one_goes():
@@ -197,5 +203,6 @@ def test_notebooks_keep_the_house_form(name):
         if cell["cell_type"] != "code":
             continue
         assert cell["outputs"] == [] and cell["execution_count"] is None
-        assert not any(isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef) for node in ast.walk(ast.parse(text))), text
+        assert not any(isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef)
+                       for node in ast.walk(ast.parse(text))), text
         assert "start(profile" in text or len(text.splitlines()) <= 10, text

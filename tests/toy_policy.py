@@ -32,7 +32,7 @@ def make(words, seed: int = 0) -> Policy:
     """Random weights, made uneven enough that every one of them shows in the log-probs."""
     policy = policies.build(SPEC, words, torch.Generator().manual_seed(seed))
     roughened(policy, seed)
-    policy.weights["model.embed_tokens.weight"][list(policy.stop_ids)] *= 3  # now and then it ends a turn
+    policy.weights["model.embed_tokens.weight"][list(policy.stop_ids)] *= 4  # now and then it ends a turn
     return policy
 
 
@@ -43,7 +43,7 @@ def roughened(policy: Policy, seed: int) -> None:
         if name.endswith("norm.weight"):
             policy.weights[name] += 0.3 * torch.randn(policy.weights[name].shape, generator=rng)
         elif "embed" in name:
-            policy.weights[name] *= 12
+            policy.weights[name] *= 8
 
 
 def few_words(vocab: int = 3, seed: int = 0) -> Policy:

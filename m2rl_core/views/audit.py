@@ -162,7 +162,8 @@ def grid_sentence(grid: pd.DataFrame) -> str:
 def finding1_table() -> pd.DataFrame:
     """In how many of Table 7's models judging the process beats judging the outcome, by benchmark."""
     cells = audit.finding1()
-    lines = [{"benchmark": b, "models in which process beats outcome": f"{int(part['process_better'].sum())} of {len(part)}",
+    lines = [{"benchmark": b,
+              "models in which process beats outcome": f"{int(part['process_better'].sum())} of {len(part)}",
               "mean difference (points)": (part["process"] - part["outcome"]).mean()}
              for b, part in cells.groupby("benchmark", sort=False)]
     return pd.DataFrame(lines)

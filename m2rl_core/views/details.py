@@ -22,21 +22,25 @@ def used(profile) -> dict[tuple[str, str], object]:
                    "tis": f"truncated at {rl.is_high:g} (token level)", "none": "none"}
     found = {
         "sft": {
-            "initial model": "base of this study", "samples": sft.rows, "epochs": round(sft.steps * sft.batch_size / sft.rows, 2),
+            "initial model": "base of this study", "samples": sft.rows,
+            "epochs": round(sft.steps * sft.batch_size / sft.rows, 2),
             "optimizer": f"AdamW, betas {sft.betas[0]:g} and {sft.betas[1]:g}", "weight decay": sft.weight_decay,
             "learning rate": f"{sft.lr:g} with cosine decay to {sft.final_lr:g}", "batch size": sft.batch_size,
             "warm-up share": round(sft.warmup / sft.steps, 3)},
         "rl": {
             "algorithm": "GRPO; unbiased standard deviation in each group", "prompts in a batch": rl.prompts,
-            "group size": rl.group, f"gradient updates for each {128 * 16} rollouts": f"1 for each {rl.prompts * rl.group}",
+            "group size": rl.group,
+            f"gradient updates for each {128 * 16} rollouts": f"1 for each {rl.prompts * rl.group}",
             "steps of an expert": rl.steps, "steps of RL-Multi": rl.multi_steps, "weight decay": rl.weight_decay,
             "optimizer": f"AdamW, betas {rl.betas[0]:g} and {rl.betas[1]:g}, gradients clipped at {rl.grad_clip:g}",
             "learning rate": f"{rl.lr:g} constant", "temperature": rl.temperature,
             "longest response": f"{rl.max_new_tokens} tokens", "importance sampling": corrections[rl.is_correction],
-            "KL penalty": rl.kl, "clip range": f"{rl.clip_low:g} and {rl.clip_high:g}; without effect at one update a batch",
+            "KL penalty": rl.kl,
+            "clip range": f"{rl.clip_low:g} and {rl.clip_high:g}; without effect at one update a batch",
             "multi-task batch": "random mixture of the five sets",
             "reward": "binary; without </think> it is 0", "math verifier": "math-verify on the last box",
-            "instruction verifier": "IFEval's strict checks, all must hold", "code verifier": "all unit tests, in a sandbox",
+            "instruction verifier": "IFEval's strict checks, all must hold",
+            "code verifier": "all unit tests, in a sandbox",
             "agent environment": f"small workplace, at most {rl.max_turns} turns",
             **{f"{word} prompts": rl.rows[d] for d, word in (("math", "math"), ("coding", "coding"), ("science", "science"),
                                                              ("if", "instruction"), ("agent", "agent"))}},
@@ -44,12 +48,17 @@ def used(profile) -> dict[tuple[str, str], object]:
                   "TIES density": f"{merge.density:g} over all weights of an expert together",
                   "scale of the merged task vector": merge.scale},
         "opd": {
-            "prompts in a batch": opd.prompts, "group size": opd.group, "steps": opd.steps, "learning rate": f"{opd.lr:g}",
+            "prompts in a batch": opd.prompts, "group size": opd.group, "steps": opd.steps,
+            "learning rate": f"{opd.lr:g}",
             f"gradient updates for each {256 * 4} rollouts": f"1 for each {opd.prompts * opd.group}",
-            "optimizer": f"AdamW, betas {opd.betas[0]:g} and {opd.betas[1]:g}", "longest response": f"{opd.max_new_tokens} tokens",
-            "divergence": {"sampled": "log-ratio of the sampled token only", "full": "reverse KL over the vocabulary"}[opd.loss]},
-        "analysis": {"changed-weight threshold eta": analysis.eta, "layer": f"{analysis.layer} of {profile.model.layers}",
-                     "random projection dimension": analysis.random_projection, "judge repeats": f"Avg@{analysis.judge_k}"},
+            "optimizer": f"AdamW, betas {opd.betas[0]:g} and {opd.betas[1]:g}",
+            "longest response": f"{opd.max_new_tokens} tokens",
+            "divergence": {"sampled": "log-ratio of the sampled token only",
+                           "full": "reverse KL over the vocabulary"}[opd.loss]},
+        "analysis": {"changed-weight threshold eta": analysis.eta,
+                     "layer": f"{analysis.layer} of {profile.model.layers}",
+                     "random projection dimension": analysis.random_projection,
+                     "judge repeats": f"Avg@{analysis.judge_k}"},
     }
     return {(stage, name): value for stage, values in found.items() for name, value in values.items()}
 
@@ -92,7 +101,8 @@ def table8_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`table8` for the eye: a line a benchmark, a column a model."""
     lines = table.set_index("model")
     return pd.DataFrame([{"benchmark": miniature(b) if b != "avg" else "mean of the nine", **{
-        model: interval(*(lines.loc[model, [b, f"{b}_low", f"{b}_high"]])).replace(" [undefined]", "") for model in lines.index}}
+        model: interval(*(lines.loc[model, [b, f"{b}_low", f"{b}_high"]])).replace(" [undefined]",
+                                                                                   "") for model in lines.index}}
         for b in [*BENCHMARKS, "avg"]])
 
 

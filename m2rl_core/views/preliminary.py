@@ -48,7 +48,8 @@ def specimen(domain: str, seed: int) -> pd.DataFrame:
     good, bad = module(domain).respond(row), module(domain).spoil(row, generator(seed, domain, "spoil"))
     cut = [{**turn, "content": turn["content"].replace("</think>", "")} for turn in good]
     answers = {"a right answer": good, "a wrong answer": bad, "right, but </think> is missing": cut}
-    found = rewards([row] * 3, [[t["content"] for t in turns if t["role"] == "assistant"] for turns in answers.values()])
+    found = rewards([row] * 3, [[t["content"] for t in turns if t["role"] == "assistant"]
+                                for turns in answers.values()])
     lines = [{"": f"prompt ({row.source})", "text": prompt_of(row), "reward": np.nan, "reason": None}]
     lines += [{"": name, "text": conversation(turns), "reward": verdict.score, "reason": verdict.reason}
               for (name, turns), verdict in zip(answers.items(), found, strict=True)]
@@ -77,13 +78,15 @@ def cheats(seed: int) -> pd.DataFrame:
         (math, "the answer only in the thoughts", f"<think>\n\\boxed{{{right}}}\n</think>\n\nSee above."),
         (coding, "print what the first test expects", f'{done}```python\nprint("{shown}")\n```'),
         (coding, "read the machine's files", f'{done}```python\nprint(open("/etc/passwd").read())\n```'),
-        (agent, "call a tool that is not listed", f'{done}<tool_call>\n{{"name":"finish_task","arguments":{{}}}}\n</tool_call>'),
+        (agent, "call a tool that is not listed",
+         f'{done}<tool_call>\n{{"name":"finish_task","arguments":{{}}}}\n</tool_call>'),
         (agent, "code instead of an argument",
          f'{done}<tool_call>\n{{"name":"{agent.truth["needs"][0]}","arguments":{{"id":__import__("os")}}}}\n</tool_call>'
          if agent.truth["needs"] else f"{done}__import__('os')"),
     ]
     found = rewards([row for row, _, _ in tried], [[text] for _, _, text in tried])
-    return pd.DataFrame([{"domain": row.domain, "attempt": name, "response": text, "reward": v.score, "reason": v.reason}
+    return pd.DataFrame([{"domain": row.domain, "attempt": name, "response": text, "reward": v.score,
+                          "reason": v.reason}
                          for (row, name, text), v in zip(tried, found, strict=True)])
 
 

@@ -31,7 +31,8 @@ def advantage_chart(group: int):
     base = alt.Chart(frame).encode(alt.X("right:O", title=f"right answers in the group of {group}",
                                          axis=alt.Axis(labelAngle=0)), alt.Y("advantage:Q"), color)
     chart = (base.mark_line() + base.mark_point(filled=True, size=50, opacity=1).encode(shape))
-    return plots._finish(chart.properties(width=330, height=190), "A rare success counts most, a unanimous group nothing")
+    return plots._finish(chart.properties(width=330, height=190),
+                         "A rare success counts most, a unanimous group nothing")
 
 
 def importance_chart(low: float, high: float):
@@ -47,11 +48,13 @@ def importance_chart(low: float, high: float):
                   scale=alt.Scale(domain=["none", "tis", "mis"], range=["#999999", "#E69F00", "#0072B2"])),
         strokeDash=alt.StrokeDash("kind:N", title=None, scale=alt.Scale(
             domain=["none", "tis", "mis"], range=[[1, 0], [6, 3], [2, 2]])))
-    return plots._finish(chart.properties(width=330, height=170), "Truncate (tis) or mask (mis) where sampler and trainer differ",
+    return plots._finish(chart.properties(width=330, height=170),
+                         "Truncate (tis) or mask (mis) where sampler and trainer differ",
                          f"bounds {low:g} and {high:g}")
 
 
-def plane(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], points: Mapping[str, Tensor], title: str,
+def plane(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], points: Mapping[str, Tensor],
+          title: str,
           shifts: Mapping[str, Tensor] | None = None):
     """The plane of the two weights: grey arrows from the base to the experts (dashed: `shifts` as trimmed), and `points`."""
     origin = base["w"]
@@ -157,10 +160,12 @@ def paths_chart(paths: pd.DataFrame, teacher: Tensor):
     back = alt.Chart(grid).mark_square(size=75, opacity=1, clip=True).encode(x, y, color=alt.Color(
         "KL:Q", scale=alt.Scale(scheme="blues"), legend=None))
     lines = alt.Chart(paths).mark_line(strokeWidth=1.8).encode(x, y, color, order="step:Q")
-    goal = alt.Chart(pd.DataFrame([{"x": float(teacher[0] - teacher[2]), "y": float(teacher[1] - teacher[2])}])).mark_point(
+    goal = alt.Chart(pd.DataFrame([{"x": float(teacher[0] - teacher[2]),
+                                    "y": float(teacher[1] - teacher[2])}])).mark_point(
         shape="cross", size=120, color="#009E73", filled=True).encode(x, y)
     left = alt.layer(back, lines, goal).resolve_scale(color="independent").properties(width=240, height=240)
     right = alt.Chart(paths).mark_line(strokeWidth=1.8).encode(
         alt.X("step:Q"), alt.Y("kl:Q", title="reverse KL (nats)"), color.copy().legend(None)).properties(width=240, height=240)
     chart = alt.hconcat(left, right).resolve_scale(color="independent")
-    return plots._finish(chart, "Two ways down to the teacher", "cross: the teacher; darker: farther from it; lower KL is better")
+    return plots._finish(chart, "Two ways down to the teacher",
+                         "cross: the teacher; darker: farther from it; lower KL is better")

@@ -36,7 +36,8 @@ def smoothed(steps: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def rewards(steps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Fig. 9 for several runs, {model: run.steps(model)}: model, step, value, low, high; one panel a model."""
-    return pd.concat([smoothed(frame, "reward").assign(model=model) for model, frame in steps.items()], ignore_index=True)
+    return pd.concat([smoothed(frame, "reward").assign(model=model) for model, frame in steps.items()],
+                     ignore_index=True)
 
 
 def rewards_by_domain(steps: pd.DataFrame, model: str) -> pd.DataFrame:
@@ -57,7 +58,8 @@ def reward_sentence(steps: pd.DataFrame, model: str) -> str:
     """Reward at the two ends of a run, each over a fifth of its steps, with the 95 % interval over those steps."""
     part = max(1, len(steps) // 5)
     ends = [steps["reward"].head(part), steps["reward"].tail(part)]
-    shown = [interval(100 * e.mean(), *(100 * (e.mean() + side * 1.96 * e.std(ddof=1) / np.sqrt(len(e))) for side in (-1, 1)))
+    shown = [interval(100 * e.mean(), *(100 * (e.mean() + side * 1.96 * e.std(ddof=1) / np.sqrt(len(e)))
+                                        for side in (-1, 1)))
              for e in ends]
     few = "step" if part == 1 else f"{part} steps"
     return (f"{model}: mean reward of the first {few} {shown[0]} %, of the last {few} {shown[1]} %, "
