@@ -1,9 +1,8 @@
 """m2rl_core: one study of mixing or merging multi-domain RLVR, small enough to read, real enough to run."""
 import os
 
-# OpenMP threads that wait by spinning starve each other on a shared machine (8 times slower there); sleeping ones do
-# not. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# How long an OpenMP thread spins before it sleeps; read when torch is first imported. Training on 2 cores, tokens/s
+# on a quiet and on a busy machine: never 9.7 k and 7.3 k, this 13.9 k and 6.4 k, libgomp's own choice 16.8 k and 0.5 k.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"

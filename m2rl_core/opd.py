@@ -66,7 +66,10 @@ def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: lis
             gaps.append(found)
             return found
         for key, value in backward(student, routed, gap, spec, total).items():
-            sums[key] = sums.get(key, 0.0) + value * (1 if key == "loss" else len(routed) / len(rollouts))
+            if key == "mismatch":
+                sums[key] = max(sums.get(key, 0.0), value)
+            else:  # the loss is a sum over sequences already; the others are means
+                sums[key] = sums.get(key, 0.0) + value * (1 if key == "loss" else len(routed) / len(rollouts))
     return {**sums, "reverse_kl": -float(torch.cat(gaps).mean())}
 
 

@@ -5,11 +5,14 @@ pictures read in black and white. Titles say which way is good; intervals are 95
 """
 from __future__ import annotations
 
-import altair as alt
 import pandas as pd
 import vl_convert
 
 from m2rl_core.png import shrink
+from m2rl_core.slim import without
+
+with without("rfc3987_syntax"):  # jsonschema's grammar of international URLs: over a second, for a check of no chart
+    import altair as alt
 
 PPI = 144
 # model: (colour, mark, dash)
@@ -51,7 +54,7 @@ def show_as_png(ppi: int = PPI) -> None:
     alt.renderers.enable("m2rl-png")
 
 
-def _finish(chart, title: str, good: str = ""):
+def finish(chart, title: str, good: str = ""):
     params = alt.TitleParams(title, subtitle=good or alt.Undefined, anchor="start", fontSize=12, subtitleFontSize=10)
     return (
         chart.properties(title=params)
@@ -124,7 +127,7 @@ def figure1(stages, done=()):
     texts = alt.Chart(nodes).mark_text(fontSize=11).encode(x, y, text="model:N", opacity=pale)
     chart = (lines + rects + texts).properties(width=150 * len(columns), height=34 * tallest)
     how = "every merge and MT-OPD also starts from sft (not drawn)" + ("; pale: not finished" if done else "")
-    return _finish(chart, "Mix (rl-multi) or merge (merge-*, mt-opd): the study as it runs", how)
+    return finish(chart, "Mix (rl-multi) or merge (merge-*, mt-opd): the study as it runs", how)
 
 
 def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher is better", columns=3, zero=False):
@@ -148,11 +151,11 @@ def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher 
     chart = alt.layer(*layers)
     good += "" if finished.all() else "; pale: not finished"
     if facet is None:
-        return _finish(chart.properties(width=380, height=200), title, good)
+        return finish(chart.properties(width=380, height=200), title, good)
     chart = chart.properties(width=185, height=120)
     order = list(dict.fromkeys(frame[facet]))
     chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
-    return _finish(chart.resolve_scale(y="independent"), title, good)
+    return finish(chart.resolve_scale(y="independent"), title, good)
 
 
 def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5):
@@ -185,7 +188,7 @@ def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5)
     chart = chart.facet(facet=alt.Facet("benchmark:N", title=None, sort=benchmarks), columns=columns)
     hollow_is = "; hollow: the paper's model, full benchmarks" if printed is not None else ""
     how = f"right is better; filled: this run (95 %){hollow_is}"
-    return _finish(chart.resolve_scale(x="independent"), title, how)
+    return finish(chart.resolve_scale(x="independent"), title, how)
 
 
 def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", columns=2, size=42, note=None):
@@ -213,7 +216,7 @@ def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", 
     if facet is not None:
         facets = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=facets), columns=columns)
-    return _finish(chart, title, good)
+    return finish(chart, title, good)
 
 
 def _whiskers(base, y_title):
@@ -240,10 +243,10 @@ def bars_with_intervals(frame, title, y_title="cosine", good="higher is better",
     for name, thickness in zip(marks, (3, 1.5), strict=False):
         layers.append(base.mark_tick(thickness=thickness, color="#A0A0A0", size=20).encode(y=f"{name}:Q"))
     how = f"{good}; lines: 95 %" + (f"; grey ticks: {', '.join(marks)} (thick, thin)" if marks else "")
-    return _finish(alt.layer(*layers).properties(width=95 * len(order), height=200), title, how)
+    return finish(alt.layer(*layers).properties(width=95 * len(order), height=200), title, how)
 
 
-def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better"):
+def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better", columns=2):
     """Fig. 6: one point a model with its name, and the least-squares line. Columns: model, x, y; optional `facet`."""
     models = _models(frame)
     ranks = (frame.groupby(facet) if facet else frame)["x"].rank(method="first")
@@ -258,9 +261,9 @@ def scatter(frame, title, x_title, y_title, facet=None, good="up and right is be
     chart = (line + dots + over + under).properties(width=290, height=230)
     if facet is not None:
         order = list(dict.fromkeys(frame[facet]))
-        chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=2)
+        chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
         chart = chart.resolve_scale(y="independent")
-    return _finish(chart, title, good)
+    return finish(chart, title, good)
 
 
 def paired_dots(frame, title, good="right is better", columns=2):
@@ -283,7 +286,7 @@ def paired_dots(frame, title, good="right is better", columns=2):
     layers.append(base.mark_point(filled=True, size=55, opacity=1).encode(x, y, color, shape))
     chart = alt.layer(*layers).properties(width=230, height=16 * len(models))
     chart = chart.facet(facet=alt.Facet("benchmark:N", title=None, sort=order), columns=columns)
-    return _finish(chart, title, good)
+    return finish(chart, title, good)
 
 
 def grouped_bars(frame, title, y_title="average over four benchmarks (%)", good="higher is better"):
@@ -301,4 +304,4 @@ def grouped_bars(frame, title, y_title="average over four benchmarks (%)", good=
     layers = [base.mark_bar(stroke="black", strokeWidth=0.5).encode(alt.Y("value:Q", title=y_title), color)]
     if {"low", "high"} <= set(frame.columns):
         layers += _whiskers(base, y_title)
-    return _finish(alt.layer(*layers).properties(width=62 * len(models), height=200), title, good)
+    return finish(alt.layer(*layers).properties(width=62 * len(models), height=200), title, good)

@@ -17,9 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from m2rl_core.qwen3 import Shape, Weights
+from m2rl_core.slim import without
+
+with without("transformers.models.auto.modeling_auto"):  # all model classes: two seconds, for the config's docstring
+    from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 SPECIAL = (PAD, "<|im_start|>", EOS)
@@ -138,7 +141,17 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Policy:
     if config.model_type != "qwen3":
         raise ValueError(f"{folder}: a {config.model_type} model; the torch engine runs dense qwen3 models")
     weights = {name: tensor.to(dtype) for name, tensor in load_weights(folder).items()}
-    return Policy(weights, config, AutoTokenizer.from_pretrained(folder))
+    return Policy(weights, config, load_tokenizer(folder))
+
+
+def load_tokenizer(folder: Path):
+    """A folder's tokenizer; those that are trained here are read without the classes of all other models."""
+    config = folder / "tokenizer_config.json"
+    named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else None
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def load_weights(folder: Path) -> Weights:

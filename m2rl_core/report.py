@@ -40,6 +40,8 @@ NEEDS = {  # what must not have failed in this run for a notebook to be worth it
     "A_training_details": POLICIES,
 }
 
+QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel that ends well is interrupted first, and would call it an error
+
 
 class ReportError(ValueError):
     """A request that cannot be met as it stands; the message is one line."""
@@ -153,7 +155,7 @@ def execute(job: Job, report: Path, log: Path) -> Result:
         try:
             papermill.execute_notebook(
                 str(job.source), str(new), parameters=job.parameters, kernel_name="python3", progress_bar=False,
-                cwd=str(job.source.parent), extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                cwd=str(job.source.parent), extra_arguments=QUIET)
         except papermill.PapermillExecutionError as error:
             message = str(error.evalue).strip().splitlines() or [""]
             reason = f"cell In [{error.exec_count}]: {error.ename}: {message[0]}"

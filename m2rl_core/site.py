@@ -1,11 +1,13 @@
 """The report as a site: one page for each executed notebook and an index, readable without a network.
 
-Pages hold their pictures. Formulas are TeX; a browser with a network sets them through MathJax.
+Pages hold their pictures, and their formulas as MathML, which browsers set by themselves.
 """
 from __future__ import annotations
 
+import functools
 import html
 import json
+import re
 from pathlib import Path
 
 from m2rl_core.progress import duration
@@ -23,8 +25,7 @@ pre { background: #f6f7f8; padding: .6rem .8rem; overflow-x: auto; font-size: .8
 .supported, .completed, .holds { color: #14692f } .failed, .contradicted { color: #a3170f }
 .undecided, .not { color: #7a5d00 } nav { font-size: .9rem; color: #555 } .small { font-size: .85rem; color: #555 }
 """
-MATHJAX = ('<script>MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]]}}</script>'
-           '<script async src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml.js"></script>')
+FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?=\S)(?P<inline>[^$\n]+?)(?<=\S)\$(?!\d)", re.DOTALL)
 
 
 def write(report: Path) -> list[Path]:
@@ -92,21 +93,44 @@ def notebook_table(entries: list[dict], report: Path) -> str:
 
 
 def _notebook_page(path: Path) -> Path:
-    """<name>.html beside <name>.ipynb; cells, outputs and pictures, no scripts but MathJax."""
+    """<name>.html beside <name>.ipynb; cells, outputs and pictures, no scripts."""
     import nbformat
-    from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(nbformat.read(path, as_version=4))
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_mathml(cell.source)
+        for output in cell.get("outputs", ()):
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = with_mathml(output.data["text/markdown"])
+    body, _ = _exporter().from_notebook_node(notebook)
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
     target = path.with_name(path.name.removesuffix(".ipynb") + ".html")
     nav = '<nav><a href="index.html">All notebooks</a></nav>'
-    write_atomic(target, _page(path.stem, f"{nav}\n{body}", colours, MATHJAX))
+    write_atomic(target, _page(path.stem, f"{nav}\n{body}", colours))
     return target
 
 
-def _page(title: str, body: str, style: str = "", scripts: str = "") -> str:
+@functools.cache
+def _exporter():
+    """One for all pages: its templates take as long to compile as a page to write."""
+    from nbconvert import HTMLExporter
+    return HTMLExporter(template_name="basic")
+
+
+def with_mathml(markdown: str) -> str:
+    """The text with each $formula$ and $$formula$$ of TeX as MathML."""
+    from latex2mathml.converter import convert
+
+    def mathml(found: re.Match) -> str:
+        block = found["block"] is not None
+        return convert(found["block"] if block else found["inline"], display="block" if block else "inline").replace("\n", " ")
+    return FORMULA.sub(mathml, markdown)
+
+
+def _page(title: str, body: str, style: str = "") -> str:
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-            f'<meta name="viewport" content="width=device-width"><style>{STYLE}{style}</style>{scripts}</head>'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}{style}</style></head>'
             f"<body>\n{body}\n</body></html>\n")
 
 

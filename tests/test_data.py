@@ -93,7 +93,8 @@ def test_rows_are_a_function_of_the_seed():
 def test_no_problem_of_a_benchmark_is_trained_on():
     """Fault: a test problem, in whatever wording, among the rows of SFT, of RLVR or of the judge."""
     held = {row.fingerprint for name in BENCHMARKS for row in benchmark_rows(name, 20, 1)}
-    trained = {row.fingerprint for row in rl_rows(dataclasses.replace(SMOKE.rl, rows=dict.fromkeys(DOMAINS, 150)), DOMAINS, 1)}
+    many = dataclasses.replace(SMOKE.rl, rows=dict.fromkeys(DOMAINS, 150))
+    trained = {row.fingerprint for row in rl_rows(many, DOMAINS, 1)}
     trained |= {row.fingerprint for _, row in sft_blend(SMOKE.sft, 1) if row.domain != "judge"}
     assert len(held) > 100 and len(trained) > 300
     assert not held & trained
@@ -109,8 +110,9 @@ def test_no_benchmark_item_stands_in_other_training_text():
 
 def test_rl_rows_have_the_mix_of_the_profile():
     """Fault: domains in equal parts where the profile has the paper's natural proportions."""
-    rows = rl_rows(dataclasses.replace(SMOKE.rl, rows={"math": 9, "coding": 5, "science": 3, "if": 2, "agent": 1}), DOMAINS, 1)
-    assert Counter(row.domain for row in rows) == {"math": 9, "coding": 5, "science": 3, "if": 2, "agent": 1}
+    mix = {"math": 9, "coding": 5, "science": 3, "if": 2, "agent": 1}
+    rows = rl_rows(dataclasses.replace(SMOKE.rl, rows=mix), DOMAINS, 1)
+    assert Counter(row.domain for row in rows) == mix
     assert not any(row.turns for row in rows)
     assert len({row.id for row in rows}) == len(rows)
 

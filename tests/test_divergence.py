@@ -21,12 +21,14 @@ def expert():
 
 @pytest.fixture(scope="module")
 def others():
-    return {"near": toy_policy.nudged(toy_policy.few_words(WORDS, seed=1), 0.3), "far": toy_policy.few_words(WORDS, seed=2)}
+    near = toy_policy.nudged(toy_policy.few_words(WORDS, seed=1), 0.3)
+    return {"near": near, "far": toy_policy.few_words(WORDS, seed=2)}
 
 
 def every(length):
     row = Row("", "math", "", "", (), {})
-    return [Rollout(row, PROMPT, list(t), [True] * length, [0.0] * length) for t in itertools.product(range(WORDS), repeat=length)]
+    return [Rollout(row, PROMPT, list(tokens), [True] * length, [0.0] * length)
+            for tokens in itertools.product(range(WORDS), repeat=length)]
 
 
 @torch.no_grad()
@@ -52,7 +54,8 @@ def test_both_estimates_have_the_enumerated_kl_as_their_mean(expert, others, tem
         q = torch.stack([sequence_logp(policy, r, temperature) for r in rollouts])
         wanted = float((p.exp() * (p - q)).sum())  # KL(expert || policy) over whole responses
         mine = {row["rollout"]: row for row in found if row["policy"] == name}
-        mean = {key: sum(float(p[i].exp()) * mine[i][key] for i in range(9)) for key in ("kl_seq", "kl_token", "kl_exact")}
+        mean = {key: sum(float(p[i].exp()) * mine[i][key] for i in range(9))
+                for key in ("kl_seq", "kl_token", "kl_exact")}
         assert mean["kl_seq"] == pytest.approx(wanted, abs=1e-5)
         assert mean["kl_token"] == pytest.approx(wanted / 2, abs=1e-5)
         assert mean["kl_exact"] == pytest.approx(wanted / 2, abs=1e-5)

@@ -16,9 +16,10 @@ from m2rl_core.profile import load_profile
 from m2rl_core.rollout import Rollout
 
 SMOKE = load_profile("smoke")
-SPEC = dataclasses.replace(SMOKE.eval, items=dict.fromkeys(BENCHMARKS, 3), k=dict.fromkeys(BENCHMARKS, 2), max_new_tokens=12)
-COLUMNS = ["model", "benchmark", "domain", "category", "item", "sample", "prompt", "response", "score", "reason", "tokens",
-           "truncated"]
+SPEC = dataclasses.replace(SMOKE.eval, items=dict.fromkeys(BENCHMARKS, 3), k=dict.fromkeys(BENCHMARKS, 2),
+                           max_new_tokens=12)
+COLUMNS = ["model", "benchmark", "domain", "category", "item", "sample", "prompt", "response", "score", "reason",
+           "tokens", "truncated"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def test_one_row_for_each_sample(scores, items):
         asked = scores[(scores["benchmark"] == name) & (scores["sample"] == 0)]
         assert asked["item"].tolist() == [r.id for r in rows]
         assert asked["prompt"].tolist() == [r.messages[-1]["content"] for r in rows]
-    assert set(scores[scores["benchmark"] == "bfcl_v3"]["category"]) <= {"simple", "parallel", "irrelevance", "multi_turn"}
+    kinds = set(scores[scores["benchmark"] == "bfcl_v3"]["category"])
+    assert kinds and kinds <= {"simple", "parallel", "irrelevance", "multi_turn"}
     assert scores["tokens"].between(1, 12).all() and (scores["tokens"][scores["truncated"]] == 12).all()
 
 
@@ -91,9 +93,10 @@ def test_scores_can_be_recomputed_from_the_rows(scores, items):
 
 def test_frame_by_hand():
     """Faults: tool tokens counted as the model's, turns run together, samples numbered across items."""
-    rows = [Row(f"bfcl_v3/{i}", "agent", "bfcl_v3", "", ({"role": "user", "content": f"ask {i}"},), {"category": "simple"})
-            for i in range(2)]
-    rollouts = [Rollout(rows[i // 2], [1], [5, 6, 7], [True, False, True], [0.0] * 3, ["a", "b"], i == 3) for i in range(4)]
+    rows = [Row(f"bfcl_v3/{i}", "agent", "bfcl_v3", "", ({"role": "user", "content": f"ask {i}"},),
+                {"category": "simple"}) for i in range(2)]
+    rollouts = [Rollout(rows[i // 2], [1], [5, 6, 7], [True, False, True], [0.0] * 3, ["a", "b"], i == 3)
+                for i in range(4)]
     found = frame("m", "bfcl_v3", rollouts, [Verdict(i / 4, f"r{i}") for i in range(4)], 2)
     assert found["item"].tolist() == ["bfcl_v3/0"] * 2 + ["bfcl_v3/1"] * 2
     assert found["sample"].tolist() == [0, 1, 0, 1] and found["score"].tolist() == [0, 0.25, 0.5, 0.75]

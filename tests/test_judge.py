@@ -62,7 +62,7 @@ def test_training_rows_are_half_right_in_every_corner():
     """Faults: a mode, a domain or a verdict that the judge can guess from another; a wrong answer called right."""
     rows = training_rows(160, 1)
     corners = Counter((r.source, r.truth["right"]) for r in rows)
-    assert set(corners) == {(mode, right) for mode in MODES for right in (True, False)} and set(corners.values()) == {40}
+    assert corners == {(mode, right): 40 for mode in MODES for right in (True, False)}
     assert all(verdict_of(r.turns[0]["content"]) == int(r.truth["right"]) for r in rows)
     assert len({r.id for r in rows}) == 160
     assert training_rows(40, 1) == rows[:40] != training_rows(40, 2)
@@ -96,16 +96,17 @@ def test_stage_judges_a_models_own_answers(policy, tmp_path):
             r, generator(benchmark)))[0]["content"] for i, r in enumerate(rows)]
         for row, text in zip(rows, texts, strict=True):
             score = rewards([row], [[text]])[0].score
-            parts += [{"benchmark": benchmark, "item": row.id, "sample": s, "prompt": row.messages[-1]["content"],
-                       "response": text if s == 0 else "never judged", "score": score if s == 0 else 0.5} for s in (0, 1)]
+            asked = {"benchmark": benchmark, "item": row.id, "prompt": row.messages[-1]["content"]}
+            parts += [asked | {"sample": 0, "response": text, "score": score},
+                      asked | {"sample": 1, "response": "never judged", "score": 0.5}]
     answers = pd.DataFrame(parts)
     policies.save(policy, tmp_path / "model")
     (tmp_path / "eval").mkdir()
     answers.to_parquet(tmp_path / "eval" / "rows.parquet")
     ctx = SimpleNamespace(
-        profile=dataclasses.replace(load_profile("smoke"), seed=1), inputs={"sft": tmp_path / "model", "eval-sft": tmp_path / "eval"},
-        out=tmp_path, stage=SimpleNamespace(name="judge-sft", settings={"items": 2, "k": 3, "temperature": 1.0,
-                                                                       "max_new_tokens": 24}))
+        profile=dataclasses.replace(load_profile("smoke"), seed=1), out=tmp_path,
+        inputs={"sft": tmp_path / "model", "eval-sft": tmp_path / "eval"}, stage=SimpleNamespace(
+            name="judge-sft", settings={"items": 2, "k": 3, "temperature": 1.0, "max_new_tokens": 24}))
     judge.build(ctx)
     found = pd.read_parquet(tmp_path / "rows.parquet")
     assert len(found) == 4 * 2 * 2 * 3 and set(found["benchmark"]) == set(judge.JUDGED_BENCHMARKS)

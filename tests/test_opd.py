@@ -95,7 +95,7 @@ def test_the_toy_is_not_trivial(student, teacher):
 @pytest.mark.parametrize("form", ["sampled", "full"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_expected_gradient_is_that_of_the_reverse_kl(student, teacher, form, temperature):
-    """Faults: teacher and student exchanged (forward KL), a wrong sign, the student's gradient through the advantage."""
+    """Faults: teacher and student exchanged (forward KL), a wrong sign, a gradient through the advantage."""
     spec = dataclasses.replace(SPEC, temperature=temperature)
     wanted = gradient(student, lambda: reverse_kl(student, teacher, PROMPT, temperature).backward())
     found = expected(student, 1, lambda r: UPDATES[form](student, {"math": teacher}, [r], spec, 1), temperature)
@@ -152,7 +152,8 @@ def test_each_row_learns_from_its_own_domains_teacher(student, teacher, form):
              for r, t in ((math, teacher), (code, third))]
     assert toy_policy.furthest(both, {n: (2 * parts[0][n] + parts[1][n]) / 3 for n in both}) < NEAR
     swapped = {"math": third, "coding": teacher}
-    assert toy_policy.furthest(both, gradient(student, lambda: update(student, swapped, [math, code, math], SPEC, 3))) > 1e-3
+    exchanged = gradient(student, lambda: update(student, swapped, [math, code, math], SPEC, 3))
+    assert toy_policy.furthest(both, exchanged) > 1e-3
     routed = by_domain([math, code, math])
     assert {d: len(r) for d, r in routed.items()} == {"math": 2, "coding": 1}
 

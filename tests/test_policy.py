@@ -75,8 +75,9 @@ def test_earlier_keys_and_values_stand_before_the_new_ones(policy):
 @torch.no_grad()
 def test_a_large_models_settings_are_honoured(words):
     """Faults: the base of the angles or the epsilon written into the code; an untied output embedding ignored."""
-    config = Qwen3Config(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
-                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=False, rms_norm_eps=1e-2,
+    config = Qwen3Config(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                         num_attention_heads=6, num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
+                         rms_norm_eps=1e-2,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     rng = torch.Generator().manual_seed(3)
     sizes = policies.sizes(config) | {"lm_head.weight": (50, 24)}
@@ -142,6 +143,8 @@ def test_a_folder_of_another_kind_is_refused_in_one_line(tmp_path):
 
 def test_digits_and_markers_are_single_tokens(policy):
     """Faults: 12 as one token and 13 as two; a marker that the model must spell."""
+    often = policies.train_tokenizer(["in 2024 x12 = 1234567890, 12 and 2024"] * 50, 330)  # it could merge them
+    assert len(often.encode("1234567890", add_special_tokens=False)) == 10
     words = policy.tokenizer
     for text in ("7", "1234567890", " 2024", "x12"):
         pieces = [words.decode([i]) for i in words.encode(text, add_special_tokens=False)]

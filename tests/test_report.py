@@ -209,3 +209,11 @@ def test_nan_in_a_claim_is_null(tmp_path):
 def test_progress_line_by_hand():
     assert line("rl-math", 12, 40, {"reward": 0.61}, 80) == "rl-math · step 12/40 · reward 0.61 · 1:20 left"
     assert site.duration(7500) == "2:05:00"
+
+
+def test_formulas_become_mathml_and_prices_do_not():
+    """Catches a page whose formulas need a network, and text between two dollar signs taken for one."""
+    from m2rl_core.site import with_mathml
+    page = with_mathml(r"costs $5 and $6; $\frac{1}{PG}\sum_i r_i$ here, $$\tau = 1$$")
+    assert page.count("<math") == 2 and "costs $5 and $6; <math" in page and "<mfrac>" in page
+    assert 'display="block"' in page and "\\frac" not in page

@@ -18,7 +18,7 @@ from m2rl_core.judge import judge_row
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.rollout import Rollout, logprobs, micro_batches, sample
 
-SAME = 5e-6  # log-probs of one token computed in two batches, at temperature 1
+SAME = 1e-5  # two orders of summation of one log-prob in float32; 2e-6 to 7e-6 are seen at size 8, a fault makes 1e-3
 
 
 def draw(policy, rows, n=2, seed=3, **settings):
@@ -42,7 +42,7 @@ def test_recorded_logprobs_are_the_trainers_and_transformers(policy, toy_rows, t
     found = draw(policy, toy_rows, temperature=temperature)
     lengths = {r.length for r in found}
     assert len(lengths) > 5  # rows did finish at different times, so the batch was compacted
-    assert worst(map(recorded, found), logprobs(policy, found, temperature)) < SAME / temperature**2
+    assert worst(map(recorded, found), logprobs(policy, found, temperature)) < SAME
     model = toy_policy.transformers_model(policy)
     with torch.no_grad():
         for r in found:
@@ -95,7 +95,8 @@ def test_first_tokens_follow_the_softmax(policy, toy_rows, temperature):
     expected = torch.cat((share[~rare] * n, (share[rare].sum() * n)[None]))
     counted = torch.cat((seen[~rare], seen[rare].sum()[None]))
     assert len(expected) > 20
-    assert stats.chisquare(counted.numpy(), expected.numpy() * counted.sum().item() / expected.sum().item()).pvalue > 1e-3
+    expected *= counted.sum() / expected.sum()  # rounding alone
+    assert stats.chisquare(counted.numpy(), expected.numpy()).pvalue > 1e-3
 
 
 def test_extreme_uniform_numbers_draw_possible_tokens(policy, toy_rows, monkeypatch):
@@ -212,7 +213,8 @@ def test_sampled_tokens_are_never_tokenised_again(policy, episodes, monkeypatch)
            for i in words.encode(part, add_special_tokens=False)]
     assert words.decode(odd) == call and odd != words.encode(call, add_special_tokens=False)
     odd.append(policy.stop_ids[0])
-    found, = toy_policy.scripted(policy, [row], [(odd + tokens[first:], [True] * len(odd) + sampled[first:])], monkeypatch)
+    wanted = odd + tokens[first:], [True] * len(odd) + sampled[first:]
+    found, = toy_policy.scripted(policy, [row], [wanted], monkeypatch)
     assert found.tokens == odd + tokens[first:]
     assert found.turns[0] == call
     assert worst([recorded(found)], logprobs(policy, [found])) < SAME

@@ -16,7 +16,8 @@ from m2rl_core.trainer import Optimization, TrainingDiverged, fit, read_lines, w
 
 
 def optimization(steps=6, **settings) -> Optimization:
-    return Optimization(steps, **{"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.98), "checkpoint_every": 2, **settings})
+    usual = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.98), "checkpoint_every": 2}
+    return Optimization(steps, **{**usual, **settings})
 
 
 def lesson(policy):

@@ -1,4 +1,4 @@
-"""What notebooks 0 to 3.2_train and A show: sentences say what the frames say, and the notebooks keep the house form."""
+"""What notebooks 0 to 3.2_train and A show: sentences say what frames say, and notebooks keep the house form."""
 import ast
 import json
 import re
@@ -22,10 +22,10 @@ NOTEBOOKS = ("0_plan", "1_introduction", "2_related_work", "3.1_preliminary", "3
 
 def gain(steps=40, model="rl-math"):
     """A run whose reward climbs from 0.2 to 0.6; every tenth step all groups are unanimous."""
-    step = np.arange(1, steps + 1)
+    step, reward = np.arange(1, steps + 1), np.linspace(0.2, 0.6, steps)
     return pd.DataFrame({
-        "step": step, "reward": np.linspace(0.2, 0.6, steps), f"reward_{model.removeprefix('rl-')}": np.linspace(0.2, 0.6, steps),
-        "skipped_groups": np.where(step % 10 == 0, 1.0, 0.25), "kept": 1.0, "entropy": np.where(step % 10 == 0, 0.0, 0.5),
+        "step": step, "reward": reward, f"reward_{model.removeprefix('rl-')}": reward, "kept": 1.0,
+        "skipped_groups": np.where(step % 10 == 0, 1.0, 0.25), "entropy": np.where(step % 10 == 0, 0.0, 0.5),
         "mismatch": 2e-6, "grad_norm": 1.0, "length": 20.0, "truncated": 0.0, "response_tokens": 1000, "rollouts": 192})
 
 
@@ -47,7 +47,8 @@ def test_a_table_escapes_what_a_model_wrote():
     """Catches a response with markup in it that would break (or script) the page."""
     text = opening.show(pd.DataFrame({"response": ["<script>x</script>\n\n</think>"], "score": [np.nan], "n": [1234]}),
                         {"n": ","}).data
-    assert "<script>" not in text and "&lt;/think&gt;" in text and "<br>" in text and ">–<" in text and ">1,234<" in text
+    assert "<script>" not in text
+    assert all(part in text for part in ("&lt;/think&gt;", "<br>", ">–<", ">1,234<"))
 
 
 def test_the_plan_counts_what_is_left_and_says_what_was_never_timed():
@@ -56,7 +57,8 @@ def test_the_plan_counts_what_is_left_and_says_what_was_never_timed():
     assert f"2 of {len(frame)} stages are made. {left} are left" in opening.plan_sentence(frame)
     assert opening.by_kind(frame).set_index("kind").loc["base", "time left"] == "–"
     blank = plan(np.nan)
-    assert "not known" in opening.plan_sentence(blank) and f"{left} have never been timed" in opening.plan_sentence(blank)
+    assert "not known" in opening.plan_sentence(blank)
+    assert f"{left} have never been timed" in opening.plan_sentence(blank)
     assert set(opening.by_kind(blank)["time left"]) == {"–", "not measured yet"}
     assert "Nothing would run" in opening.plan_sentence(frame.assign(done=True))
     for each in (frame, blank):
@@ -84,7 +86,9 @@ def test_the_printed_means_are_within_their_own_noise():
     draws = frame[frame["kind"] == "draws"].set_index("model")
     reach = 1.96 * np.hypot(*[checks.standard_errors(m).iloc[-1]["se_draws"] for m in ("rl-multi", "merge-ties")])
     assert f"±{reach:.2f}" in text and reach > draws.loc["rl-multi", "high"] - draws.loc["rl-multi", "value"]
-    assert plots.png(audit.means_chart(frame)) and plots.png(audit.correlation_chart(checks.judge_correlations(np.random.default_rng(0))))
+    links = checks.judge_correlations(np.random.default_rng(0))
+    assert all(plots.png(chart)[:4] == b"\x89PNG" for chart in (audit.means_chart(frame),
+                                                                audit.correlation_chart(links)))
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -162,11 +166,12 @@ def test_every_stated_setting_has_its_used_value(name):
 
 def test_table8_shows_both_blocks():
     columns = [f"{b}{end}" for b in [*BENCHMARKS, "avg"] for end in ("", "_low", "_high")]
-    ours = pd.DataFrame([["base", *[10.0] * len(columns)], ["merge-sce", *[30.0] * len(columns)]], columns=["model", *columns])
+    ours = pd.DataFrame({"model": ["base", "merge-sce"], **{column: [10.0, 30.0] for column in columns}})
     printed = paper.table(8).rename_axis("model").reset_index()
     printed["model"] += " (paper)"
     table = pd.concat([ours, printed], ignore_index=True)
-    assert details.table8_sentence(table) == ("Here merge-sce is +20.0 points from base; in the paper merge-ties is +8.1 points from "
+    assert details.table8_sentence(table) == ("Here merge-sce is +20.0 points from base; in the paper merge-ties is "
+                                              "+8.1 points from "
                                               "the official qwen3-4b-thinking.")
     assert details.table8_shown(table).iloc[-1].tolist() == ["mean of the nine", "10.0 [10.0, 10.0]",
                                                              "30.0 [30.0, 30.0]", "52.9", "61.0"]
@@ -191,7 +196,7 @@ def test_dare_keeps_the_mean():
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_keep_the_house_form(name):
-    """No logic in notebooks: no def, short cells, typed literals as parameters, nothing executed, a title and an end."""
+    """No logic in notebooks: no def, short cells, literals as parameters, nothing executed, a title and an end."""
     cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
     texts = ["".join(cell["source"]) for cell in cells]
     assert texts[0].startswith("# ") and "?" in texts[0] and "What the paper says" in texts[1]

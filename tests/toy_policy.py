@@ -77,7 +77,8 @@ def transformers_model(policy: Policy) -> Qwen3ForCausalLM:
     config = copy.deepcopy(policy.config)
     config._attn_implementation = "eager"
     model = Qwen3ForCausalLM(config).float().eval()
-    missing, unexpected = model.load_state_dict({n: t.detach().clone() for n, t in policy.weights.items()}, strict=False)
+    copied = {n: t.detach().clone() for n, t in policy.weights.items()}
+    missing, unexpected = model.load_state_dict(copied, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
     return model

@@ -24,7 +24,7 @@ def overlap_above_chance(evidence):
     """Every pair's Jaccard overlap above that of random masks; contradicted where the mean is not."""
     found = evidence.frame("jaccard", "jaccard", "jaccard_random").dropna(subset="jaccard")
     note = "overlap minus that of random masks"
-    if "jaccard_null" in found:  # stricter than the paper: relative changes sit where |w| is small
+    if "jaccard_null" in found and len(found):  # stricter than the paper: relative changes sit where |w| is small
         note += f"; given |w|: {(found['jaccard'] > found['jaccard_null']).mean():.0%} of cells above chance"
     return _sign(found["jaccard"] - found["jaccard_random"], note)
 

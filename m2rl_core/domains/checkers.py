@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from m2rl_core.slim import without
+
 BENCHMARKS = ("ifeval", "ifbench")
 PUNKT_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 NLTK_FOLDERS = {"stopwords": "corpora", "averaged_perceptron_tagger_eng": "taggers"}
@@ -105,7 +107,8 @@ def _load():
     if spec is None:
         raise ImportError("No module named 'evalscope'")
     import langdetect
-    import nltk
+    with without("scipy.stats"):  # half a second, for tests of collocations
+        import nltk
 
     langdetect.DetectorFactory.seed = 0  # its answer is random otherwise
     with _punkt_of_last_resort(nltk), _bare_evalscope(Path(spec.origin).parent), _seeded():

@@ -27,7 +27,8 @@ def ledger_sentence(frame: pd.DataFrame) -> str:
     count = frame["by the paper's numbers"].value_counts()
     parts = [f"{count.get(name, 0)} {name}" for name in VERDICT_COLOURS]
     return (f"Of {len(frame)} claims, the paper's own printed numbers, read with their sampling noise, leave "
-            f"{', '.join(parts)}; {count.get(NOT_DRAWN, 0)} rest on figures or weights and cannot be decided from print.")
+            f"{', '.join(parts)}; {count.get(NOT_DRAWN, 0)} rest on figures or weights and cannot be decided from "
+            f"print.")
 
 
 def audit_summary(rng: np.random.Generator) -> pd.DataFrame:
@@ -74,7 +75,7 @@ def audit_sentence(summary: pd.DataFrame, blend: pd.DataFrame) -> str:
 
 
 def means_with_noise() -> pd.DataFrame:
-    """The nine-benchmark mean of every printed model with the reach of 1.96 standard errors: model, kind, value, low, high.
+    """The nine-benchmark mean of every printed model, +-1.96 standard errors: model, kind, value, low, high.
 
     kind "draws": items fixed, every sample an independent draw; "items": every item one draw.
     """
@@ -98,7 +99,7 @@ def means_chart(frame: pd.DataFrame):
         f"datum.kind == '{kind}'") for kind, width, colour in (("draws", 4, "#7fb3d9"), ("items", 1, "#555555")))
     dots = base.mark_point(filled=True, size=40, color="#0072B2", opacity=1).encode(x="value:Q", y=y)
     chart = (thin + thick + dots).properties(width=430, height=15 * len(order))
-    return plots._finish(chart, "What the paper printed, with the noise it did not print",
+    return plots.finish(chart, "What the paper printed, with the noise it did not print",
                          "right is better; thick: samples are the noise, thin: items are (95 %)")
 
 
@@ -109,7 +110,8 @@ def means_sentence(frame: pd.DataFrame) -> str:
     gap = draws.loc["rl-multi", "value"] - draws.loc[merge, "value"]
     reach = math.hypot(*(draws.loc[m, "high"] - draws.loc[m, "value"] for m in ("rl-multi", merge)))
     within = draws[draws["value"] > draws["value"].max() - reach].index.tolist()
-    return (f"rl-multi leads the best weight merge ({merge}) by {gap:.2f} points; sampling alone moves such a difference by "
+    return (f"rl-multi leads the best weight merge ({merge}) by {gap:.2f} points; sampling alone moves such a "
+            f"difference by "
             f"about ±{reach:.2f} (95 %). Within that reach of the best are {len(within)} models: {', '.join(within)}.")
 
 
@@ -126,7 +128,7 @@ def correlation_chart(frame: pd.DataFrame):
         "datum.dropped == ''")
     zero = alt.Chart(pd.DataFrame({"r": [0]})).mark_rule(color="#bbbbbb").encode(x="r:Q")
     chart = (zero + rule.transform_filter("datum.dropped == ''") + left + dots).properties(width=430, height=90)
-    return plots._finish(chart, "Does a better generator judge better? (Table 7)",
+    return plots.finish(chart, "Does a better generator judge better? (Table 7)",
                          "dot and line: nine models, 95 % over models; grey ticks: one model left out")
 
 
@@ -137,7 +139,8 @@ def correlation_sentence(frame: pd.DataFrame) -> str:
         whole = part[part["dropped"] == ""].iloc[0]
         left = part[part["dropped"] != ""]
         most = left.loc[(left["r"] - whole["r"]).abs().idxmax()]
-        parts.append(f"{mode}: r = {interval(whole['r'], whole['low'], whole['high'], 2)} over {int(whole['n'])} models; "
+        parts.append(f"{mode}: r = {interval(whole['r'], whole['low'], whole['high'], 2)} over {int(whole['n'])} "
+                     f"models; "
                      f"without {most['dropped']} it is {most['r']:.2f}")
     return "Judging by " + ". Judging by ".join(parts) + "."
 
@@ -154,7 +157,8 @@ def grid_sentence(grid: pd.DataFrame) -> str:
     """Where the inferred K explains the digits, and where it does not."""
     main, pairs = (grid[grid["set"] == name] for name in ("tables 3-4", "table 6"))
     none = pairs.loc[pairs["fit"] == 0, "benchmark"].tolist()
-    return (f"With these K, {main['fit'].sum()} of {main['values'].sum()} scores of Tables 3 and 4 lie on their grid; of "
+    return (f"With these K, {main['fit'].sum()} of {main['values'].sum()} scores of Tables 3 and 4 lie on their grid; "
+            f"of "
             f"Table 6 only {pairs['fit'].sum()} of {pairs['values'].sum()} do"
             + (f" (none on {', '.join(none)}: those runs used another K, or averaged runs)." if none else "."))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from m2rl_core import paper
-from m2rl_core.domains import BENCHMARKS
+from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.metrics import stats
 from m2rl_core.progress import duration
 from m2rl_core.study import MERGES
@@ -38,12 +38,11 @@ def used(profile) -> dict[tuple[str, str], object]:
             "KL penalty": rl.kl,
             "clip range": f"{rl.clip_low:g} and {rl.clip_high:g}; without effect at one update a batch",
             "multi-task batch": "random mixture of the five sets",
-            "reward": "binary; without </think> it is 0", "math verifier": "math-verify on the last box",
+            "reward": "binary; without </think> it is 0", "math verifier": "math-verify on every box",
             "instruction verifier": "IFEval's strict checks, all must hold",
             "code verifier": "all unit tests, in a sandbox",
             "agent environment": f"small workplace, at most {rl.max_turns} turns",
-            **{f"{word} prompts": rl.rows[d] for d, word in (("math", "math"), ("coding", "coding"), ("science", "science"),
-                                                             ("if", "instruction"), ("agent", "agent"))}},
+            **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows[domain] for domain in DOMAINS}},
         "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
                   "TIES density": f"{merge.density:g} over all weights of an expert together",
                   "scale of the merged task vector": merge.scale},
@@ -73,7 +72,7 @@ def settings_table(profile, stage: str) -> pd.DataFrame:
 
 
 def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict]) -> pd.DataFrame:
-    """All runs in one line each: reward at both ends, kept and skipped, mismatch, time, and the digest of the weights."""
+    """A line a run: reward at both ends, kept and skipped, mismatch, time, and the digest of the weights."""
     lines = []
     for model, frame in steps.items():
         part, sure = max(1, len(frame) // 5), defined(frame)

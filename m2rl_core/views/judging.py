@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from math import isfinite, nan
+from math import isfinite, isnan, nan
 
-import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
@@ -19,6 +18,7 @@ from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average
 from m2rl_core.paper import audit
 from m2rl_core.study import JUDGED as JUDGES
+from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval, miniature
 
 MODES = ("outcome", "process")
@@ -65,17 +65,16 @@ def table7(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def table7_shown(found: pd.DataFrame) -> pd.DataFrame:
-    """Table 7 for the eye: a row a model, a column a benchmark; in it gen, out and proc, the paper's in brackets."""
+    """Table 7 for the eye: in each cell "gen / out / proc", below it their intervals and the paper's three."""
     printed, cells = paper.table(7), found.set_index(["model", "benchmark", "mode"])
     lines = []
     for model in dict.fromkeys(found["model"]):
         line = {"model": model}
         for benchmark in (*JUDGED, "avg"):
-            told = []
-            for mode, short in SHORT.items():
-                r = cells.loc[(model, benchmark, mode)]
-                theirs = printed.loc[model, f"{benchmark}_{short}"]
-                told.append(f"{short} {interval(r.value, r.low, r.high)} ({theirs:.1f})")
+            own = [cells.loc[(model, benchmark, mode)] for mode in SHORT]
+            told = [" / ".join("undefined" if isnan(r.value) else f"{r.value:.1f}" for r in own)]
+            told += [f"{short} {bounds(r.low, r.high)}" for short, r in zip(SHORT.values(), own, strict=True)]
+            told.append("paper " + " / ".join(f"{printed.loc[model, f'{benchmark}_{s}']:.1f}" for s in SHORT.values()))
             line["mean of four" if benchmark == "avg" else miniature(benchmark)] = "\n".join(told)
         lines.append(line)
     return pd.DataFrame(lines)
@@ -132,12 +131,14 @@ def figure6(found: pd.DataFrame) -> pd.DataFrame:
                                     "y": mean[mode].to_numpy()}) for mode in MODES], ignore_index=True)
 
 
-def correlations(points: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+def correlations(points: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
     """r of generation and judging, here and by the paper's Table 7, with interval and leave-one-out range."""
-    printed, lines = audit.judge_correlations(rng), []
+    printed, lines = audit.judge_correlations(evidence.rng()), []
     for mode in MODES:
         own = points[points["mode"] == f"{mode} judging"]
-        e = stats.pearson(own["x"], own["y"], rng) if len(own) > 2 else stats.Estimate(nan, nan, nan, len(own), nan)
+        e = stats.Estimate(nan, nan, nan, len(own), nan)
+        if len(own) > 2:
+            e = stats.pearson(own["x"], own["y"], evidence.rng())  # as the claims' rule draws it
         left = stats.leave_one_out(own["model"], own["x"], own["y"]).set_index("dropped")["r"]
         theirs = printed[printed["mode"] == mode].set_index("dropped")
         whole, rest = theirs.loc[""], theirs.drop("")["r"]

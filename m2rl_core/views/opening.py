@@ -64,13 +64,14 @@ def machine_table(run, sandbox: str) -> pd.DataFrame:
     while not home.exists():
         home = home.parent
     versions = ", ".join(f"{name} {version}" for name, version in packages().items())
-    return pd.DataFrame({"what": ["cores", "memory", "disk free for the store", "programs of the model run in", "packages"],
-                         "here": [f"{here['cores']}, of which {run.profile.threads} are used", f"{here['memory_gb']} GB",
-                                  f"{shutil.disk_usage(home).free / 2**30:.0f} GB", sandbox, versions]})
+    facts = {"cores": f"{here['cores']}, of which {run.profile.threads} are used", "memory": f"{here['memory_gb']} GB",
+             "disk free for the store": f"{shutil.disk_usage(home).free / 2**30:.0f} GB",
+             "programs of the model run in": sandbox, "packages": versions}
+    return pd.DataFrame({"what": facts.keys(), "here": facts.values()})
 
 
 def by_kind(plan: pd.DataFrame) -> pd.DataFrame:
-    """`run.estimate()` summed over kinds: stages, made, steps, rollouts, tokens, seconds made and left ("?" if untimed)."""
+    """`run.estimate()` summed over kinds: stages, made, steps, rollouts, tokens, time taken and left ("?": untimed)."""
     lines = []
     for kind, part in plan.groupby("kind", sort=False):
         left = part[~part["done"]]
@@ -83,7 +84,9 @@ def by_kind(plan: pd.DataFrame) -> pd.DataFrame:
 def _clock(seconds: pd.Series) -> str:
     if seconds.empty:
         return "–"
-    return "not measured yet" if seconds.isna().all() else duration(seconds.sum()) + (" + ?" if seconds.isna().any() else "")
+    if seconds.isna().all():
+        return "not measured yet"
+    return duration(seconds.sum()) + (" + ?" if seconds.isna().any() else "")
 
 
 def plan_sentence(plan: pd.DataFrame) -> str:
@@ -92,14 +95,15 @@ def plan_sentence(plan: pd.DataFrame) -> str:
     if left.empty:
         return f"All {len(plan)} stages are made; they took {duration(plan['seconds'].sum())}. Nothing would run."
     timed = left["seconds"].notna()
-    cost = f"{duration(left['seconds'].sum())} for the {timed.sum()} that were timed before" if timed.any() else "not known"
+    known = f"{duration(left['seconds'].sum())} for the {timed.sum()} that were timed before"
+    cost = known if timed.any() else "not known"
     blank = "" if timed.all() else f"; {int((~timed).sum())} have never been timed on this machine"
     return (f"{int(plan['done'].sum())} of {len(plan)} stages are made. {len(left)} are left and will sample at most "
             f"{left['tokens'].sum():,} tokens. Expected time: {cost}{blank}.")
 
 
 def plan_chart(plan: pd.DataFrame):
-    """Where the work goes: seconds of each stage where all are timed, else the most tokens it can see; unmade ones pale."""
+    """Where the work goes: seconds of each stage where all are timed, else its most tokens; unmade ones pale."""
     timed = plan["seconds"].notna().all()
     value, title = ("seconds", "seconds") if timed else ("tokens", "tokens at most (not all stages are timed yet)")
     frame = plan[plan[value] > 0].assign(pale=plan["done"].map({True: 1.0, False: 0.35}))
@@ -107,7 +111,7 @@ def plan_chart(plan: pd.DataFrame):
     chart = alt.Chart(frame).mark_bar(color="#0072B2").encode(
         alt.X(f"{value}:Q", title=title), alt.Y("stage:N", sort=list(frame["stage"]), title=None),
         opacity=alt.Opacity("pale:Q", scale=None)).properties(width=430, height=13 * len(frame))
-    return plots._finish(chart, f"The {len(frame)} largest stages", "less is better; pale: not made yet")
+    return plots.finish(chart, f"The {len(frame)} largest stages", "less is better; pale: not made yet")
 
 
 def reasons(run) -> pd.DataFrame:
@@ -123,12 +127,13 @@ def cost_beside_paper(run, plan: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for model in printed.index:
         settings = run.stages[model].settings
+        spent, all_spent = ours.loc[model, "seconds"], ours.loc[experts, "seconds"].sum(skipna=False)
         lines.append({
             "model": model, "steps (paper)": printed.loc[model, "steps"], "steps (here)": settings["steps"],
             "prompts x group (paper)": f"{printed.loc[model, 'batch_size']} x {printed.loc[model, 'rollouts']}",
             "prompts x group (here)": f"{settings['prompts']} x {settings['group']}",
             "% of experts' GPU hours (paper)":
                 100 * printed.loc[model, "gpu_hours"] / printed.loc[experts, "gpu_hours"].sum(),
-            "% of experts' time (here)": 100 * ours.loc[model, "seconds"] / ours.loc[experts, "seconds"].sum(skipna=False),
+            "% of experts' time (here)": 100 * spent / all_spent,
             "% of experts' tokens at most (here)": 100 * ours.loc[model, "tokens"] / ours.loc[experts, "tokens"].sum()})
     return pd.DataFrame(lines)

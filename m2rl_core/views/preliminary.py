@@ -5,7 +5,9 @@ import numpy as np
 import pandas as pd
 
 from m2rl_core import paper
-from m2rl_core.domains import BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, module, rewards, training_rows
+from m2rl_core.domains import (
+    BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, module, rewards, training_rows,
+)
 from m2rl_core.metrics import stats
 from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views.opening import interval, miniature
@@ -14,7 +16,7 @@ END = "<|im_end|>"
 
 
 def blend_table(blend: pd.DataFrame) -> pd.DataFrame:
-    """blend.jsonl beside Table 1; the judge rows are no part of the paper's blend, so shares are also given without them."""
+    """blend.jsonl beside Table 1; the paper's blend has no judge rows, so shares are also given without them."""
     printed = paper.table(1)
     theirs = blend[blend["type"].isin(printed.index)]["rows"].sum()
     lines = []
@@ -38,12 +40,13 @@ def blend_sentence(table: pd.DataFrame) -> str:
     parts = table[(table["type"] != "Total") & table["paper (%)"].notna()]
     gap = (parts["share without judge rows (%)"] - parts["paper (%)"]).abs()
     extra = table[table["paper (%)"].isna()]
-    return (f"Apart from {', '.join(extra['type'])} ({extra['share (%)'].sum():.1f} % of the rows), no share differs from Table 1 "
+    return (f"Apart from {', '.join(extra['type'])} ({extra['share (%)'].sum():.1f} % of the rows), no share differs "
+            f"from Table 1 "
             f"by more than {gap.max():.2f} points ({parts.loc[gap.idxmax(), 'type']}).")
 
 
 def specimen(domain: str, seed: int) -> pd.DataFrame:
-    """One training prompt of a domain with three answers: a right one, a wrong one, a right one whose thinking never ends."""
+    """One training prompt of a domain with three answers: right, wrong, and right but its thinking never ends."""
     row = training_rows(domain, "rl", 1, seed)[0]
     good, bad = module(domain).respond(row), module(domain).spoil(row, generator(seed, domain, "spoil"))
     cut = [{**turn, "content": turn["content"].replace("</think>", "")} for turn in good]
@@ -72,26 +75,25 @@ def cheats(seed: int) -> pd.DataFrame:
     """Attempts to be paid without solving: domain, attempt, response, reward, reason."""
     math, coding, agent = (training_rows(domain, "rl", 1, seed)[0] for domain in ("math", "coding", "agent"))
     right, shown = math.truth["answer"], coding.truth["unit_tests"]["outputs"][0].strip()
-    done = "<think>\n\n</think>\n\n"
+    tool, done = agent.tools[0]["function"]["name"], "<think>\n\n</think>\n\n"
     tried = [
-        (math, "two boxes, one of them right", f"{done}Answer: \\boxed{{{right}}} or \\boxed{{{int(right) + 1}}}"),
+        (math, "two boxes, the first one right", f"{done}Answer: \\boxed{{{right}}} or \\boxed{{9{right}}}"),
+        (math, "two boxes, the last one right", f"{done}Answer: \\boxed{{9{right}}} or \\boxed{{{right}}}"),
         (math, "the answer only in the thoughts", f"<think>\n\\boxed{{{right}}}\n</think>\n\nSee above."),
         (coding, "print what the first test expects", f'{done}```python\nprint("{shown}")\n```'),
         (coding, "read the machine's files", f'{done}```python\nprint(open("/etc/passwd").read())\n```'),
         (agent, "call a tool that is not listed",
          f'{done}<tool_call>\n{{"name":"finish_task","arguments":{{}}}}\n</tool_call>'),
         (agent, "code instead of an argument",
-         f'{done}<tool_call>\n{{"name":"{agent.truth["needs"][0]}","arguments":{{"id":__import__("os")}}}}\n</tool_call>'
-         if agent.truth["needs"] else f"{done}__import__('os')"),
+         f'{done}<tool_call>\n{{"name":"{tool}","arguments":{{"id":__import__("os")}}}}\n</tool_call>'),
     ]
     found = rewards([row for row, _, _ in tried], [[text] for _, _, text in tried])
-    return pd.DataFrame([{"domain": row.domain, "attempt": name, "response": text, "reward": v.score,
-                          "reason": v.reason}
-                         for (row, name, text), v in zip(tried, found, strict=True)])
+    lines = [(row.domain, name, text, v.score, v.reason) for (row, name, text), v in zip(tried, found, strict=True)]
+    return pd.DataFrame(lines, columns=["domain", "attempt", "response", "reward", "reason"])
 
 
 def benchmark_items(profile) -> pd.DataFrame:
-    """One held-out item of each of the nine miniature benchmarks, with a right answer and how much of it is measured."""
+    """One held-out item of each miniature benchmark, with a right answer and how much of it is measured."""
     lines = []
     for benchmark, domain in BENCHMARKS.items():
         row = benchmark_rows(benchmark, 1, profile.seed)[0]
@@ -103,7 +105,7 @@ def benchmark_items(profile) -> pd.DataFrame:
 
 
 def losses(steps: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Training loss of each model for `plots.trajectories`: model, step, value (moving mean), low, high (range), window."""
+    """Training loss for `plots.trajectories`: model, step, value (moving mean), low, high (range), panel."""
     parts = []
     for model, frame in steps.items():
         loss = frame["loss"].rolling(max(1, len(frame) // 30), center=True, min_periods=1)
@@ -120,7 +122,7 @@ def beside_paper(scores: pd.DataFrame, models: list[str]) -> pd.DataFrame:
         line = {"benchmark": miniature(benchmark) if benchmark != "avg" else "mean of the nine"}
         for model in models:
             line[f"{model}, here"] = interval(*ours.loc[model, [benchmark, f"{benchmark}_low", f"{benchmark}_high"]])
-            theirs = printed.loc[model, list(BENCHMARKS)].mean() if benchmark == "avg" else printed.loc[model, benchmark]
+            theirs = printed.loc[model, list(BENCHMARKS) if benchmark == "avg" else [benchmark]].mean()
             line[f"{model}, paper"] = f"{theirs:.1f}"
         lines.append(line)
     return pd.DataFrame(lines)
@@ -150,6 +152,6 @@ def written(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     own = rows[rows["model"] == model]
     picked = [part[part["score"] == score].head(1) for domain in DOMAINS
               for part in [own[own["domain"] == domain]] for score in (1.0, 0.0)]
-    found = pd.concat(picked)
-    return pd.DataFrame({"benchmark": found["benchmark"].map(miniature), "prompt": found["prompt"], "response":
-                         found["response"].str.replace(END, "\n→ ", regex=False), "score": found["score"], "reason": found["reason"]})
+    found = pd.concat(picked)[["benchmark", "prompt", "response", "score", "reason"]]
+    return found.assign(benchmark=found["benchmark"].map(miniature),
+                        response=found["response"].str.replace(END, "\n→ ", regex=False))

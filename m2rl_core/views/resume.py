@@ -1,4 +1,4 @@
-"""Notebook A: a training run that is broken off and taken up again, against one that is not, before the reader's eyes."""
+"""Notebook A: a training run that is broken off and taken up again, against one that is not."""
 from __future__ import annotations
 
 import tempfile
@@ -35,8 +35,7 @@ def prove(run: Run, model: str, broken_at: int) -> pd.DataFrame:
     """Train `model` for a few small GRPO steps from the SFT model, twice: unbroken, and broken off at step `broken_at`.
 
     Both use this run's weights, rows and seeds, in a folder that is thrown away; the broken one starts again from
-    its last checkpoint. Returns a line a file: file, start (SFT's), unbroken, resumed (12 digits of SHA-256) and whether
-    the last two are one.
+    its last checkpoint. Returns a line a file: file, start (SFT's), unbroken, resumed (12 digits of SHA-256), the same.
     """
     with tempfile.TemporaryDirectory() as folder:
         unbroken, resumed = (_context(run, model, Path(folder) / name) for name in ("unbroken", "resumed"))
@@ -69,5 +68,6 @@ def sentence(found: pd.DataFrame, broken_at: int) -> str:
     moved = weights["start"] != weights["unbroken"]
     checkpoint = (broken_at - 1) // EVERY * EVERY
     return (f"{STEPS} steps of {PROMPTS} x {GROUP} rollouts, broken off in step {broken_at} and taken up from "
-            f"{f'the checkpoint after step {checkpoint}' if checkpoint else 'the start'}: {same} of {len(found)} files have "
+            f"{f'the checkpoint after step {checkpoint}' if checkpoint else 'the start'}: {same} of {len(found)} "
+            f"files have "
             f"the bytes of the unbroken run. {MOVED if moved else STILL}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
 
 import pandas as pd
 from IPython.display import Markdown
@@ -20,6 +19,7 @@ from m2rl_core.metrics.stats import average, difference
 from m2rl_core.paper import audit
 from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.study import TRAINED
+from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval, miniature
 
 PARTS = ("seconds", "seconds_sample", "seconds_verify", "seconds_update")
@@ -160,11 +160,6 @@ def interference(evidence: Evidence, models: Iterable[str] = tuple(EXPERT.values
             lines.append({"model": model, "domain": domain, "difference": e.estimate, "low": e.low, "high": e.high,
                           "n": e.n, "interval": bounds(e.low, e.high)})
     return pd.DataFrame(lines)
-
-
-def bounds(low: float, high: float, digits: int = 1) -> str:
-    """`[58.1, 64.0]`, or "undefined"."""
-    return f"[{low:.{digits}f}, {high:.{digits}f}]" if isfinite(low) else "[undefined]"
 
 
 def interference_sentence(found: pd.DataFrame) -> Markdown:

@@ -23,9 +23,8 @@ def consistency(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.Data
 
 def figure5(found: pd.DataFrame):
     """Fig. 5 as bars with chance and ceiling; what is undefined is no bar, and a picture without bars says so."""
-    title = "Fig. 5: cosine of gains with the union of the experts'"
-    named = found.rename(columns={"cosine": "value"}).assign(benchmark=found["benchmark"].map(miniature))
-    named = named.dropna(subset="value")
+    title = "Fig. 5: cosine of gains with the union of the experts' (miniature benchmarks)"
+    named = found.rename(columns={"cosine": "value"}).dropna(subset="value")
     if named.empty:
         nothing = alt.Chart(pd.DataFrame({"text": ["undefined on every benchmark: no gains to compare"]}))
         return nothing.mark_text(fontSize=12).encode(text="text:N").properties(width=400, height=60, title=title)

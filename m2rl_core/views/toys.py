@@ -1,4 +1,4 @@
-"""Notebook 2: each method on a toy of two parameters; the package's own functions run on it, nothing is re-implemented."""
+"""Notebook 2: each method on a toy of two parameters, by the package's own functions."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -16,27 +16,28 @@ from m2rl_core.opd import reverse_kl
 from m2rl_core.policy import Policy
 
 CLIP = (0.2, 0.28)
+GROUPS = (("base", "#555555", "square"), ("expert", "#E69F00", "circle"), ("merged", "#0072B2", "diamond"))
 
 
 def advantage_chart(group: int):
     """GRPO's advantage of a right and of a wrong answer by how many of the group's `group` answers are right."""
     rewards = torch.tensor([[1.0] * right + [0.0] * (group - right) for right in range(group + 1)])  # (G + 1, G)
     found = advantages(rewards)
-    frame = pd.DataFrame([{"right": k, "answer": name, "advantage": float(found[k, at])}
-                          for k in range(group + 1) for name, at, there in (("right", 0, k > 0), ("wrong", -1, k < group))
-                          if there])
+    ends = [(k, "right", 0) for k in range(1, group + 1)] + [(k, "wrong", -1) for k in range(group)]
+    frame = pd.DataFrame([{"right": k, "answer": name, "advantage": float(found[k, at])} for k, name, at in ends])
     kinds = ["right", "wrong"]
-    color = alt.Color("answer:N", title="an answer that is", scale=alt.Scale(domain=kinds, range=["#009E73", "#D55E00"]))
-    shape = alt.Shape("answer:N", title="an answer that is", scale=alt.Scale(domain=kinds, range=["circle", "square"]))
+    title = "an answer that is"
+    color = alt.Color("answer:N", title=title, scale=alt.Scale(domain=kinds, range=["#009E73", "#D55E00"]))
+    shape = alt.Shape("answer:N", title=title, scale=alt.Scale(domain=kinds, range=["circle", "square"]))
     base = alt.Chart(frame).encode(alt.X("right:O", title=f"right answers in the group of {group}",
                                          axis=alt.Axis(labelAngle=0)), alt.Y("advantage:Q"), color)
     chart = (base.mark_line() + base.mark_point(filled=True, size=50, opacity=1).encode(shape))
-    return plots._finish(chart.properties(width=330, height=190),
+    return plots.finish(chart.properties(width=330, height=190),
                          "A rare success counts most, a unanimous group nothing")
 
 
 def importance_chart(low: float, high: float):
-    """The weight of a token by its log-ratio trainer - sampler under none, tis and mis, as `importance_weights` gives it."""
+    """`importance_weights` of a token by its log-ratio, trainer - sampler, under none, tis and mis."""
     gap = torch.linspace(-1.2, 1.2, 241)
     lines = []
     for kind in ("none", "tis", "mis"):
@@ -48,7 +49,7 @@ def importance_chart(low: float, high: float):
                   scale=alt.Scale(domain=["none", "tis", "mis"], range=["#999999", "#E69F00", "#0072B2"])),
         strokeDash=alt.StrokeDash("kind:N", title=None, scale=alt.Scale(
             domain=["none", "tis", "mis"], range=[[1, 0], [6, 3], [2, 2]])))
-    return plots._finish(chart.properties(width=330, height=170),
+    return plots.finish(chart.properties(width=330, height=170),
                          "Truncate (tis) or mask (mis) where sampler and trainer differ",
                          f"bounds {low:g} and {high:g}")
 
@@ -56,7 +57,7 @@ def importance_chart(low: float, high: float):
 def plane(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], points: Mapping[str, Tensor],
           title: str,
           shifts: Mapping[str, Tensor] | None = None):
-    """The plane of the two weights: grey arrows from the base to the experts (dashed: `shifts` as trimmed), and `points`."""
+    """The plane of the two weights: lines from the base to the experts (dashed: `shifts` as trimmed), and `points`."""
     origin = base["w"]
     arrows = [{"name": f"expert {n}", "kind": "full", "end": e["w"]} for n, e in experts.items()]
     arrows += [{"name": f"{n}, trimmed", "kind": "trimmed", "end": origin + s} for n, s in (shifts or {}).items()]
@@ -70,17 +71,18 @@ def plane(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]
             alt.Y("y:Q", title="weight 2", scale=alt.Scale(domain=[0, 6])))
     path = alt.Chart(lines).mark_line(color="#999999").encode(x, y, detail="line:N", strokeDash=alt.StrokeDash(
         "kind:N", legend=None, scale=alt.Scale(domain=["full", "trimmed"], range=[[1, 0], [4, 3]])))
-    dots = alt.Chart(pd.DataFrame(marks)).mark_point(filled=True, size=80, opacity=1).encode(x, y, alt.Color(
-        "group:N", legend=None, scale=alt.Scale(domain=["base", "expert", "merged"], range=["#555555", "#E69F00", "#0072B2"])),
-        shape=alt.Shape("group:N", legend=None, scale=alt.Scale(domain=["base", "expert", "merged"],
-                                                                range=["square", "circle", "diamond"])))
+    groups, colours, shapes = zip(*GROUPS, strict=True)
+    marks = pd.DataFrame(marks)
+    dots = alt.Chart(marks).mark_point(filled=True, size=80, opacity=1).encode(
+        x, y, alt.Color("group:N", legend=None, scale=alt.Scale(domain=groups, range=colours)),
+        alt.Shape("group:N", legend=None, scale=alt.Scale(domain=groups, range=shapes)))
     top = max(float(p[1]) for p in points.values())
     places = {"base": (-9, 0, "right"), "expert": (9, 0, "left"), "upper": (9, -7, "left"), "lower": (9, 8, "left")}
-    marks = pd.DataFrame(marks)
-    marks["place"] = marks["group"].where(marks["group"] != "merged", marks["y"].ge(top).map({True: "upper", False: "lower"}))
-    names = [alt.Chart(marks[marks["place"] == place]).mark_text(dx=dx, dy=dy, align=align, fontSize=10).encode(x, y, text="name:N")
-             for place, (dx, dy, align) in places.items()]
-    return plots._finish(alt.layer(path, dots, *names).properties(width=400, height=230), title)
+    height = marks["y"].ge(top).map({True: "upper", False: "lower"})
+    marks["place"] = marks["group"].where(marks["group"] != "merged", height)
+    names = [alt.Chart(marks[marks["place"] == place]).mark_text(dx=dx, dy=dy, align=align, fontSize=10).encode(
+        x, y, text="name:N") for place, (dx, dy, align) in places.items()]
+    return plots.finish(alt.layer(path, dots, *names).properties(width=400, height=230), title)
 
 
 def dare_cloud(base, experts, drop_rates: tuple[float, ...], seeds: int) -> pd.DataFrame:
@@ -92,7 +94,7 @@ def dare_cloud(base, experts, drop_rates: tuple[float, ...], seeds: int) -> pd.D
 
 
 def cloud_chart(cloud: pd.DataFrame, target: Tensor):
-    """`dare_cloud` as bubbles (size: how often), with the mean of the draws and the task-arithmetic point, a facet a rate."""
+    """`dare_cloud` as bubbles (size: how often), their mean and the task-arithmetic point `target`; a facet a rate."""
     counts = cloud.groupby(["rate", "x", "y"], as_index=False).size()
     means = cloud.groupby("rate", as_index=False)[["x", "y"]].mean()
     frame = pd.concat([counts.assign(what="draws"), means.assign(what="their mean", size=counts["size"].max()),
@@ -106,7 +108,7 @@ def cloud_chart(cloud: pd.DataFrame, target: Tensor):
         alt.Shape("what:N", title=None, scale=alt.Scale(domain=kinds, range=["circle", "cross", "square"])),
         alt.Size("size:Q", legend=None, scale=alt.Scale(range=[15, 160]))).properties(width=190, height=190)
     chart = chart.facet(facet=alt.Facet("facet:N", title=None), columns=3)
-    return plots._finish(chart, "DARE keeps the mean and pays in variance", "bubble: how many seeds end there")
+    return plots.finish(chart, "DARE keeps the mean and pays in variance", "bubble: how many seeds end there")
 
 
 def identity_policy(tokens: int) -> Policy:
@@ -165,7 +167,8 @@ def paths_chart(paths: pd.DataFrame, teacher: Tensor):
         shape="cross", size=120, color="#009E73", filled=True).encode(x, y)
     left = alt.layer(back, lines, goal).resolve_scale(color="independent").properties(width=240, height=240)
     right = alt.Chart(paths).mark_line(strokeWidth=1.8).encode(
-        alt.X("step:Q"), alt.Y("kl:Q", title="reverse KL (nats)"), color.copy().legend(None)).properties(width=240, height=240)
+        alt.X("step:Q"), alt.Y("kl:Q", title="reverse KL (nats)"), color.copy().legend(None))
+    right = right.properties(width=240, height=240)
     chart = alt.hconcat(left, right).resolve_scale(color="independent")
-    return plots._finish(chart, "Two ways down to the teacher",
+    return plots.finish(chart, "Two ways down to the teacher",
                          "cross: the teacher; darker: farther from it; lower KL is better")

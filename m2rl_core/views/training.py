@@ -29,7 +29,7 @@ def window(steps: int) -> int:
 
 
 def smoothed(steps: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Centred moving mean of a column over `window` steps, and the lowest and highest step in it: step, value, low, high."""
+    """Centred moving mean of a column over `window` steps, and the range inside it: step, value, low, high."""
     rolling = steps[column].rolling(window(len(steps)), center=True, min_periods=1)
     return pd.DataFrame({"step": steps["step"], "value": rolling.mean(), "low": rolling.min(), "high": rolling.max()})
 
@@ -85,7 +85,8 @@ def on_the_way(along: pd.DataFrame, sft: pd.DataFrame, rng: np.random.Generator,
 def on_the_way_sentence(frame: pd.DataFrame) -> str:
     """First and last accuracy on each benchmark of Fig. 2."""
     ends = [(panel, part.iloc[0], part.iloc[-1]) for panel, part in frame.groupby("panel", sort=False)]
-    parts = [f"{panel} {interval(a.value, a.low, a.high)} → {interval(b.value, b.low, b.high)}" for panel, a, b in ends]
+    parts = [f"{panel} {interval(a.value, a.low, a.high)} → {interval(b.value, b.low, b.high)}"
+             for panel, a, b in ends]
     return f"From step {int(ends[0][1].step)} to step {int(ends[0][2].step)}, in percent: {'; '.join(parts)}."
 
 
@@ -96,7 +97,7 @@ def defined(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def inside(steps: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Length, truncation, skipped groups, kept tokens, entropy, gradient (and reverse KL) by step, for a picture in panels."""
+    """Every quantity of PANELS that the run recorded, by step: model, step, panel, value."""
     steps = defined(steps)
     parts = [pd.DataFrame({"model": model, "step": steps["step"], "panel": name, "value": steps[column]})
              for column, name in PANELS.items() if column in steps]
@@ -108,20 +109,21 @@ def match_sentence(steps: pd.DataFrame) -> str:
     steps = defined(steps).dropna(subset="kept")
     if steps.empty or "mismatch" not in steps:
         return "Sampler against trainer: undefined, for no step of this run recorded an update by policy gradient."
-    return (f"Over {len(steps)} of the steps, those with an update, sampler and trainer differed by at most {steps['mismatch'].max():.1e} "
-            f"nats on a token; the importance weights kept at least {100 * steps['kept'].min():.2f} % of the tokens, "
-            f"{100 * steps['kept'].mean():.2f} % on average.")
+    return (f"Steps with an update: {len(steps)}. In them sampler and trainer differed by at most "
+            f"{steps['mismatch'].max():.1e} nats on a token; the importance weights kept at least "
+            f"{100 * steps['kept'].min():.2f} % of the tokens, {100 * steps['kept'].mean():.2f} % on average.")
 
 
 def skipped_sentence(steps: pd.DataFrame) -> str:
     """The share of groups that gave GRPO nothing to compare."""
     share = 100 * steps["skipped_groups"]
-    return (f"Unanimous groups, whose advantage is zero: {share.mean():.1f} % on average, {share.iloc[0]:.1f} % in the first "
+    return (f"Unanimous groups, whose advantage is zero: {share.mean():.1f} % on average, {share.iloc[0]:.1f} % in "
+            f"the first "
             f"step and {share.iloc[-1]:.1f} % in the last.")
 
 
 def rollouts_table(rollouts: pd.DataFrame, n: int = 2) -> pd.DataFrame:
-    """`n` sample rollouts (of different prompts where there are) from the first and from the last step that kept some."""
+    """`n` sample rollouts, of different prompts where there are, from the first and the last step that kept some."""
     ends = sorted({rollouts["step"].min(), rollouts["step"].max()})
     parts = []
     for step in ends:
@@ -135,7 +137,7 @@ def rollouts_table(rollouts: pd.DataFrame, n: int = 2) -> pd.DataFrame:
 
 
 def cost_table(timing: pd.DataFrame, steps: pd.DataFrame, seconds: float) -> pd.DataFrame:
-    """Where the time of a run went; `seconds` is the whole stage's. Columns: part, seconds, share (%), seconds a step."""
+    """Where the time of a run went; `seconds` is the whole stage's: part, seconds, share (%), seconds a step."""
     parts = {"sampling rollouts": timing["seconds_sample"].sum(), "verifying": timing["seconds_verify"].sum(),
              "updating": timing["seconds_update"].sum()}
     parts["evaluation on the way, checkpoints, loading"] = max(0.0, seconds - sum(parts.values()))
@@ -148,7 +150,8 @@ def cost_sentence(timing: pd.DataFrame, steps: pd.DataFrame, model: str, seconds
     """Speed and price of the run, and the paper's hours for its own (Table 2)."""
     printed = paper.table(2)["gpu_hours"]
     tokens, spent = steps["response_tokens"].sum(), timing["seconds_sample"].sum()
-    return (f"{model} sampled {tokens:,} tokens at {tokens / max(spent, 1e-9):,.0f} a second and took {duration(seconds)}. The "
+    return (f"{model} sampled {tokens:,} tokens at {tokens / max(spent, 1e-9):,.0f} a second and took "
+            f"{duration(seconds)}. The "
             f"paper's {model} took {printed[model]:,.1f} GPU hours, "
             f"{100 * printed[model] / printed[list(EXPERTS)].sum():.1f} % of its five experts' together (Table 2).")
 
@@ -159,5 +162,6 @@ def what_it_is(stage) -> str:
     kind = ROUTES.get(stage.name, f"GRPO on {DOMAIN_NAMES.get(stage.name.removeprefix('rl-'), stage.name)} alone")
     rows = ", ".join(f"{n:,} {DOMAIN_NAMES[d]}" for d, n in s["rows"].items())
     return (f"**{stage.name}**: {kind}, from {' and '.join(stage.needs[:1])}. Prompts: {rows}. {s['steps']} steps of "
-            f"{s['prompts']} prompts x {s['group']} rollouts, learning rate {s['lr']:g}, at most {s['max_new_tokens']} tokens a "
+            f"{s['prompts']} prompts x {s['group']} rollouts, learning rate {s['lr']:g}, at most "
+            f"{s['max_new_tokens']} tokens a "
             f"rollout, key `{stage.key[:8]}`.")

@@ -11,7 +11,7 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.optimize import isotonic_regression
 
-from m2rl_core import claims, plots
+from m2rl_core import claims, paper, plots
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
 from m2rl_core.domains import BENCHMARKS
 from m2rl_core.metrics.stats import average, difference
@@ -20,6 +20,7 @@ from m2rl_core.views import scores
 from m2rl_core.views.opening import interval
 
 FRAMES = ("scores", "pairs", "along", "costs", "jaccard", "cosine", "kl", "judged")
+COMBINED = {claim["id"] for claim in paper.claims() if claim["test"] == "combined"}
 VERDICTS = ("supported", "contradicted", "undecided", "not run", "cannot be decided from printed numbers")
 LINE = 0.05  # the height of a name in the headline as a share of the picture's
 COMPARED = ("sft", *EXPERT.values(), "rl-multi", *MERGES, "mt-opd")
@@ -65,6 +66,8 @@ def _estimate(line: dict, of: str) -> str:
     value, low, high = line[f"{of}estimate"], line[f"{of}low"], line[f"{of}high"]
     if value is None:
         return ""
+    if line["id"] in COMBINED:
+        return f"parts that hold: {value:.0f}"
     digits = 2 if abs(value) < 10 else 1
     return f"{value:.{digits}f}" if low is None else interval(value, low, high, digits)
 
@@ -98,10 +101,11 @@ def agreement(lines: Sequence[dict], run_verdict: str) -> Markdown:
         return Markdown(f"*No claim is {run_verdict} here.*")
     told = []
     for line in part:
-        number, note = _estimate(line, ""), line["note"] if run_verdict == "undecided" else ""
-        detail = "; ".join(filter(None, [f"here {number}" if number else "", note]))
-        told.append(f"* {line['text']} ({line['section']}; {detail + '; ' if detail else ''}"
-                    f"by the paper's own numbers: {line['paper_verdict']})")
+        here, theirs = _estimate(line, ""), _estimate(line, "paper_")
+        note = line["note"] if run_verdict in ("undecided", "not run") or line["low"] is None else ""
+        told.append(f"* **{line['text']}** (Section {line['section']}) Here: "
+                    + "; ".join(filter(None, [here, note])) + f". By the paper's own numbers: {line['paper_verdict']}"
+                    + (f", {theirs}." if theirs else "."))
     return Markdown("\n".join(told))
 
 
@@ -170,7 +174,7 @@ def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model sc
             width=400, height=300, title=alt.TitleParams(source, fontSize=11, anchor="start")))
     how = ("up and left is better; lines: 95 % (paper: sampling noise only); "
            "each merge costs the five experts, they are drawn side by side")
-    return plots._finish(alt.hconcat(*charts), title, how)
+    return plots.finish(alt.hconcat(*charts), title, how)
 
 
 def mix_or_merge(found: Evidence) -> Markdown:

@@ -1,0 +1,317 @@
+"""What notebooks 3.2 to 4 show, on small frames whose tables can be worked out by hand."""
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from m2rl_core import claims
+from m2rl_core.claims.evidence import EXPERT, JUDGED, MERGES, OWN, Evidence
+from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.study import MODELS
+from m2rl_core.views import judging, mechanisms, neighbours, scores, skills, verdicts
+from m2rl_core.views.grid import grid
+
+NAN = float("nan")
+
+
+def rows(levels=None, n=20, models=MODELS, k=2):
+    """Item i is right where i / n < the model's level (0.5 unless given by (model, domain) or model)."""
+    levels = levels or {}
+    return pd.DataFrame([
+        {"model": m, "benchmark": b, "domain": d, "category": "", "item": f"{b}/{i}", "sample": s, "prompt": "2 + 2?",
+         "response": "<think>\n\n</think>\n\n4", "reason": "right",
+         "score": float((i + 0.5) / n < levels.get((m, d), levels.get(m, 0.5)))}
+        for m in models for b, d in BENCHMARKS.items() for i in range(n) for s in range(k)])
+
+
+def spent(multi=3.0, opd=0.5):
+    hours = {**dict.fromkeys(EXPERT.values(), 1.0), "rl-multi": multi, "mt-opd": opd}
+    return pd.DataFrame({"model": list(hours), "hours": list(hours.values())})
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+def test_grid_escapes_and_prints_small():
+    """Model text must not become markup; the interval stands below its score."""
+    text = grid(pd.DataFrame({"m (miniature)": ["61.2\n[58.1, 64.0]", "<b>x</b>"]})).data
+    assert "<b>" not in text and "&lt;b&gt;x" in text
+    assert text.index("61.2") < text.index("<br>", text.index("61.2")) < text.index("[58.1, 64.0]")
+
+
+def test_score_table_for_the_eye():
+    table = pd.DataFrame({"model": ["sft", "mine"], "aime24": [61.24, NAN], "aime24_low": [58.1, NAN],
+                          "aime24_high": [64, NAN]})
+    shown = scores.beside(table, scores.printed_scores())
+    assert list(shown["aime24 (miniature)"]) == ["61.2\n[58.1, 64.0]\npaper 56.0", "–"]
+    assert list(scores.titled(table)) == ["model", *(f"aime24 (miniature){end}" for end in ("", "_low", "_high"))]
+
+
+def test_printed_scores_hold_every_model_once():
+    printed = scores.printed_scores()
+    assert printed.index.is_unique and set(MODELS) == set(printed.index)
+    assert printed.loc["merge-ties", "avg"] == pytest.approx(61.00, abs=0.01)
+
+
+# -- section 3.2 -----------------------------------------------------------------------------------------------------
+
+def test_cost_shares():
+    """The denominator is the five experts alone: counting the mix or MT-OPD in it would hide the ratio."""
+    share = scores.shares(spent())
+    assert share["rl-multi"] == 60 and share["mt-opd"] == 10 and share[list(EXPERT.values())].sum() == 100
+
+
+def test_way_starts_at_sft():
+    """Step 0 is SFT on the same items and no more samples; otherwise the first step shows a jump that is not there."""
+    along = rows(models=["rl-math", "rl-if"], n=4, k=1).assign(step=10)
+    found = scores.along_with_start(along, rows(models=["sft"], n=9, k=3))
+    start = found[found["step"] == 0]
+    assert set(start["model"]) == {"rl-math", "rl-if"} and set(start["item"]) == set(along["item"])
+    assert set(start["sample"]) == {0} and len(start) == len(along)
+
+
+def test_home_and_away():
+    levels = {("rl-math", "math"): 0.8, ("rl-math", "if"): 0.2}
+    evidence = Evidence(scores=rows(levels), resamples=200)
+    home = scores.at_home(evidence).set_index("domain")
+    assert home.loc["math", "difference"] == pytest.approx(30) and home.loc["if", "difference"] == 0
+    assert home.loc["math", "paper"] == pytest.approx((77.66 - 56.04 + 70.42 - 51.30) / 2)
+    assert "1 of 5 experts" in scores.at_home_sentence(home.reset_index()).data
+    said = scores.interference_sentence(scores.interference(evidence)).data
+    assert "0 of 20 cells are above" in said and "1 below" in said and "`rl-math` on IF" in said
+
+
+def test_trajectory_band_belongs_to_the_own_expert():
+    along = pd.concat([rows(models=EXPERT.values(), n=6).assign(step=s) for s in (0, 10)])
+    way = scores.trajectories(Evidence(along=along, resamples=100), EXPERT.values())
+    assert len(way) == 5 * 5 * 2
+    assert set(way.loc[way["low"].notna(), "model"]) == set(EXPERT.values()) and way["low"].notna().sum() == 10
+
+
+def test_merge_diagnosis():
+    def entry(warnings):
+        return {"recipe": {"method": "ties", "parameters": {"density": 0.2, "vote": "unweighted"}}, "diagnosis": {
+            "changed": {"a": 0.9, "b": 0.95}, "sign_conflict": 0.7, "density": {"a": 0.2, "b": 0.2}, "moved": 0.5,
+            "lost": 0.0, "warnings": warnings}}
+    found = {"merge-ties": entry(["w"]), "merge-sce": entry(["w", "v"])}
+    line = scores.diagnosis_table(found).iloc[0]
+    assert line["recipe"] == "ties, density 0.2" and line["changed by the experts (%)"] == "90.0 to 95.0"
+    assert line["density that reaches the merge (%)"] == "20.0"
+    said = scores.warning_text(found).data
+    assert said.count("* w") == 1 and "all merges" in said and "* v (`merge-sce`)" in said
+
+
+# -- section 3.3 -----------------------------------------------------------------------------------------------------
+
+def weights(value=0.5, share=0.4):
+    pairs = [(a, b) for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1:]]
+    cells = [{"layer": layer, "matrix": m, "a": a, "b": b, "bf16": bf16} for layer in (0, 1)
+             for m in ("q", "k", "v", "o", "down", "up", "gate") for a, b in pairs for bf16 in (False, True)]
+    jaccard = [{**c, "jaccard": value, "jaccard_random": 0.25, "jaccard_null": 0.6, "share_a": share, "share_b": share}
+               for c in cells]
+    inner = {"math", "coding", "science"}
+    cosine = [{**c, "cosine": 0.3 if {c["a"], c["b"]} <= inner else 0.1, "cosine_projected": 0.2, "projection_sd": 0.06}
+              for c in cells]
+    return pd.DataFrame(jaccard), pd.DataFrame(cosine)
+
+
+def test_overlap_is_held_against_both_nulls():
+    """0.5 beats random masks of that density everywhere, and masks that know |w| nowhere."""
+    table5 = mechanisms.table5(weights()[0], 1)
+    assert len(table5) == 10 and list(table5)[:2] == ["pair", "q"] and "ffn_down_null" in table5
+    said = mechanisms.overlap_sentence(table5, 1).data
+    assert "of 70 cells, 70 exceed" in said and "and 0 exceed" in said
+    shown = mechanisms.table5_shown(table5)
+    assert list(shown["pair"][-2:]) == ["random masks", "random masks given |w|"]
+    assert shown.loc[0, "q"] == "0.50\npaper 0.47"
+
+
+def test_nothing_changed_is_said():
+    """Masks without a single weight have no overlap; 0.00 or a crash would both be wrong."""
+    jaccard, cosine = weights(NAN, 0.0)
+    table5 = mechanisms.table5(jaccard, 0)
+    assert "undefined" in mechanisms.overlap_sentence(table5, 0).data
+    assert mechanisms.table5_shown(table5).loc[0, "q"].startswith("undefined")
+    assert mechanisms.precision(jaccard, cosine)["overlap"].tolist() == ["undefined", "undefined"]
+
+
+def test_directions_by_group():
+    _, cosine = weights()
+    found = mechanisms.directions(cosine).set_index(["group", "layer"])
+    assert found.loc[("reasoning with reasoning", 0), "exact"] == pytest.approx(0.3)
+    assert found.loc[("IF with agent", 1), "cells"] == 7  # one pair, seven matrices, weights as stored only
+    square = mechanisms.figure3(cosine, 0)
+    assert len(square) == 2 * 20 and set(square["exact"]) == {"exact 0.30", "exact 0.10"}
+
+
+# -- section 3.4 -----------------------------------------------------------------------------------------------------
+
+def divergence(near=()):
+    return pd.DataFrame([{"policy": p, "data": d, "expert": e, "kl": 0.1 if d == e else 0.12 if (d, e) in near else 1.0}
+                         for p in neighbours.POLICIES for d in DOMAINS for e in DOMAINS])
+
+
+def test_eq1():
+    """epsilon belongs to the domain of the prompts; swapping the two indices would swap who is near whom."""
+    near = {("math", "coding"), ("if", "agent"), ("agent", "if")}
+    found = neighbours.neighbours(divergence(near), "merge-ties")
+    by_pair = found.set_index(["domain", "expert"])
+    assert {pair for pair in by_pair.index if by_pair.loc[pair, "near"]} == near
+    assert by_pair.loc[("if", "agent"), "mutual"] and not by_pair.loc[("math", "coding"), "mutual"]
+    assert by_pair.loc[("math", "coding"), "epsilon"] == pytest.approx(0.15)
+    shown = neighbours.neighbours_shown(found).set_index("domain")["policy neighbours"]
+    assert list(shown.items()) == [("Math", "Coding (one way)"), ("Coding", "none"), ("Science", "none"),
+                                   ("IF", "Agent"), ("Agent", "IF")]
+    line = neighbours.sensitivity(divergence(near)).iloc[0]
+    assert (line["1 x own"], line["1.5 x own"]) == ("0 (0 one way)", "3 (1 one way)")
+
+
+def test_pairs_stand_beside_the_papers_changes():
+    pairs = [f"pair-{a}-{b}" for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1:]]
+    evidence = Evidence(scores=rows({"pair-math-coding": 0.8}, models=[*EXPERT.values(), *pairs]), resamples=100)
+    found = neighbours.pairs(evidence, divergence({("math", "coding")}))
+    by = found.set_index(["domain", "partner"])
+    assert len(found) == 20
+    assert by.loc[("math", "coding"), "change"] == by.loc[("coding", "math"), "change"] == pytest.approx(30)
+    assert by.loc[("math", "coding"), "paper"] == pytest.approx((2.63 + 2.02) / 2)
+    assert by.loc[("coding", "math"), "paper"] == pytest.approx((-4.58 - 1.69) / 2)
+    assert by.loc[("science", "math"), "paper"] != by.loc[("science", "math"), "paper"]  # not in Table 6
+    assert "1 merges with neighbours: mean change +30.0" in neighbours.pairs_sentence(found).data
+    none = neighbours.pairs(Evidence(scores=rows(models=EXPERT.values()), resamples=100), divergence())
+    assert none.empty and list(none) == neighbours.PAIRS
+
+
+def test_link_of_a_constant_is_undefined():
+    flat = pd.DataFrame({"policy": "rl-multi", "kl": [1.0, 1.0, 1.0], "change": [0.0, 1.0, 2.0]})
+    assert "undefined" in neighbours.link_sentence(flat, Evidence()).data
+
+
+# -- section 3.5 -----------------------------------------------------------------------------------------------------
+
+def test_no_gains_give_a_picture_that_says_so():
+    evidence = Evidence(scores=rows())
+    found = skills.consistency(evidence)
+    assert found["cosine"].isna().all() and "undefined" in str(skills.figure5(found).to_dict())
+    assert "undefined: no expert gains" in skills.shown(found)["cosine with the experts' union"][0]
+    assert "no cosine is defined" in skills.sentence(found).data
+
+
+def test_transcripts_show_the_right_side_and_stay_fenced():
+    """The merge alone solves items 10 to 15; a response that holds a fence must not end the block."""
+    frame = rows({"merge-ties": 0.8})
+    mine = frame["model"].eq("merge-ties") & frame["item"].eq("aime24/10")
+    frame.loc[mine, "response"] = "~~~~~\n# not a title\n~~~~~"
+    apart = skills.apart(Evidence(scores=frame))
+    assert set(apart["who"]) == {"model only"} and set(apart["model"]) == {"merge-ties"}
+    assert skills.apart_counts(apart).iloc[0, 1] == "6 / 0"
+    text = skills.transcripts(apart, frame, "merge-ties", "model only").data
+    assert "item `aime24/10`" in text and "`merge-ties`, right in 100 %" in text
+    assert text.count("\n~~~~~") == 2 * text.count("~~~~~text") - (text.startswith("~~~~~"))
+    assert "No item" in skills.transcripts(apart, frame, "rl-multi", "model only").data
+
+
+# -- section 3.6 -----------------------------------------------------------------------------------------------------
+
+def judge(says, truths, model="sft"):
+    return pd.DataFrame([
+        {"model": model, "benchmark": b, "item": f"{b}/{i}", "sample": 0, "mode": mode, "truth": t,
+         "said": says(t, mode), "correct": int(says(t, mode) == t)}
+        for b in JUDGED for mode in judging.MODES for i, t in enumerate(truths)])
+
+
+def test_balanced_accuracy_sees_through_yes():
+    """Always yes on 8 right and 2 wrong answers: accuracy 80, balanced 50. Without wrong answers there is none."""
+    found = judging.quality(judge(lambda t, mode: 1, [1] * 8 + [0] * 2)).iloc[0]
+    assert (found["accuracy"], found["balanced"], found["yes"], found["right"]) == (80, 50, 100, 80)
+    sided = judging.quality(judge(lambda t, mode: 1, [1] * 5))
+    assert sided["balanced"].isna().all() and set(judging.quality_shown(sided).iloc[:, 3]) == {"undefined"}
+    mute = judging.quality(judge(lambda t, mode: -1, [1, 0])).iloc[0]
+    assert (mute["accuracy"], mute["unreadable"], mute["yes"]) == (0, 100, 0)
+
+
+def test_table7():
+    judged = judge(lambda t, mode: t if mode == "process" else 1 - t, [1, 0, 1, 0])
+    found = judging.scores(Evidence(scores=rows(models=["sft"]), judged=judged, resamples=100), ["sft", "rl-math"])
+    wide = judging.table7(found).set_index("model")
+    assert list(wide)[:4] == ["aime24_gen", "aime24_gen_low", "aime24_gen_high", "aime24_out"]
+    assert (wide.loc["sft", "avg_gen"], wide.loc["sft", "avg_out"], wide.loc["sft", "avg_proc"]) == (50, 0, 100)
+    assert np.isnan(wide.loc["rl-math", "avg_gen"])
+    shown = judging.table7_shown(found).set_index("model")
+    assert shown.loc["sft", "aime24 (miniature)"].startswith("50.0 / 0.0 / 100.0\ngen [")
+    assert shown.loc["sft", "aime24 (miniature)"].endswith("paper 56.0 / 72.9 / 91.8")
+    assert "undefined / undefined" in shown.loc["rl-math", "mean of four"]
+    assert "aime24 (miniature) 1 of 1 (paper 8 of 9)" in judging.modality_sentence(found).data
+    assert list(judging.figure6(found)["model"]) == ["sft", "sft"]
+
+
+def test_correlations_stand_beside_the_papers():
+    points = pd.DataFrame([{"mode": f"{mode} judging", "model": m, "x": i, "y": -i if mode == "process" else 1.0}
+                           for mode in judging.MODES for i, m in enumerate(["sft", *EXPERT.values()])])
+    outcome, process = judging.correlations(points, Evidence()).to_dict("records")
+    assert outcome["r here"].startswith("undefined") and process["r here"].startswith("-1.00 [")
+    assert process["r by the paper's Table 7"].startswith("-0.53 [")
+    assert "without rl-multi" in process["its leave-one-out"]
+
+
+# -- conclusion ------------------------------------------------------------------------------------------------------
+
+def test_evidence_names_what_it_does_not_know():
+    with pytest.raises(ValueError, match="'score'"):
+        verdicts.evidence(SimpleNamespace(stages={}), "score")
+
+
+def test_verdict_tables_count_every_claim():
+    lines = claims.decide("4", Evidence())
+    counts = verdicts.counts(lines).set_index("section")
+    for source in ("paper", "here"):
+        columns = [c for c in counts if c.startswith(f"{source}: ")]
+        assert (counts[columns].sum(axis=1) == counts["claims"]).all()
+    assert counts.loc["all", "claims"] == len(lines) == counts.loc["all", "here: not run"]
+    table = verdicts.table(lines)
+    assert len(table) == len(lines) and set(table["by this run"]) == {"not run"}
+    assert verdicts.agreement(lines, "not run").data.count("\n* ") == len(lines) - 1
+    assert "No claim" in verdicts.agreement(lines, "supported").data
+
+
+def test_cost_of_what_needs_the_experts():
+    """A merge is not free and MT-OPD does not cost its own steps alone: both need five experts first."""
+    found = verdicts.quality_and_cost(Evidence(scores=rows(), costs=spent(), resamples=100))
+    cost = found.set_index(["source", "model"])["cost"]
+    assert cost["this run", "merge-ties"] == 100 and cost["this run", "mt-opd"] == 110 and cost["this run", "sft"] == 0
+    assert cost["this run", "rl-multi"] == 60 and cost["this run", "rl-math"] == 20
+    assert cost["the paper, printed", "rl-multi"] == pytest.approx(63.7, abs=0.01)
+
+
+def test_names_in_the_headline_do_not_collide():
+    frame = pd.DataFrame({"source": "s", "model": [*MERGES, "sft", "mt-opd"], "cost": [100.0] * 6 + [0, 110],
+                          "value": [50.0, 50.1, 50.2, 50, 50, 70, 20, 50.3], "low": NAN, "high": NAN})
+    placed = verdicts.placed(frame)
+    right = placed[placed["cost"] > 80].sort_values("beside")
+    line = verdicts.LINE * (placed["top"] - placed["floor"]).iloc[0]
+    assert (right["beside"].diff().dropna() > line - 1e-9).all() and right["at"].nunique() == 1
+    alone = placed.set_index("model")["beside"]
+    assert alone["sft"] == 20 and alone["merge-ta-dare"] == 70  # who has room stays
+    assert placed.loc[placed["model"].isin(MERGES), "x"].is_unique and verdicts.headline(frame).to_dict()
+
+
+@pytest.mark.parametrize(("level", "multi", "answer"), [
+    ({"rl-multi": 0.9}, 3, "**Mix**: it scores higher and costs less"),
+    ({"rl-multi": 0.9}, 9, "**Mix**: it scores higher, at a higher cost"),
+    ({"rl-multi": 0.1}, 3, "**Merge**: it scores higher, at a higher cost"),
+    ({("rl-multi", "math"): 0.8, ("rl-multi", "if"): 0.2}, 3, "**Cannot tell** which scores higher; mixing costs less"),
+])
+def test_mix_or_merge(level, multi, answer):
+    evidence = Evidence(scores=rows(level), costs=spent(multi), resamples=200)
+    assert verdicts.mix_or_merge(evidence).data.startswith(answer)
+
+
+def test_equal_means_the_cheaper():
+    frame = rows(n=400, k=1)  # two models that differ on one item in four hundred, up and down by turns
+    flip = frame["model"].eq("rl-multi") & frame["item"].str.endswith("/199")
+    frame.loc[flip, "score"] = 0.0
+    said = verdicts.mix_or_merge(Evidence(scores=frame, costs=spent(3), resamples=200)).data
+    assert said.startswith("**The two are equal**") and "**mix**" in said
+
+
+def test_every_domain_has_its_benchmarks_shown():
+    assert [b for d in DOMAINS for b in OWN[d]] == list(BENCHMARKS)
