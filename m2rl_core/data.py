@@ -4,7 +4,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from m2rl_core import judge
-from m2rl_core.domains import DOMAINS, Row, generator, module, training_rows
+from m2rl_core.domains import Row, generator, module, training_rows
 
 CORPUS = ("math", "science", "math", "coding", "math", "science", "if", "agent")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
-from m2rl_core.domains import DOMAINS, rewards
+from m2rl_core.domains import DOMAINS, Row, Verdict, rewards
 from m2rl_core.evaluate import Watch
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import token_logprobs
@@ -94,27 +94,31 @@ def build(ctx) -> None:
     watch = Watch(ctx, spec)
 
     def objective(step: int) -> dict:
-        start = time.perf_counter()
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "rl")
-        generator = torch.Generator().manual_seed(ctx.seed * 100_003 + step)
-        rollouts = sample(policy, prompts, spec.group, generator=generator, temperature=spec.temperature,
-                          max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
-        sampled = time.perf_counter()
-        verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
-        scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)
-        verified = time.perf_counter()
+        rollouts, verdicts, scores, seconds = collect(policy, prompts, spec, ctx.seed * 100_003 + step)
+        start = time.perf_counter()
         advantage = advantages(scores).flatten().tolist()
         of = {id(r): a for r, a in zip(rollouts, advantage, strict=True)}
         used = [r for r, a in zip(rollouts, advantage, strict=True) if a != 0]  # zero-advantage groups add nothing
         stats = backward(policy, used, lambda part, logp, owner, _: torch.tensor([of[id(r)] for r in part])[owner],
                          spec, len(rollouts)) if used else {"loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
         watch.keep_examples(step, rollouts, verdicts)
-        return {**summary(rollouts, scores), **stats, "seconds_sample": sampled - start,
-                "seconds_verify": verified - sampled, "seconds_update": time.perf_counter() - verified}
+        return {**summary(rollouts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
     fit(policy, objective, Optimization(ctx.stage.settings["steps"], spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
         checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe)
     watch.finish()
+
+
+def collect(policy: Policy, rows: list[Row], spec, seed: int) -> tuple[list[Rollout], list[Verdict], Tensor, dict]:
+    """`spec.group` rollouts of each row with their verdicts, the scores (P, G), and the seconds that both took."""
+    start = time.perf_counter()
+    rollouts = sample(policy, rows, spec.group, generator=torch.Generator().manual_seed(seed),
+                      temperature=spec.temperature, max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
+    sampled = time.perf_counter()
+    verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
+    scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)
+    return rollouts, verdicts, scores, {"seconds_sample": sampled - start, "seconds_verify": time.perf_counter() - sampled}
 
 
 def summary(rollouts: list[Rollout], scores: Tensor) -> dict:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
-from m2rl_core.domains import DOMAINS, rewards
+from m2rl_core.domains import DOMAINS
 from m2rl_core.evaluate import Watch
-from m2rl_core.grpo import backward, sequence_mean, summary
+from m2rl_core.grpo import backward, collect, sequence_mean, summary
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import head, token_logprobs
-from m2rl_core.rollout import Rollout, micro_batches, response_hidden, sample
+from m2rl_core.rollout import Rollout, micro_batches, response_hidden
 from m2rl_core.trainer import Optimization, fit
 
 
@@ -83,19 +83,12 @@ def build(ctx) -> None:
     update = backward_full if spec.loss == "full" else backward_sampled
 
     def objective(step: int) -> dict:
-        start = time.perf_counter()
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
-        generator = torch.Generator().manual_seed(ctx.seed * 100_003 + step)
-        rollouts = sample(student, prompts, spec.group, generator=generator, temperature=spec.temperature,
-                          max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
-        sampled = time.perf_counter()
-        verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])  # recorded, not trained on
-        scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)
-        verified = time.perf_counter()
+        rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
+        start = time.perf_counter()  # scores are recorded, not trained on
         stats = update(student, teachers, rollouts, spec, len(rollouts))
         watch.keep_examples(step, rollouts, verdicts)
-        return {**summary(rollouts, scores), **stats, "seconds_sample": sampled - start,
-                "seconds_verify": verified - sampled, "seconds_update": time.perf_counter() - verified}
+        return {**summary(rollouts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
     fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
         checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe)

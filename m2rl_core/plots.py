@@ -5,6 +5,9 @@ pictures read in black and white. Titles say which way is good; intervals are 95
 """
 from __future__ import annotations
 
+import functools
+import json
+
 import pandas as pd
 import vl_convert
 
@@ -40,6 +43,12 @@ DOMAIN_NAMES = {"math": "Math", "coding": "Coding", "science": "Science", "if": 
 def png(chart: alt.TopLevelMixin | dict, ppi: int = PPI) -> bytes:
     """The chart as PNG bytes with at most 256 colours: vl-convert's own are some five times as large."""
     spec = chart if isinstance(chart, dict) else chart.to_dict()
+    return _drawn(json.dumps(spec), ppi)
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(spec: str, ppi: int) -> bytes:
+    """A notebook publishes a figure and then shows it: drawn once."""
     return shrink(vl_convert.vegalite_to_png(spec, ppi=ppi))
 
 

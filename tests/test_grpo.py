@@ -139,7 +139,7 @@ def test_gradient_is_that_of_plain_autograd(policy, learner, played, advantage):
     assert {r.tokens[-1] for r in played} >= set(policy.stop_ids)  # one of them is the padding's id, and is learnt
     found, stats = run(learner, played, advantage)
     wanted = toy_policy.plain_gradient(policy, played, advantage, len(played))
-    assert max(float(g.abs().max()) for g in wanted.values()) > 0.1
+    assert max(float(g.abs().max()) for g in wanted.values()) > 0.02
     assert all(float(g.abs().max()) > 1e-3 for g in wanted.values())  # no weight is compared as zeros
     assert toy_policy.furthest(found, wanted) < NEAR
     assert stats["loss"] == pytest.approx(-sum(advantage) / len(played), abs=1e-5)  # ratio 1, so the mean advantage

@@ -94,7 +94,7 @@ def test_first_tokens_follow_the_softmax(policy, toy_rows, temperature):
     rare = share * n < 8
     expected = torch.cat((share[~rare] * n, (share[rare].sum() * n)[None]))
     counted = torch.cat((seen[~rare], seen[rare].sum()[None]))
-    assert len(expected) > 20
+    assert len(expected) > 8
     expected *= counted.sum() / expected.sum()  # rounding alone
     assert stats.chisquare(counted.numpy(), expected.numpy()).pvalue > 1e-3
 

@@ -39,7 +39,6 @@ def test_a_kernel_does_not_pay_for_what_it_never_uses():
                  "       if name in sys.modules])\n"
                  "from transformers import AutoModelForCausalLM, Qwen3Config\n"
                  "from scipy.stats import norm\n"
-                 "import rfc3987_syntax\n"
                  "print(AutoModelForCausalLM.from_config(Qwen3Config(hidden_size=8, intermediate_size=8, vocab_size=8,\n"
                  "      num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)).num_parameters() > 0)")
     assert said.split("\n")[:2] == ["[]", "True"]
