@@ -146,7 +146,7 @@ def test_all_tables_of_the_paper(study):
     for number in range(1, 9):
         assert table(study, f"table{number}"), f"table{number}.csv is empty"
     models = {"table3": {"base", "sft", "rl-math", "rl-agent", "merge-ties", "rl-multi"},
-              "table4": {*MERGES, "rl-multi", "mt-opd"}, "table7": {"sft", "rl-multi", "mt-opd"}}
+              "table4": {*MERGES, "mt-opd"}, "table7": {"sft", "rl-multi", "mt-opd"}}
     for name, wanted in models.items():
         assert wanted <= {row["model"] for row in table(study, name)} <= {*MODELS}, name
 
@@ -201,7 +201,8 @@ def test_a_second_run_makes_nothing_again(study):
     assert done.returncode == 0 and "18 of 18 notebooks completed" in done.stdout
     assert " made in " not in done.stdout and manifests(study) == before
     for name, page in pages.items():
-        assert executed(study, name) == page, f"{name}: the same results gave another page"
+        for old, new in zip(page.cells, executed(study, name).cells, strict=True):
+            assert new == old, f"{name}: the same results gave another page"
 
 
 def test_nbval_runs_every_source_notebook(study):
