@@ -96,6 +96,11 @@ def manifests(study: Study) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in sorted(study.store.glob("*/*/manifest.json"))}
 
 
+def without_commit(cell) -> str:
+    """The cell as text; somebody may commit while the tests run."""
+    return re.sub(r"commit [0-9a-f]{12}(\+changes)?", "commit", json.dumps(cell, sort_keys=True))
+
+
 def test_it_fits_into_its_time(study):
     """Two minutes of two cores; processor time, so that a busy machine does not fail the test."""
     assert study.cpu < 240, f"{study.cpu:.0f} s of processor time, {study.seconds:.0f} s on the clock"
@@ -202,7 +207,7 @@ def test_a_second_run_makes_nothing_again(study):
     assert " made in " not in done.stdout and manifests(study) == before
     for name, page in pages.items():
         for old, new in zip(page.cells, executed(study, name).cells, strict=True):
-            assert new == old, f"{name}: the same results gave another page"
+            assert without_commit(new) == without_commit(old), f"{name}: the same results gave another page"
 
 
 def test_nbval_runs_every_source_notebook(study):
