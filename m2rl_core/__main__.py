@@ -13,13 +13,14 @@ from pathlib import Path
 import yaml
 
 from m2rl_core import report as runner
+from m2rl_core.errors import StudyError
 from m2rl_core.profile import ProfileError, repo_root
 from m2rl_core.progress import duration
 from m2rl_core.run import MissingArtifact, Run, open_run
 from m2rl_core.store import CorruptArtifact, DiskFull
 from m2rl_core.study import UnknownStage, find
 
-EXPECTED = (ProfileError, UnknownStage, MissingArtifact, CorruptArtifact, DiskFull, runner.ReportError)
+EXPECTED = (StudyError, ProfileError, UnknownStage, MissingArtifact, CorruptArtifact, DiskFull, runner.ReportError)
 
 
 def reproduce(args) -> int:

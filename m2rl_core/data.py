@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from m2rl_core import judge
 from m2rl_core.domains import Row, generator, module, training_rows
+from m2rl_core.errors import StudyError
 
 CORPUS = ("math", "science", "math", "coding", "math", "science", "if", "agent")
 
@@ -19,7 +20,7 @@ def sft_blend(spec, seed: int) -> list[tuple[str, Row]]:
     """The SFT rows as (Table 1 type, row), shuffled; each type drawn from its pool as its sampling says.
 
     "random sampling" draws without replacement, "use all" takes the whole pool, "repeat N times" takes it N
-    times; every type ends with its share of `spec.rows` (a ValueError names a pool that cannot give it).
+    times; every type ends with its share of `spec.rows` (a StudyError names a pool that cannot give it).
     """
     rng = generator(seed, "blend")
     rows: list[tuple[str, Row]] = []
@@ -30,7 +31,7 @@ def sft_blend(spec, seed: int) -> list[tuple[str, Row]]:
         repeats = int(kind.sampling.split()[1]) if kind.sampling.startswith("repeat") else 1
         available = pool * repeats
         if len(available) < target:
-            raise ValueError(f"sft.blend: {kind.type} has {len(pool)} rows x {repeats}, but its share needs {target}; "
+            raise StudyError(f"sft.blend: {kind.type} has {len(pool)} rows x {repeats}, but its share needs {target}; "
                              f"raise its pool or lower its share")
         chosen = rng.sample(available, target) if kind.sampling == "random sampling" else available[:target]
         rows += [(kind.type, row) for row in chosen]

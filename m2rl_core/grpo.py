@@ -100,7 +100,7 @@ def build(ctx) -> None:
         advantage = advantages(scores).flatten().tolist()
         of = {id(r): a for r, a in zip(rollouts, advantage, strict=True)}
         used = [r for r, a in zip(rollouts, advantage, strict=True) if a != 0]  # zero-advantage groups add nothing
-        stats = backward(policy, used, lambda part, logp, owner, _: torch.tensor([of[id(r)] for r in part])[owner],
+        stats = backward(policy, used, lambda part, logp, owner, _: torch.tensor([of[id(r)] for r in part]).to(logp)[owner],
                          spec, len(rollouts)) if used else {"loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from m2rl_core.errors import StudyError
 from m2rl_core.qwen3 import Shape, Weights
 from m2rl_core.slim import without
 
@@ -139,7 +140,7 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Policy:
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen3":
-        raise ValueError(f"{folder}: a {config.model_type} model; the torch engine runs dense qwen3 models")
+        raise StudyError(f"{folder}: a {config.model_type} model; the torch engine runs dense qwen3 models")
     weights = {name: tensor.to(dtype) for name, tensor in load_weights(folder).items()}
     return Policy(weights, config, load_tokenizer(folder))
 

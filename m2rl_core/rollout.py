@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core.domains import MODULES, Row, answer_of, module
+from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, token_logprobs
 
@@ -46,14 +47,14 @@ def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Gene
            max_new_tokens: int = 64, max_turns: int = 4, batch: int = BATCH) -> list[Rollout]:
     """`n` rollouts for each row, grouped by row in the order of `rows`: len(rows) * n of them.
 
-    `max_new_tokens` bounds the sampled tokens of a rollout over all its turns. Raises ValueError for a prompt
+    `max_new_tokens` bounds the sampled tokens of a rollout over all its turns. Raises StudyError for a prompt
     that leaves no room in the model's context.
     """
     prompts = [encode_prompt(policy, row.messages, row.tools) for row in rows]
     room = policy.config.max_position_embeddings - max_new_tokens
     for row, prompt in zip(rows, prompts, strict=True):
         if len(prompt) > room:
-            raise ValueError(f"{row.id}: prompt of {len(prompt)} tokens, but {room} fit beside {max_new_tokens} new "
+            raise StudyError(f"{row.id}: prompt of {len(prompt)} tokens, but {room} fit beside {max_new_tokens} new "
                              f"ones in a context of {policy.config.max_position_embeddings}; raise model.context")
     uniform = torch.rand(len(rows) * n, max_new_tokens, generator=generator)
     rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
@@ -257,7 +258,7 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
     plens = plens.repeat_interleave(counts)
     past = [tuple(x.repeat_interleave(counts, 0) for x in layer) for layer in kv]
     tokens, lens = pad([r.tokens for r in rollouts], policy.device)  # (B, T)
-    T, P = tokens.shape[1], prompts.shape[1]
+    T = tokens.shape[1]
     inputs = tokens[:, :-1]
     own = torch.arange(T - 1, device=policy.device)
     seen_prompt = (positions < plens[:, None])[:, None].expand(-1, T - 1, -1)  # (B, T-1, P)

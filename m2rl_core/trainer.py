@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, load_weights, save
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(StudyError):
     """The loss or a gradient is not a number; the last good state is kept."""
 
 

@@ -13,6 +13,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from m2rl_core.errors import StudyError
+
 DOMAINS = ("math", "coding", "science", "if", "agent")
 MODULES = {"math": "math", "coding": "coding", "science": "science", "if": "instruction", "agent": "agent"}
 BENCHMARKS = {
@@ -99,7 +101,7 @@ def _draw(make, n, rng, name, held_out, unique):
             continue
         seen.add(row.fingerprint)
         rows.append(Row(**{**row.__dict__, "id": f"{name}/{len(rows):05d}"}))
-    raise ValueError(f"{name}: only {len(rows)} of {n} different problems exist; ask for fewer")
+    raise StudyError(f"{name}: only {len(rows)} of {n} different problems exist; ask for fewer")
 
 
 def answer_of(turn: str) -> str | None:

@@ -31,8 +31,8 @@ def trajectory_kl(expert: Policy, others: dict[str, Policy], rollouts: list[Roll
             theirs, _, _ = _distributions(other, part, temperature)
             gap = (mine - theirs).gather(1, tokens[:, None])[:, 0]
             exact = (mine.exp() * (mine - theirs)).sum(-1)
-            sequence = torch.zeros(len(part)).index_add(0, owner, gap)
-            exact = torch.zeros(len(part)).index_add(0, owner, exact) / counts
+            sequence = gap.new_zeros(len(part)).index_add(0, owner, gap)
+            exact = gap.new_zeros(len(part)).index_add(0, owner, exact) / counts
             for j, i in enumerate(batch):
                 found.append({"policy": name, "rollout": i, "kl_seq": float(sequence[j]),
                               "kl_token": float(sequence[j] / counts[j]), "kl_exact": float(exact[j]), "tokens": int(counts[j])})
