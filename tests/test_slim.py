@@ -10,7 +10,8 @@ from m2rl_core.slim import without
 
 def fresh(code: str) -> str:
     """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], cwd=repo_root(), capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo_root(), capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def test_left_out_inside_and_back_outside():
@@ -39,6 +40,7 @@ def test_a_kernel_does_not_pay_for_what_it_never_uses():
                  "       if name in sys.modules])\n"
                  "from transformers import AutoModelForCausalLM, Qwen3Config\n"
                  "from scipy.stats import norm\n"
-                 "print(AutoModelForCausalLM.from_config(Qwen3Config(hidden_size=8, intermediate_size=8, vocab_size=8,\n"
-                 "      num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)).num_parameters() > 0)")
+                 "print(AutoModelForCausalLM.from_config(Qwen3Config(\n"
+                 "    hidden_size=8, intermediate_size=8, vocab_size=8, num_hidden_layers=1, num_attention_heads=1,\n"
+                 "    num_key_value_heads=1, head_dim=8)).num_parameters() > 0)")
     assert said.split("\n")[:2] == ["[]", "True"]
