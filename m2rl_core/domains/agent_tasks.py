@@ -20,7 +20,6 @@ KINDS = ("single", "parallel", "irrelevance", "multi_turn")
 SFT_KINDS = {"single": 0.40, "parallel": 0.15, "irrelevance": 0.20, "multi_turn": 0.25}  # RL and tests: evenly
 SFT_STEPS = {"mail": 0.6, "delete": 0.3, "meet": 0.1}  # multi-turn tasks; RL and tests: evenly
 PARALLEL_TOOLS = ("find_contact", "find_event", "send_mail", "delete_event", "add_task")  # two calls stay short
-SFT_NAMES, SFT_WORDS = NAMES, WORDS
 SFT_MIXED = 0.2  # share of parallel rows with two different tools; RL and tests: as two free draws give
 TOOL_WEIGHTS = {"find_contact": 1, "find_event": 2, "send_mail": 3, "add_event": 3, "delete_event": 2, "add_task": 2}
 SFT_WORKED = 0.5  # share of rows whose think says which tool is needed
@@ -52,19 +51,15 @@ POOLS = {"name": NAMES, "text": WORDS, "title": WORDS, "day": DAYS, "hour": HOUR
 ID_SLOT = {actor: slot for _, _, actor, slot in STEPS.values()}
 
 
-def _pools(narrow: bool) -> dict[str, tuple]:
-    return POOLS | {"name": SFT_NAMES, "text": SFT_WORDS, "title": SFT_WORDS} if narrow else POOLS
-
-
 def _tool(rng: random.Random, names: tuple[str, ...]) -> str:
     """A tool to ask for; one with few different calls comes up less often, so that items do not run out."""
     return rng.choices(names, [TOOL_WEIGHTS[name] for name in names])[0]
 
 
-def _ask(rng: random.Random, name: str, pools: dict) -> tuple[str, dict]:
+def _ask(rng: random.Random, name: str) -> tuple[str, dict]:
     """A request for one call, and the call with a list of allowed values for each argument."""
     keys = NO_TOOL[name] if name in NO_TOOL else TOOLS[name]["function"]["parameters"]["properties"]
-    values = {key: rng.choice(pools[key]) for key in keys}
+    values = {key: rng.choice(POOLS[key]) for key in keys}
     wordings, allowed = REQUESTS[name], {key: [value] for key, value in values.items()}
     if name in WITH_DAY:
         if rng.random() < 0.5:
@@ -84,17 +79,16 @@ def _tool_list(rng: random.Random, needed: list[str], size: int, banned: str = "
 
 def _one_turn(rng: random.Random, kind: str, narrow: bool) -> dict:
     """Request, calls, tools and the needed tools' names of a single, parallel or irrelevance row."""
-    pools = _pools(narrow)
     if kind == "irrelevance":
-        text, call = _ask(rng, rng.choice([*TOOLS, *NO_TOOL]), pools)
+        text, call = _ask(rng, rng.choice([*TOOLS, *NO_TOOL]))
         tools = _tool_list(rng, [], rng.choice((2, 3)), banned=call["name"])
         return {"text": text, "problem": [call], "calls": [], "tools": tools, "needs": [call["name"]]}
     names = PARALLEL_TOOLS if kind == "parallel" else tuple(TOOLS)
-    text, call = _ask(rng, _tool(rng, names), pools)
+    text, call = _ask(rng, _tool(rng, names))
     texts, calls = [text], [call]
     while kind == "parallel" and len(calls) == 1:
         same = narrow and rng.random() >= SFT_MIXED
-        text, other = _ask(rng, call["name"] if same else _tool(rng, names), pools)
+        text, other = _ask(rng, call["name"] if same else _tool(rng, names))
         if other != call:
             texts, calls = [*texts, text], [*calls, other]
     needs = list(dict.fromkeys(call["name"] for call in calls))
@@ -104,15 +98,14 @@ def _one_turn(rng: random.Random, kind: str, narrow: bool) -> dict:
 
 def _two_steps(rng: random.Random, narrow: bool) -> dict:
     """The same fields for a multi-turn row: find a random id, then act on it; and the tables it starts from."""
-    pools = _pools(narrow)
     step = rng.choices(list(SFT_STEPS), list(SFT_STEPS.values()))[0] if narrow else rng.choice(list(STEPS))
     wordings, finder, actor, slot = STEPS[step]
     ids = rng.sample(IDS, 6)
-    people = [{"id": i, "name": name} for i, name in zip(ids[:3], rng.sample(pools["name"], 3), strict=True)]
+    people = [{"id": i, "name": name} for i, name in zip(ids[:3], rng.sample(POOLS["name"], 3), strict=True)]
     slots = rng.sample([(day, hour) for day in DAYS for hour in HOURS], 3)
     events = [{"id": i, "day": day, "hour": hour, "who": person["id"]}
               for i, (day, hour), person in zip(ids[3:], slots, people, strict=True)]
-    free = {"name": people[0]["name"], "day": slots[0][0], "hour": slots[0][1], "text": rng.choice(pools["text"])}
+    free = {"name": people[0]["name"], "day": slots[0][0], "hour": slots[0][1], "text": rng.choice(POOLS["text"])}
     if step == "meet":  # the slot is still free, else two events would share it
         events = events[1:]
     found = events[0]["id"] if step == "delete" else people[0]["id"]
@@ -128,7 +121,7 @@ def _two_steps(rng: random.Random, narrow: bool) -> dict:
 
 
 def make(rng: random.Random, kind: str, source: str, narrow: bool = False) -> Row:
-    """A row of one of `KINDS`; `narrow` draws from what SFT may see."""
+    """A row of one of `KINDS`; `narrow` draws in the proportions of SFT."""
     drawn = _two_steps(rng, narrow) if kind == "multi_turn" else _one_turn(rng, kind, narrow)
     problem = sorted(json.dumps(part, sort_keys=True) for part in drawn["problem"])
     truth = {"kind": kind, "category": CATEGORY[kind], "calls": drawn["calls"], "needs": drawn["needs"],
