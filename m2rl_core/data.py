@@ -7,7 +7,7 @@ from m2rl_core import judge
 from m2rl_core.domains import Row, generator, module, training_rows
 from m2rl_core.errors import StudyError
 
-CORPUS = ("math", "science", "math", "coding", "math", "science", "if", "agent")
+CORPUS = ("math", "agent", "science", "coding", "math", "agent", "science", "if")
 
 
 def corpus(documents: int, seed: int) -> list[str]:
@@ -20,7 +20,8 @@ def sft_blend(spec, seed: int) -> list[tuple[str, Row]]:
     """The SFT rows as (Table 1 type, row), shuffled; each type drawn from its pool as its sampling says.
 
     "random sampling" draws without replacement, "use all" takes the whole pool, "repeat N times" takes it N
-    times; every type ends with its share of `spec.rows` (a StudyError names a pool that cannot give it).
+    times; every type ends with its share of `spec.rows`. A StudyError names a pool that cannot give it, or one
+    that is drawn whole and gives more.
     """
     rng = generator(seed, "blend")
     rows: list[tuple[str, Row]] = []
@@ -33,6 +34,9 @@ def sft_blend(spec, seed: int) -> list[tuple[str, Row]]:
         if len(available) < target:
             raise StudyError(f"sft.blend: {kind.type} has {len(pool)} rows x {repeats}, but its share needs {target}; "
                              f"raise its pool or lower its share")
+        if kind.sampling != "random sampling" and len(available) > 1.02 * target + repeats:
+            raise StudyError(f"sft.blend: {kind.type} draws all of its {len(pool)} rows x {repeats}, but its share is "
+                             f"{target}; lower its pool or raise its share")
         chosen = rng.sample(available, target) if kind.sampling == "random sampling" else available[:target]
         rows += [(kind.type, row) for row in chosen]
     rng.shuffle(rows)

@@ -50,6 +50,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Grouped-query attention: q (B, H, T, d), k and v (B, KVH, S, d), mask (B, 1, T, S) of bools or None for causal."""
+    B, H, T, d = q.shape
+    if T == 1 and mask is not None:  # the heads of a group as positions: each key is read once, not once a head
+        return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, d), k, v, attn_mask=mask).view(B, H, 1, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 

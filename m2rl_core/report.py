@@ -1,6 +1,6 @@
-"""The strict papermill runner: every notebook in order, each in a fresh kernel, then the site.
+"""The strict papermill runner: every notebook in a fresh kernel as soon as what it needs is done, then the site.
 
-Stricter than papermill in three points: an unknown parameter is an error, not a warning; a notebook that
+Two run at a time: one works, the other starts its kernel, draws, or waits for the store. Stricter than papermill in three points: an unknown parameter is an error, not a warning; a notebook that
 ends early by SystemExit(0) has failed; a failure stops only the notebooks that need the failed one.
 """
 from __future__ import annotations
@@ -9,10 +9,13 @@ import ast
 import contextlib
 import difflib
 import json
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -40,6 +43,8 @@ NEEDS = {  # what must not have failed in this run for a notebook to be worth it
     "A_training_details": POLICIES,
 }
 
+BEFORE = {"3.1_preliminary": ("0_plan",)}  # what only has to be over: the plan shows the store before this run
+LANES = 2  # notebooks at a time; the store lets one at a time make a stage
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel that ends well is interrupted first, and would call it an error
 
 
@@ -122,24 +127,73 @@ def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say:
     log = artifacts / "reproduce.log"
     with hold(artifacts / ".report.lock", "the report", say), _tail(log, say):
         results: dict[str, Result] = {}
-        for i, job in enumerate(jobs, 1):
-            bad = [result.name for result in results.values() if result.status != "completed"]
-            blocked = [need for need in NEEDS.get(job.name, ()) if need in bad]
+        for job in jobs:
             (report / "claims" / f"{job.name}.json").unlink(missing_ok=True)
-            if blocked:
-                results[job.name] = Result(job.name, "not run", reason="needs " + ", ".join(blocked))
-            else:
-                say(f"[{i}/{len(jobs)}] {job.name}")
-                results[job.name] = execute(job, report, log)
-            done = results[job.name]
-            took = f" in {duration(done.seconds)}" if done.seconds else ""
-            say(f"[{i}/{len(jobs)}] {job.name}: {done.status}{took}" + (f": {done.reason}" if done.reason else ""))
+        for result in _scheduled(jobs, report, log, say):
+            results[result.name] = result
+            took = f" in {duration(result.seconds)}" if result.seconds else ""
+            say(f"[{len(results)}/{len(jobs)}] {result.name}: {result.status}{took}"
+                + (f": {result.reason}" if result.reason else ""))
             _record(report, profile, results)
         site.write(report)
     bad = [result.name for result in results.values() if result.status != "completed"]
     say(f"{len(jobs) - len(bad)} of {len(jobs)} notebooks completed; report: {report / 'index.html'}"
         + (f"; not completed: {', '.join(bad)}" if bad else ""))
     return not bad
+
+
+def _scheduled(jobs: list[Job], report: Path, log: Path, say: Callable[[str], None]) -> Iterator[Result]:
+    """Execute each job when those that it needs are over, `LANES` at a time; yields results as they come.
+
+    Each lane is a process (papermill keeps its kernel's environment and signals to itself there) that a fork
+    server starts with papermill loaded.
+    """
+    waiting, running, over = list(jobs), {}, {}
+    lanes = _lanes()
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                needs = NEEDS.get(job.name, ())
+                ahead = {other.name for other in (*waiting, *running.values())}
+                blocked = [name for name in needs if name in over and over[name].status != "completed"]
+                if not ahead.isdisjoint((*needs, *BEFORE.get(job.name, ()))) or not blocked and len(running) == LANES:
+                    continue
+                waiting.remove(job)
+                if blocked:
+                    over[job.name] = Result(job.name, "not run", reason="needs " + ", ".join(blocked))
+                    yield over[job.name]
+                else:
+                    say(f"{job.name} starts")
+                    running[lanes.submit(execute, job, report, log)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                job = running.pop(future)
+                try:
+                    over[job.name] = future.result()
+                except BrokenProcessPool:
+                    over[job.name] = Result(job.name, "failed", reason="its process was killed; run again to go on")
+                    lanes.shutdown(wait=False)
+                    lanes = _lanes()
+                yield over[job.name]
+    finally:
+        lanes.shutdown(cancel_futures=True)
+
+
+def _lanes() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["papermill", "nbclient", "nbformat", "m2rl_core.report"])
+    return ProcessPoolExecutor(LANES, context, _inherit, (dict(os.environ) | {"M2RL_RUN": str(os.getpid())},))
+
+
+def _inherit(environment: dict[str, str]) -> None:
+    """A lane's environment is its parent's of now, not of when the fork server began; and it ends with its parent."""
+    os.environ.clear()
+    os.environ.update(environment)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent) -> None:
+    parent.join()  # however it ended; then this lane's kernel sees its own parent gone and ends too
+    os._exit(1)
 
 
 def execute(job: Job, report: Path, log: Path) -> Result:

@@ -82,6 +82,7 @@ class _Wave:
         self.live = torch.ones(len(rollouts), dtype=torch.bool, device=device)
         self.count = torch.zeros(len(rollouts), dtype=torch.long, device=device)  # tokens sampled, per cache row
         self.flushed = [0] * len(rollouts)  # tokens already moved into the rollout
+        self.parked: list[tuple] = []  # rows that wait for their next turn
         self.environments = {}
         for i, rollout in enumerate(rollouts):
             if rollout.row.domain in MODULES:  # a judge's question belongs to no domain
@@ -102,25 +103,22 @@ class _Wave:
         self.cache = [[F.pad(x.repeat_interleave(n, 0), (0, 0, 0, BLOCK)) for x in layer] for layer in kv]
 
     def run(self):
-        while self.live.any():
-            tokens = self._draw()
-            over = self.live & (torch.isin(tokens, self.stops) | (self.count >= self.budget))
-            feed = self._end_turns(over, tokens) if over.any() else []
-            if not self.live.any():
+        """All turns: rows whose tools have answered wait until every row has ended its turn, then go on together."""
+        while True:
+            while self.live.any():
+                tokens = self._draw()
+                over = self.live & (torch.isin(tokens, self.stops) | (self.count >= self.budget))
+                if over.any():
+                    self._end_turns(over, tokens)
+                if self.live.any():
+                    if self.live.sum() < COMPACT * len(self.live):
+                        keep = self.live.nonzero()[:, 0]
+                        tokens = tokens[keep]
+                        self._keep(keep)
+                    self.logits = self._forward(tokens[:, None])
+            if not self.parked:
                 break
-            if feed:
-                self._feed(feed)
-            if self.live.sum() < COMPACT * len(self.live):
-                keep, over, tokens = self.live, over[self.live], tokens[self.live]
-                self._compact(keep)
-            # Rows that were just fed a tool's reply have their logits; the others run their new token.
-            fresh = over & self.live
-            if fresh.any():
-                index = (~fresh).nonzero()[:, 0]
-                if len(index):
-                    self.logits[index] = self._forward(tokens[index, None], index)
-            else:
-                self.logits = self._forward(tokens[:, None])
+            self._go_on()
 
     def _draw(self) -> Tensor:
         """Sample one token for each live row from its own uniform number; (b,)."""
@@ -133,57 +131,61 @@ class _Wave:
         self.count += self.live
         return tokens
 
-    def _forward(self, tokens: Tensor, index: Tensor | None = None) -> Tensor:
-        """Append one token to each cache row (or those of `index`) and return its logits; (b, V)."""
-        lengths = self.lengths if index is None else self.lengths[index]
-        self._grow(int(lengths.max()) + 1)
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """Append one token to each cache row and return its logits; (b, V)."""
+        lengths, row = self.lengths, torch.arange(len(self.alive), device=tokens.device)
         span = int(lengths.max()) + 1
+        self._grow(span)
         mask = (torch.arange(span, device=tokens.device) <= lengths[:, None])[:, None, None]
-        row = torch.arange(len(self.alive), device=tokens.device) if index is None else index
 
         def write(layer, k, v):
             keys, values = self.cache[layer]
             keys[row, :, lengths] = k[:, :, 0]
             values[row, :, lengths] = v[:, :, 0]
-            if index is None:
-                return keys[:, :, :span], values[:, :, :span]
-            return keys[index, :, :span], values[index, :, :span]
+            return keys[:, :, :span], values[:, :, :span]
 
         hidden, _ = hidden_states(self.policy.weights, self.policy.shape, tokens, lengths[:, None], mask=mask, write=write)
-        if index is None:
-            self.lengths = lengths + self.live
-        else:
-            self.lengths[index] = lengths + self.live[index].long()
+        self.lengths = lengths + self.live
         return F.linear(hidden[:, -1], head(self.policy.weights))
 
-    def _feed(self, feed: list[tuple[int, list[int]]]):
-        """Append tokens that were not sampled (tool results) to some rows, one batch for all of them."""
-        index = torch.tensor([row for row, _ in feed], device=self.policy.device)
-        tokens, sizes = pad([ids for _, ids in feed], self.policy.device)
-        lengths, width = self.lengths[index], tokens.shape[1]
-        span = int(lengths.max()) + width
-        self._grow(span)
-        positions = lengths[:, None] + torch.arange(width, device=tokens.device)  # (b, T)
-        mask = (torch.arange(span, device=tokens.device) <= positions[..., None])[:, None]  # (b, 1, T, S)
+    def _park(self, rows: list[int], replies: list[list[int]]):
+        """Set rows aside with their keys and values, and the tokens that they go on with."""
+        at = torch.tensor(rows, device=self.policy.device)
+        span = int(self.lengths[at].max())
+        cache = [[x[at, :, :span] for x in layer] for layer in self.cache]
+        self.parked.append((self.alive[at], self.count[at], self.lengths[at], cache, replies))
+
+    def _go_on(self):
+        """Take the parked rows as the batch and run the tools' replies of all of them in one forward pass."""
+        alive, count, lengths, caches, replies = zip(*self.parked, strict=True)
+        self.parked = []
+        self.alive, self.count, start = torch.cat(alive), torch.cat(count), torch.cat(lengths)
+        self.live = torch.ones(len(start), dtype=torch.bool, device=start.device)
+        tokens, sizes = pad([ids for part in replies for ids in part], start.device)
+        span = int(start.max()) + tokens.shape[1]
+        self.cache = [[torch.cat([F.pad(part[layer][i], (0, 0, 0, span - part[layer][i].shape[2])) for part in caches])
+                       for i in range(2)] for layer in range(len(caches[0]))]
+        row, positions = torch.arange(len(start), device=start.device), start[:, None] + torch.arange(
+            tokens.shape[1], device=start.device)  # (b, T)
+        mask = (torch.arange(span, device=start.device) <= positions[..., None])[:, None]  # (b, 1, T, S)
 
         def write(layer, k, v):
             for cached, x in zip(self.cache[layer], (k, v), strict=True):
-                cached[index[:, None], :, positions] = x.transpose(1, 2)
-            return tuple(cached[index, :, :span] for cached in self.cache[layer])
+                cached[row[:, None], :, positions] = x.transpose(1, 2)
+            return self.cache[layer]
 
         hidden, _ = hidden_states(self.policy.weights, self.policy.shape, tokens, positions, mask=mask, write=write)
-        last = hidden[torch.arange(len(feed)), sizes - 1]
-        self.logits[index] = F.linear(last, head(self.policy.weights))
-        self.lengths[index] = lengths + sizes
+        self.logits = F.linear(hidden[row, sizes - 1], head(self.policy.weights))
+        self.lengths = start + sizes
 
     def _grow(self, span: int):
         if span > self.cache[0][0].shape[2]:
             extra = -(-(span - self.cache[0][0].shape[2]) // BLOCK) * BLOCK
             self.cache = [[F.pad(x, (0, 0, 0, extra)) for x in layer] for layer in self.cache]
 
-    def _end_turns(self, over: Tensor, tokens: Tensor) -> list[tuple[int, list[int]]]:
-        """Close the turns that ended; returns what the environment says to the cache rows that go on."""
-        feed = []
+    def _end_turns(self, over: Tensor, tokens: Tensor):
+        """Close the turns that ended; rows to which the environment replies are parked."""
+        rows, replies = [], []
         for row in over.nonzero()[:, 0].tolist():
             i, count = int(self.alive[row]), int(self.count[row])
             rollout, stopped = self.rollouts[i], int(tokens[row]) in self.policy.stop_ids
@@ -202,12 +204,13 @@ class _Wave:
                     rollout.truncated = True
                     continue
                 # The end marker was sampled but not run yet: it goes in with the reply.
-                feed.append((row, [int(tokens[row]), *reply]))
+                rows.append(row)
+                replies.append([int(tokens[row]), *reply])
                 rollout.tokens += reply
                 rollout.sampled += [False] * len(reply)
                 rollout.logprobs += [0.0] * len(reply)
-                self.live[row] = True
-        return feed
+        if rows:
+            self._park(rows, replies)
 
     def _reply(self, i: int, rollout: Rollout) -> list[int] | None:
         """Token ids of the environment's answer to the last turn, up to where the assistant speaks again."""
@@ -220,8 +223,8 @@ class _Wave:
             return None
         return tool_reply(self.policy, outputs)
 
-    def _compact(self, keep: Tensor):
-        rows = keep.nonzero()[:, 0]
+    def _keep(self, rows: Tensor):
+        """Compact the batch to these cache rows."""
         self.alive, self.count, self.lengths, self.logits, self.live = (
             x[rows] for x in (self.alive, self.count, self.lengths, self.logits, self.live))
         span = int(self.lengths.max())

@@ -18,7 +18,7 @@ from m2rl_core.qwen3 import head, hidden_states
 from m2rl_core.rollout import pad, tool_reply
 from m2rl_core.trainer import Optimization, fit, warmup_cosine, write_lines
 
-MICRO_TOKENS = 1024  # padded tokens of one forward and backward pass: activations stay in the cache
+MICRO_TOKENS = 4096  # padded tokens of one forward and backward pass
 
 
 def encode_sft(policy: Policy, row: Row) -> tuple[list[int], list[bool]]:

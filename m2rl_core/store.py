@@ -164,7 +164,8 @@ class Store:
 def hold(path: Path, stage: str, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`; while another process has it, wait and say who that is.
 
-    The lock ends with the process, however it ends; the file's text only tells who holds it.
+    The lock ends with the process, however it ends; the file's text only tells who holds it. Nothing is said where
+    the other belongs to the same run (environment variable M2RL_RUN): two notebooks of one run take turns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -175,7 +176,7 @@ def hold(path: Path, stage: str, say: Callable[[str], None] = print) -> Iterator
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - told >= NOTICE:
+                if time.monotonic() - told >= NOTICE and not _same_run(path):
                     told = time.monotonic()
                     say(f"waiting: {_holder(path)}")
                 time.sleep(0.2)
@@ -190,13 +191,22 @@ def hold(path: Path, stage: str, say: Callable[[str], None] = print) -> Iterator
 
 def _sign(handle: int, stage: str) -> None:
     """Write who holds the lock; on a full disk it is held without a name."""
-    who = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "stage": stage, "since": time.strftime("%H:%M:%S")}
+    who = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "stage": stage, "since": time.strftime("%H:%M:%S"),
+           "run": os.environ.get("M2RL_RUN")}
     os.ftruncate(handle, 0)
     try:
         os.pwrite(handle, json.dumps(who).encode(), 0)
     except OSError as error:
         if not is_disk_full(error):
             raise
+
+
+def _same_run(path: Path) -> bool:
+    run = os.environ.get("M2RL_RUN")
+    try:
+        return run is not None and json.loads(path.read_text(encoding="utf-8"))["run"] == run
+    except (ValueError, KeyError):
+        return False
 
 
 def _holder(path: Path) -> str:

@@ -16,7 +16,7 @@ from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import Profile
 
 # Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
-VERSION = {"base": 1, "sft": 1, "rl": 1, "opd": 1, "merge": 1, "eval": 1, "weights": 1, "kl": 1, "judge": 1}
+VERSION = {"base": 2, "sft": 2, "rl": 2, "opd": 2, "merge": 1, "eval": 2, "weights": 1, "kl": 2, "judge": 2}
 
 GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models",
          "eval": "evals", "judge": "evals", "weights": "analyses", "kl": "analyses"}

@@ -61,7 +61,7 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
     if done == 0 and observe is not None:
         observe(0, policy)
     for step in range(done, settings.steps):
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * settings.schedule(step)
         optimizer.zero_grad(set_to_none=True)
@@ -74,7 +74,8 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
         seconds = {k: round(v, 4) for k, v in record.items() if k.startswith("seconds_")}
         metrics.append({"step": step + 1, **{k: _rounded(v) for k, v in record.items() if k not in seconds},
                         "grad_norm": _rounded(float(norm))})
-        timing.append({"step": step + 1, "seconds": round(time.perf_counter() - started, 4), **seconds})
+        timing.append({"step": step + 1, "seconds": round(time.perf_counter() - started, 4), **seconds,
+                       "cpu_seconds": round(time.process_time() - busy, 4)})
         progress.step(step + 1, settings.steps, **{k: record[k] for k in ("reward", "loss") if k in record})
         if observe is not None:
             observe(step + 1, policy)

@@ -119,6 +119,8 @@ def test_cheaper():
     costs = pd.DataFrame({"model": [*EXPERT.values(), "rl-multi"], "hours": [1, 1, 1, 1, 1, 3.0]})
     found = scores.cheaper(Evidence(costs=costs), "rl-multi", 80)
     assert (found.verdict, found.estimate) == ("supported", 60)
+    both = costs.assign(cpu_hours=[1, 1, 1, 1, 1, 4.5])  # the clock says 60 %, the processors 90 %
+    assert scores.cheaper(Evidence(costs=both), "rl-multi", 80).verdict == "undecided"
     costs.loc[5, "hours"] = 6
     assert scores.cheaper(Evidence(costs=costs), "rl-multi", 80).verdict == "contradicted"
     with pytest.raises(claims.Missing, match="rl-agent"):

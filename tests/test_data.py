@@ -70,6 +70,14 @@ def test_a_pool_that_is_too_small_is_named(pool, sampling, factor):
                                  "raise its pool or lower its share")
 
 
+def test_a_pool_that_would_be_cut_in_silence_is_named():
+    """Fault: "use all" that leaves half of the pool out."""
+    with pytest.raises(ValueError) as caught:
+        sft_blend(spec(60, ("Science", "science", 1.0, 12, "repeat 10 times")), 1)
+    assert str(caught.value) == ("sft.blend: Science draws all of its 12 rows x 10, but its share is 60; "
+                                 "lower its pool or raise its share")
+
+
 def test_types_of_one_domain_have_rows_of_their_own():
     """Fault: two types of one domain drawn from the same pool."""
     lines = [("Math Formal Proofs", "math", 0.5, 40, "use all"), ("Math", "math", 0.5, 40, "use all")]

@@ -1,4 +1,5 @@
 """Math rows and their verifier."""
+import re
 import time
 
 import pytest
@@ -119,11 +120,18 @@ def test_chains_agree_with_ordinary_arithmetic():
             assert eval(left, {"x": int(row.truth["answer"])}) == int(right)
 
 
-def test_corpus_facts_are_true():
+def test_corpus_facts_are_true_and_no_problem_is_held_out():
     rng = generator("corpus")
-    for line in "\n".join(math.corpus(rng) for _ in range(100)).split("\n"):
-        left, sign, right = line.partition(">" if ">" in line else "=")
-        assert eval(left) % 10 == int(right) if sign == ">" else eval(left) == int(right), line
+    text = "\n".join(math.corpus(rng) for _ in range(300))
+    facts = re.findall(r"^(\d+[-+*/]\d+)([>=])(\d+)$", text, re.MULTILINE)
+    assert len(facts) > 1000
+    for left, sign, right in facts:
+        assert eval(left) % 10 == int(right) if sign == ">" else eval(left) == int(right), (left, sign, right)
+    worked = re.findall(r"^(.*[.?])\n((?:[0-9].*\n)+)(\d)$", text, re.MULTILINE)
+    assert len(worked) > 100 and all(lines.rstrip()[-1] == value for _, lines, value in worked)
+    asked = {prompt for prompt, _, _ in worked}
+    tests = {row.messages[0]["content"] for b in ("aime24", "aime25") for row in benchmark_rows(b, ITEMS, 0)}
+    assert not asked & tests
 
 
 ITEMS = 80  # more than the study's 60; there are about 90 held-out equations

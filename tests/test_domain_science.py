@@ -96,16 +96,18 @@ def test_sft_turns_are_right_and_of_both_styles():
     rows = training_rows("science", "sft", 400, 0)
     contents = [row.turns[0]["content"] for row in rows]
     assert {v.score for v in rewards(rows, [[text] for text in contents])} == {1.0}
-    terse = sum(text.startswith("<think>\n\n</think>\n\n") for text in contents) / len(contents)
-    assert abs(terse - science.SFT_TERSE) < 0.1
+    terse = [text.startswith("<think>\n\n</think>\n\n") for text in contents]
+    opened = ["exact" in row.truth for row in rows]
+    assert not any(t and not o for t, o in zip(terse, opened, strict=True))
+    assert abs(sum(terse) / sum(opened) - science.SFT_TERSE) < 0.1
 
 
 def test_worked_lines_by_hand():
-    prompt = "Given mass 3 kg and acceleration 4 m/s^2, find the force.\nA) 7 N\nB) 13 N\nC) 12 N\nD) 12 J"
+    prompt = "Given mass 3 kg and acceleration 4 m/s^2, find the force.\n7 N (A)\n13 N (B)\n12 N (C)\n12 J (D)"
     message = ({"role": "user", "content": prompt},)
     choice = Row("", "science", "", "formula:force:3:4", message, {"letter": "C", "options": 4})
     work = "<think>\nforce=mass*acceleration\n3*4=12\n"
-    assert science.respond(choice)[0]["content"] == work + "12 N is C\n</think>\n\nAnswer: C"
+    assert science.respond(choice)[0]["content"] == work + "12 N (C)\n</think>\n\nAnswer: C"
     opened = Row("", "science", "", "formula:force:3:4", ({"role": "user", "content": "?"},), {"exact": "12 N"})
     assert science.respond(opened)[0]["content"] == work + "</think>\n\nExact Answer: 12 N"
 
@@ -139,6 +141,14 @@ def test_corpus_arithmetic_is_true():
     for line in sums:
         left, right = line.split("=")
         assert eval(left) == int(right)
+
+
+def test_corpus_asks_nothing_held_out():
+    rng = generator("corpus")
+    text = "\n".join(science.corpus(rng) for _ in range(3000))
+    assert text.count("?") > 300  # problems are worked there
+    assert not [row.id for b in ("hle", "gpqa_diamond") for row in benchmark_rows(b, ITEMS, 0)
+                if row.fingerprint.startswith("formula") and row.messages[0]["content"] in text]
 
 
 ITEMS = 80  # as the study asks

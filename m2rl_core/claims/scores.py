@@ -47,13 +47,20 @@ def as_good_as_merging(evidence, model, margin=MARGIN):
 
 
 def cheaper(evidence, model, limit):
-    """Hours of `model` in percent of the five experts' together, below `limit`; one run, hence no interval."""
-    hours = evidence.frame("costs", "model", "hours").set_index("model")["hours"]
-    absent = [m for m in (model, *EXPERT.values()) if m not in hours]
+    """Hours of `model` in percent of the five experts' together, below `limit`; one run, hence no interval.
+
+    Where processor hours were recorded too they must agree, for other work on the machine stretches the clock's.
+    """
+    costs = evidence.frame("costs", "model", "hours").set_index("model")
+    absent = [m for m in (model, *EXPERT.values()) if m not in costs.index]
     if absent:
         raise Missing(f"no cost of {', '.join(absent)}")
-    share = 100 * hours[model] / hours[list(EXPERT.values())].sum()
-    return Verdict("supported" if share < limit else "contradicted", float(share), n=1, note="one run: no interval")
+    shares = {name: float(100 * costs.loc[model, name] / costs.loc[list(EXPERT.values()), name].sum())
+              for name in ("hours", "cpu_hours") if name in costs and costs[name].notna().all()}
+    below = {share < limit for share in shares.values()}
+    verdict = "undecided" if len(below) == 2 else "supported" if below == {True} else "contradicted"
+    note = f"; processor time: {shares['cpu_hours']:.1f} %" if "cpu_hours" in shares else ""
+    return Verdict(verdict, shares["hours"], n=1, note="one run: no interval" + note)
 
 
 def ranked(evidence, model, among=MERGES, last=False):

@@ -13,7 +13,8 @@ from m2rl_core.domains.workplace import DAYS, HOURS, TOOLS
 
 # All that tunes the difficulty.
 NAMES = ("Ann", "Bob", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jim")
-WORDS = ("hello", "thanks", "yes", "no", "tea", "bread", "milk", "rent")
+WORDS = ("hello", "thanks", "yes", "no", "tea", "bread", "milk", "rent", "call", "pay", "book", "lunch", "train", "desk",
+         "plan", "home", "late", "soon", "done", "stop", "rice", "soap", "lamp", "door")  # enough that copying must be learnt
 IDS = tuple(range(1, 100))
 MAX_TURNS = 4
 KINDS = ("single", "parallel", "irrelevance", "multi_turn")

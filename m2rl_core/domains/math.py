@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from random import Random
 
-from m2rl_core.domains import Row, Verdict
+from m2rl_core.domains import Row, Verdict, is_held_out
 from m2rl_core.domains.math_worker import ask
 
 # Difficulty, in one place. SFT sees shorter chains than RL and test, and half of its rows answer without working.
@@ -33,9 +33,9 @@ EQUATION_WORDS = ("Solve {}.", "Find x if {}.", "{}. What is x?")
 
 
 def corpus(rng: Random) -> str:
-    """Lines of one-step facts: `7+5>2` keeps the last digit only, `19-4=15` is ordinary arithmetic."""
-    make = rng.choice((_last_digit_fact, _ordinary_fact))
-    return "\n".join(make(rng) for _ in range(CORPUS_LINES))
+    """Lines of one-step facts (`7+5>2` keeps the last digit only, `19-4=15` is ordinary arithmetic), or problems worked."""
+    make = rng.choice((_last_digit_fact, _ordinary_fact, _worked_problem))
+    return "\n".join(make(rng) for _ in range(3 if make is _worked_problem else CORPUS_LINES))
 
 
 def sft(rng: Random) -> Row:
@@ -130,6 +130,15 @@ def _solve(row: Row, slip_at: int = -1, slip: int = 0) -> tuple[list[str], int]:
         x = (product // int(a) + slip) % 10
         return [f"{right}{inverse}{b}={product}", f"{product}/{a}={x}"], x
     raise ValueError(f"row {row.id!r}: no worked answer for the family {family!r} (chain and equation only)")
+
+
+def _worked_problem(rng: Random) -> str:
+    """A problem of SFT's lengths in plain text, with its working and its value."""
+    while True:
+        row = _chain(rng, SFT_LENGTHS, "corpus") if rng.random() < CHAINS else _equation(rng, "corpus")
+        if not is_held_out(row.fingerprint):
+            lines, value = _solve(row)
+            return "\n".join([row.messages[0]["content"], *lines, str(value)])
 
 
 def _last_digit_fact(rng: Random) -> str:

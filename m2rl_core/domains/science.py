@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from decimal import Decimal
 from random import Random
 
-from m2rl_core.domains import Row, Verdict
+from m2rl_core.domains import Row, Verdict, is_held_out
 
-# Difficulty, in one place. All facts are in the pre-training text; half of the SFT rows answer without working.
-SFT_TERSE = 0.5  # share of SFT rows with an empty <think>
+# Difficulty, in one place. All facts are in the pre-training text.
+SFT_TERSE = 0.5  # share of open SFT rows with an empty <think>; a letter is always worked out, else it is learnt by heart
 CHOICES = 0.5  # share of multiple choice among training rows
 ELEMENT_SHARE = 0.25
 OPERANDS = range(2, 8)
@@ -60,8 +60,10 @@ DIRECTIONS = {  # what is asked: (column given, column wanted, wordings)
 
 
 def corpus(rng: Random) -> str:
-    """One short document: arithmetic, formulas with units, element facts, or finding a value among options."""
-    kind = rng.choice(("arithmetic", "formula", "element", "options"))
+    """One short document: arithmetic, formulas with units, element facts, options listed again, or problems worked."""
+    kind = rng.choice(("arithmetic", "formula", "element", "options", "options", "worked"))
+    if kind == "worked":
+        return "\n".join(_worked_problem(rng) for _ in range(2))
     if kind == "arithmetic":
         pairs = [(rng.choice(OPERANDS), rng.choice(OPERANDS)) for _ in range(CORPUS_LINES)]
         return "\n".join(f"{a}*{b}={a * b}" if rng.random() < 0.6 else f"{a * b}/{b}={a}" for a, b in pairs)
@@ -76,14 +78,14 @@ def corpus(rng: Random) -> str:
         options = [f"{value} {unit}" for value in rng.sample(range(1, 82), OPTIONS)]
     else:
         options = _column(rng.randrange(3), rng.sample(ELEMENTS, OPTIONS))
-    at = rng.randrange(OPTIONS)
-    return f"{_listed(options)}\n{options[at]} is {_letter(at)}"
+    listed = [_option(text, at) for at, text in enumerate(options)]
+    return "\n".join([*listed, *(line for _ in range(2) for line in rng.sample(listed, OPTIONS))])
 
 
 def sft(rng: Random) -> Row:
-    """A training row with its answer: either form, worked or terse."""
+    """A training row with its answer: multiple choice worked, open worked or terse."""
     row = _draw(rng, rng.random() < CHOICES, "Science")
-    turns = tuple(respond(row, worked=rng.random() >= SFT_TERSE))
+    turns = tuple(respond(row, worked="letter" in row.truth or rng.random() >= SFT_TERSE))
     return Row(**{**row.__dict__, "turns": turns})
 
 
@@ -142,6 +144,14 @@ def _draw(rng: Random, choice: bool, source: str) -> Row:
     return _row(source, fingerprint, f"{prompt}\n{_listed(options)}", {"letter": _letter(at), "options": OPTIONS})
 
 
+def _worked_problem(rng: Random) -> str:
+    """A question in plain text with its working."""
+    while True:
+        row = _draw(rng, rng.random() < CHOICES, "corpus")
+        if not is_held_out(row.fingerprint):
+            return "\n".join([row.messages[0]["content"], *_working(row, _answer(row))])
+
+
 def _row(source: str, fingerprint: str, prompt: str, truth: dict) -> Row:
     return Row("", "science", source, fingerprint, ({"role": "user", "content": prompt},), truth)
 
@@ -165,8 +175,8 @@ def _answer(row: Row) -> str:
     return _options(row)[ord(row.truth["letter"]) - ord("A")]
 
 
-def _turn(row: Row, answer: str, worked: bool) -> dict:
-    """The assistant's turn that ends in `answer`; where that is wrong, the working slips in its last step."""
+def _working(row: Row, answer: str) -> list[str]:
+    """The lines that lead to `answer`; where that is wrong, they slip in their last step."""
     family, name, *given = row.fingerprint.split(":")
     if family == "formula":
         op = FORMULAS[name][1]
@@ -176,22 +186,30 @@ def _turn(row: Row, answer: str, worked: bool) -> dict:
         lines = [_element_fact(next(e for e in ELEMENTS if e[column] == given[0]), column)]
     else:
         raise ValueError(f"row {row.id!r}: no worked answer for the family {family!r} (formula and element only)")
-    final, options = f"Exact Answer: {answer}", _options(row)
-    if options:
-        letter = _letter(options.index(answer))
-        lines.append(f"{answer} is {letter}")
-        final = f"Answer: {letter}"
+    options = _options(row)
+    return [*lines, _option(answer, options.index(answer))] if options else lines
+
+
+def _turn(row: Row, answer: str, worked: bool) -> dict:
+    """The assistant's turn that ends in `answer`."""
+    options, lines = _options(row), _working(row, answer)
+    final = f"Answer: {_letter(options.index(answer))}" if options else f"Exact Answer: {answer}"
     work = "\n".join(lines if worked else [])
     return {"role": "assistant", "content": f"<think>\n{work}\n</think>\n\n{final}"}
 
 
 def _options(row: Row) -> list[str]:
     """The options as the prompt lists them; empty for an open question."""
-    return re.findall(r"^[A-J]\) (.+)$", row.messages[-1]["content"], re.MULTILINE)
+    return re.findall(r"^(.+) \([A-J]\)$", row.messages[-1]["content"], re.MULTILINE)
 
 
 def _listed(options: Sequence[str]) -> str:
-    return "\n".join(f"{_letter(i)}) {option}" for i, option in enumerate(options))
+    return "\n".join(_option(option, i) for i, option in enumerate(options))
+
+
+def _option(text: str, at: int) -> str:
+    """`24 N (C)`: the letter comes last, for what follows a text is easier to find than what precedes it."""
+    return f"{text} ({_letter(at)})"
 
 
 def _letter(at: int) -> str:

@@ -31,10 +31,10 @@ INTEGRATED = ("rl-multi", *MERGES, "mt-opd")
 # Costs (Table 2) -------------------------------------------------------------------------------------------------
 
 def costs(run, models: Iterable[str] = TRAINED) -> pd.DataFrame:
-    """What each run did and took: model, prompts, group, steps, rollouts, tokens, seconds (and parts), hours.
+    """What each run did and took: model, prompts, group, steps, rollouts, tokens, seconds (and parts), hours, cpu_hours.
 
     Seconds are those of the training steps (sampling, verification, update) on this machine; looking at the
-    policy on the way is not counted.
+    policy on the way is not counted. Processor hours are the trainer's own, without the sandbox's.
     """
     lines = []
     for model in models:
@@ -43,6 +43,7 @@ def costs(run, models: Iterable[str] = TRAINED) -> pd.DataFrame:
             "model": model, **{name: settings[name] for name in ("prompts", "group", "steps")},
             "rollouts": int(did["rollouts"].sum()), "tokens": int(did["response_tokens"].sum()),
             **{part: float(took[part].sum()) for part in PARTS}, "hours": float(took["seconds"].sum()) / 3600,
+            "cpu_hours": float(took["cpu_seconds"].sum()) / 3600,
         })
     return pd.DataFrame(lines)
 
@@ -57,7 +58,7 @@ def table2(spent: pd.DataFrame) -> pd.DataFrame:
     """Table 2 for the eye: ours with the printed GPU hours and both shares of the five experts' cost."""
     printed, ours = paper.table(2), shares(spent)
     theirs = shares(printed["gpu_hours"].rename("hours").rename_axis("model").reset_index())
-    total = spent["seconds"].where(spent["seconds"] > 0)
+    total, busy = spent["seconds"].where(spent["seconds"] > 0), 3600 * spent["cpu_hours"]
     return pd.DataFrame({
         "model": spent["model"],
         "prompts x group x steps": [f"{r.prompts} x {r.group} x {r.steps}" for r in spent.itertuples()],
@@ -66,6 +67,7 @@ def table2(spent: pd.DataFrame) -> pd.DataFrame:
         "seconds": [f"{s:,.1f}" for s in spent["seconds"]],
         "sample / verify / update": [" / ".join(f"{100 * r[part] / t:.0f} %" for part in PARTS[1:])
                                      for (_, r), t in zip(spent.iterrows(), total, strict=True)],
+        "cores busy": [f"{c / t:.1f}" for c, t in zip(busy, total, strict=True)],
         "% of experts": [f"{ours[m]:.1f}" for m in spent["model"]],
         "paper: GPU hours": [f"{printed.loc[m, 'gpu_hours']:,.1f}" for m in spent["model"]],
         "paper: % of experts": [f"{theirs[m]:.1f}" for m in spent["model"]],
@@ -75,10 +77,10 @@ def table2(spent: pd.DataFrame) -> pd.DataFrame:
 def cost_sentence(spent: pd.DataFrame) -> Markdown:
     """The mix against the five experts, in seconds and in tokens, beside the paper's ratio."""
     printed = audit.gpu_hours().set_index("model")["percent_of_experts"]
-    time, tokens = shares(spent), shares(spent, "tokens")
+    time, processor, tokens = shares(spent), shares(spent, "cpu_hours"), shares(spent, "tokens")
     return Markdown(
         f"`rl-multi` took **{time['rl-multi']:.1f} %** of the five experts' training seconds "
-        f"({tokens['rl-multi']:.1f} % of their sampled tokens); by the paper's GPU hours {printed['rl-multi']:.1f} %. "
+        f"({processor['rl-multi']:.1f} % of their processor time, {tokens['rl-multi']:.1f} % of their sampled tokens); by the paper's GPU hours {printed['rl-multi']:.1f} %. "
         f"`mt-opd` adds {time['mt-opd']:.1f} % on top of the experts that it needs, the paper's "
         f"{printed['mt-opd']:.1f} %.")
 
