@@ -164,7 +164,8 @@ def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher 
     chart = chart.properties(width=185, height=120)
     order = list(dict.fromkeys(frame[facet]))
     chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
-    return finish(chart.resolve_scale(y="independent"), title, good)
+    # Axes of their own: else a last row that is not full leaves an axis under nothing.
+    return finish(chart.resolve_scale(y="independent").resolve_axis(x="independent"), title, good)
 
 
 def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5):
@@ -217,7 +218,8 @@ def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", 
     layers = [
         base.mark_rect().encode(alt.Color(f"{value}:Q", scale=alt.Scale(scheme="blues"), legend=None)),
         base.mark_text(fontSize=10, dy=0 if note is None else -5).encode(
-            text=alt.Text(f"{value}:Q", format=text), color=ink),
+            text=alt.Text(f"{value}:Q", format=text), color=ink,
+        ).transform_filter(alt.FieldValidPredicate(field=value, valid=True)),
     ]
     if note is not None:
         layers.append(base.mark_text(fontSize=8, dy=8).encode(text=f"{note}:N", color=ink))

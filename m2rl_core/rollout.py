@@ -197,11 +197,11 @@ class _Wave:
             rollout.turns.append(self.policy.tokenizer.decode(said[:-1] if stopped else said))
             rollout.truncated = not stopped
             self.live[row] = False
-            reply = self._reply(i, rollout) if stopped and count < self.budget else None
+            reply = self._reply(i, rollout) if stopped else None
             if reply is not None:
                 room = self.policy.config.max_position_embeddings - (self.budget - count)
-                if len(rollout.prompt) + len(rollout.tokens) + len(reply) > room:
-                    rollout.truncated = True
+                if count == self.budget or len(rollout.prompt) + len(rollout.tokens) + len(reply) > room:
+                    rollout.truncated = True  # the tools answered, but nothing is left to go on with
                     continue
                 # The end marker was sampled but not run yet: it goes in with the reply.
                 rows.append(row)
@@ -279,7 +279,7 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
     return hidden[chosen], tokens[chosen], owner
 
 
-def micro_batches(rollouts: Sequence[Rollout], budget: int = 1536) -> list[list[int]]:
+def micro_batches(rollouts: Sequence[Rollout], budget: int = 4096) -> list[list[int]]:
     """Indices of rollouts in batches of at most `budget` padded response tokens; groups stay together."""
     groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].prompt)]
     groups.sort(key=lambda g: (max(len(rollouts[i].tokens) for i in g), g[0]))

@@ -11,7 +11,7 @@ import random
 
 from m2rl_core.domains import Row, Verdict, is_held_out
 from m2rl_core.domains.agent_tasks import (
-    ID_SLOT, IDS, KINDS, MAX_TURNS, NAMES, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make)
+    ID_SLOT, IDS, KINDS, MAX_TURNS, NAMES, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, requests)
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
 from m2rl_core.domains.workplace import World, compact, signature
 
@@ -190,23 +190,23 @@ def spoil(row: Row, rng: random.Random) -> list[dict]:
 # ---- plain text for pre-training
 
 def corpus(rng: random.Random) -> str:
-    """A short document: a table of ids with lookups, a tool list with a call, or a found id that is used."""
-    kind = rng.choice(("table", "call", "chain"))
+    """A short document: a table of ids with lookups, a tool list with calls, or a found id that is used."""
+    kind = rng.choice(("table", "calls", "calls", "chain"))
     if kind == "table":
         table = dict(zip(rng.sample(NAMES, 3), rng.sample(IDS, 3), strict=True))
         asked = rng.choice(list(table))
         call = _write([{"name": "find_contact", "arguments": {"name": asked}}])
         lines = [*(f"{name} {i}" for name, i in table.items()), call, compact({"id": table[asked]})]
         return "\n".join(lines)
+    if kind == "calls":
+        tools, asked = requests(rng, 3)
+        return "\n".join([*(signature(tool) for tool in tools), *(
+            f"{text}\n{_write([_plain(call)])}" for text, call in asked)])
     while True:
-        row = make(rng, "multi_turn" if kind == "chain" else "single", "corpus")
+        row = make(rng, "multi_turn", "corpus")
         if not is_held_out(row.fingerprint):
             break
-    lines = [*(signature(tool) for tool in row.tools), row.messages[0]["content"]]
-    if kind == "call":
-        return "\n".join([*lines, _write([_plain(gold) for gold in row.truth["calls"]])])
     find, act = row.truth["calls"]
     found = act["arguments"][ID_SLOT[act["name"]]]
-    return "\n".join([*lines, _write([find]), f"<tool_response>\n{compact({'id': found})}\n</tool_response>",
-                      _write([act])])
-
+    return "\n".join([*(signature(tool) for tool in row.tools), row.messages[0]["content"], _write([find]),
+                      f"<tool_response>\n{compact({'id': found})}\n</tool_response>", _write([act])])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 
-from m2rl_core.domains import Row
+from m2rl_core.domains import Row, is_held_out
 from m2rl_core.domains.workplace import DAYS, HOURS, TOOLS
 
 # All that tunes the difficulty.
@@ -121,11 +121,25 @@ def _two_steps(rng: random.Random, narrow: bool) -> dict:
             "state": {"contacts": people, "events": events}}
 
 
+def fingerprint(kind: str, problem: list) -> str:
+    """What decides whether a row is held out: its kind and what is asked, whatever the wording and the tools."""
+    return f"agent {kind} {' '.join(sorted(json.dumps(part, sort_keys=True) for part in problem))}"
+
+
+def requests(rng: random.Random, n: int) -> tuple[tuple[dict, ...], list[tuple[str, dict]]]:
+    """Three tools and `n` requests for one of them each, none held out, with the call that each asks for."""
+    tools, found = _tool_list(rng, [], 3), []
+    while len(found) < n:
+        text, call = _ask(rng, _tool(rng, tuple(tool["function"]["name"] for tool in tools)))
+        if not is_held_out(fingerprint("single", [call])):
+            found.append((text, call))
+    return tools, found
+
+
 def make(rng: random.Random, kind: str, source: str, narrow: bool = False) -> Row:
     """A row of one of `KINDS`; `narrow` draws in the proportions of SFT."""
     drawn = _two_steps(rng, narrow) if kind == "multi_turn" else _one_turn(rng, kind, narrow)
-    problem = sorted(json.dumps(part, sort_keys=True) for part in drawn["problem"])
     truth = {"kind": kind, "category": CATEGORY[kind], "calls": drawn["calls"], "needs": drawn["needs"],
              "state": drawn.get("state", {}), "max_turns": MAX_TURNS}
-    return Row(id="", domain="agent", source=source, fingerprint=f"agent {kind} {' '.join(problem)}",
+    return Row(id="", domain="agent", source=source, fingerprint=fingerprint(kind, drawn["problem"]),
                messages=({"role": "user", "content": drawn["text"]},), truth=truth, tools=drawn["tools"])
