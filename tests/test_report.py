@@ -2,6 +2,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -98,6 +101,61 @@ def test_dependants_are_marked_and_independents_run(outcome):
     assert not (folder / "4_conclusion.ipynb").exists()
     for name in ("1_introduction", "3.5_same_skills", "A_training_details"):
         assert entries[name]["status"] == "completed", entries[name]
+
+
+def test_a_notebook_starts_when_what_it_needs_is_over_and_not_before(tmp_path):
+    """Two lanes: the plan looks at the store alone, the experts wait for SFT, the conclusion for all sections."""
+    note = "from pathlib import Path; import time\nPath({!r}, '{}').write_text(str(time.time()))"
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    names = ("0_plan", "3.1_preliminary", "3.3_weight_shift", "4_conclusion")
+    cells = {name: [note.format(str(marks), f"{name} begins"), "time.sleep(0.5)", note.format(str(marks), f"{name} ends")]
+             for name in names}
+    jobs = [Job(name, write(tmp_path / "notebooks", name, *cells[name]), {"profile": "tiny"}) for name in reversed(names)]
+    said: list[str] = []
+    assert reproduce(jobs, tmp_path / "report", tmp_path / "artifacts", "tiny", said.append), said
+    at = {path.name: float(path.read_text()) for path in marks.iterdir()}
+    assert at["0_plan ends"] < at["3.1_preliminary begins"]
+    assert at["3.3_weight_shift ends"] < at["4_conclusion begins"]
+    begins, ends = ([at[f"{name} {what}"] for name in names[:3]] for what in ("begins", "ends"))
+    assert sorted(begins)[1] < min(ends)  # two of them at a time
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_a_killed_runner_leaves_no_kernel_behind(tmp_path):
+    """Catches a kernel that goes on training after `kill -9` of make, and keeps the store locked."""
+    source = write(tmp_path / "notebooks", "0_plan", "import time\nopen('started', 'w').close()\ntime.sleep(120)")
+    code = ("from pathlib import Path; from m2rl_core.report import Job, reproduce\n"
+            f"if __name__ == '__main__':\n    folder = Path({str(tmp_path)!r})\n"
+            f"    reproduce([Job('0_plan', Path({str(source)!r}), {{}})], folder / 'report', folder / 'artifacts', 'tiny')")
+    (tmp_path / "runner.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "M2RL_MARK": str(tmp_path)}
+    runner = subprocess.Popen([sys.executable, str(tmp_path / "runner.py")], env=environment, stdout=subprocess.DEVNULL)
+    waited(lambda: (tmp_path / "notebooks" / "started").exists(), 60)
+    assert len(marked(tmp_path)) >= 3  # the runner, a lane, its kernel
+    runner.kill()
+    runner.wait()
+    waited(lambda: not marked(tmp_path), 30)
+
+
+def marked(folder: Path) -> list[int]:
+    """Processes that run with this mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"M2RL_MARK={folder}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            pass  # it ended meanwhile
+    return found
+
+
+def waited(condition, seconds: float) -> None:
+    """Returns when the condition holds; fails where it does not within `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, condition
+        time.sleep(0.2)
 
 
 def test_parameters_reach_the_notebook_and_progress_does_not(outcome):

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -34,14 +33,13 @@ SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
 
 @dataclass(frozen=True)
 class Study:
-    """A finished reproduction: its report, its store, the environment it ran in, what it said and what it took."""
+    """A finished reproduction: its report, its store, the environment it ran in, what it said and its seconds."""
 
     report: Path
     store: Path
     environment: dict
     said: str
     seconds: float
-    cpu: float
 
 
 def run(arguments: list[str], environment: dict) -> subprocess.CompletedProcess:
@@ -56,24 +54,18 @@ def nbval(folder: Path, environment: dict) -> subprocess.CompletedProcess:
                 str(folder)], environment)
 
 
-def cpu() -> float:
-    """Seconds of processor time of all finished children."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("M2RL_")} | {
         "M2RL_ARTIFACTS": str(folder / "artifacts"), "M2RL_REPORTS": str(folder / "reports"),
         "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    start, before = time.monotonic(), cpu()
+    start = time.monotonic()
     done = run(["-m", "m2rl_core", "reproduce", "--profile", "smoke"], environment)
-    seconds, used = time.monotonic() - start, cpu() - before
-    print(f"\nreproduce --profile smoke: {seconds:.0f} s, {used:.0f} s of processor time")
+    seconds = time.monotonic() - start
+    print(f"\nreproduce --profile smoke: {seconds:.0f} s")
     assert done.returncode == 0, done.stdout[-4000:]
-    return Study(folder / "reports" / "smoke", folder / "artifacts" / "smoke", environment, done.stdout, seconds, used)
+    return Study(folder / "reports" / "smoke", folder / "artifacts" / "smoke", environment, done.stdout, seconds)
 
 
 def executed(study: Study, name: str):
@@ -102,8 +94,8 @@ def without_commit(cell) -> str:
 
 
 def test_it_fits_into_its_time(study):
-    """Two minutes of two cores; processor time, so that a busy machine does not fail the test."""
-    assert study.cpu < 240, f"{study.cpu:.0f} s of processor time, {study.seconds:.0f} s on the clock"
+    """Two minutes on two calm cores; twice that here, so that a busy machine does not fail the test."""
+    assert study.seconds < 240
 
 
 @pytest.mark.parametrize("name", NAMES)
