@@ -294,6 +294,16 @@ def test_names_in_the_headline_do_not_collide():
     assert placed.loc[placed["model"].isin(MERGES), "x"].is_unique and verdicts.headline(frame).to_dict()
 
 
+def test_a_name_in_the_headline_goes_past_the_points_at_its_side():
+    frame = pd.DataFrame({"source": "s", "model": ["rl-math", "rl-coding", "rl-science", "sft"], "cost": [12.0, 15, 17, 40],
+                          "value": [42.0, 42.02, 41.98, 42], "low": NAN, "high": NAN})
+    placed = verdicts.placed(frame).set_index("model")
+    for name, point in placed.iterrows():
+        covered = placed["x"].between(point["at"], point["at"] + 6) & (
+            (placed["value"] - point["beside"]).abs() < 0.5 * verdicts.LINE * (point["top"] - point["floor"]))
+        assert not covered.any(), name
+
+
 @pytest.mark.parametrize(("level", "multi", "answer"), [
     ({"rl-multi": 0.9}, 3, "**Mix**: it scores higher and costs less"),
     ({"rl-multi": 0.9}, 9, "**Mix**: it scores higher, at a higher cost"),

@@ -23,6 +23,7 @@ FRAMES = ("scores", "pairs", "along", "costs", "jaccard", "cosine", "kl", "judge
 COMBINED = {claim["id"] for claim in paper.claims() if claim["test"] == "combined"}
 VERDICTS = ("supported", "contradicted", "undecided", "not run", "cannot be decided from printed numbers")
 LINE = 0.05  # the height of a name in the headline as a share of the picture's
+NAME = 18  # the width of a name in the headline, in points of its horizontal axis
 COMPARED = ("sft", *EXPERT.values(), "rl-multi", *MERGES, "mt-opd")
 
 
@@ -132,7 +133,8 @@ def quality_and_cost(found: Evidence, models: Iterable[str] = COMPARED) -> pd.Da
 def placed(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with `x` (merges of one cost side by side), `at` and `beside` (where each name stands), `floor`, `top`.
 
-    Names keep their points' order and at least a line's distance; what that moves is least in squares.
+    Names keep their points' order and at least a line's distance; what that moves is least in squares. None covers
+    a point.
     """
     parts = []
     for _, part in frame.groupby("source", sort=False):
@@ -146,6 +148,10 @@ def placed(frame: pd.DataFrame) -> pd.DataFrame:
             ordered = group["value"].sort_values()
             lines = (top - floor) * LINE * np.arange(len(ordered))
             part.loc[ordered.index, "beside"] = isotonic_regression(ordered.to_numpy() - lines).x + lines
+        for i, point in part[~far].iterrows():  # a name goes past the points that it would cover
+            hit = part["x"].between(point["x"], point["x"] + NAME) & (
+                (part["value"] - part.loc[i, "beside"]).abs() < 0.8 * LINE * (top - floor))
+            part.loc[i, "at"] = max(point["at"], part.loc[hit, "x"].max() + 3)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
