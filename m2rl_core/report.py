@@ -1,7 +1,8 @@
 """The strict papermill runner: every notebook in a fresh kernel as soon as what it needs is done, then the site.
 
-Two run at a time: one works, the other starts its kernel, draws, or waits for the store. Stricter than papermill in three points: an unknown parameter is an error, not a warning; a notebook that
-ends early by SystemExit(0) has failed; a failure stops only the notebooks that need the failed one.
+Two run at a time: one works, the other starts its kernel, draws, or waits for the store. Stricter than papermill in
+three points: an unknown parameter is an error, not a warning; a notebook that ends early by SystemExit(0) has failed;
+a failure stops only the notebooks that need the failed one.
 """
 from __future__ import annotations
 

@@ -138,6 +138,18 @@ def test_a_killed_runner_leaves_no_kernel_behind(tmp_path):
     waited(lambda: not marked(tmp_path), 30)
 
 
+def test_a_killed_lane_fails_its_notebook_and_later_ones_run(tmp_path):
+    """Catches a broken pool that ends the whole run, or one that takes the rest of the notebooks with it."""
+    folder = tmp_path / "notebooks"
+    jobs = [Job("0_plan", write(folder, "0_plan", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)"), {}),
+            Job("3.1_preliminary", write(folder, "3.1_preliminary", "print('after it')"), {})]
+    said: list[str] = []
+    assert not reproduce(jobs, tmp_path / "report", tmp_path / "artifacts", "tiny", said.append)
+    status = {entry["name"]: entry for entry in json.loads((tmp_path / "report" / "run.json").read_text())["notebooks"]}
+    assert status["0_plan"]["status"] == "failed" and "killed" in status["0_plan"]["reason"]
+    assert status["3.1_preliminary"]["status"] == "completed", said
+
+
 def marked(folder: Path) -> list[int]:
     """Processes that run with this mark in their environment."""
     found = []

@@ -231,6 +231,8 @@ def test_turns_and_tokens_are_bounded_over_the_whole_rollout(policy, episodes, m
     (cut,), _ = play(policy, [row], [turns], monkeypatch, budget=first + 5)
     assert cut.length == first + 5 and cut.truncated and len(cut.turns) == 2
     assert cut.tokens == tokens[:len(cut.tokens)]
+    (spent,), _ = play(policy, [row], [turns], monkeypatch, budget=first)  # the tool answers, nothing is left to go on
+    assert spent.tokens == tokens[:first] and spent.truncated and len(spent.turns) == 1
 
 
 def test_an_answer_that_does_not_fit_ends_the_rollout(policy, episodes, monkeypatch):

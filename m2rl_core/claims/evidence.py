@@ -45,8 +45,8 @@ class Evidence:
     """What claims are decided on; every frame may be missing.
 
     scores, along (with `step`): evaluation rows. judged: model, benchmark, item, sample, mode, correct.
-    kl: expert, policy, domain, prompt, tokens, kl_exact (nats a token). costs: model, hours (and cpu_hours). jaccard and cosine:
-    as `metrics.weights` writes them; weights as stored are used. `cells` replaces frames by ready estimates.
+    kl: expert, policy, domain, prompt, tokens, kl_exact (nats a token). costs: model, hours (and cpu_hours). jaccard
+    and cosine: as `metrics.weights` writes them; weights as stored are used. `cells` replaces frames by ready estimates.
     """
 
     scores: pd.DataFrame | None = None

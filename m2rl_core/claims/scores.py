@@ -46,6 +46,11 @@ def as_good_as_merging(evidence, model, margin=MARGIN):
     return replace(found, note="; ".join(filter(None, [f"against {merge}", found.note])))
 
 
+def shares(cost):
+    """Each model's cost in percent of the five experts' together; `cost` and result: series by model."""
+    return 100 * cost / cost[list(EXPERT.values())].sum()
+
+
 def cheaper(evidence, model, limit):
     """Hours of `model` in percent of the five experts' together, below `limit`; one run, hence no interval.
 
@@ -55,12 +60,12 @@ def cheaper(evidence, model, limit):
     absent = [m for m in (model, *EXPERT.values()) if m not in costs.index]
     if absent:
         raise Missing(f"no cost of {', '.join(absent)}")
-    shares = {name: float(100 * costs.loc[model, name] / costs.loc[list(EXPERT.values()), name].sum())
-              for name in ("hours", "cpu_hours") if name in costs and costs[name].notna().all()}
-    below = {share < limit for share in shares.values()}
+    found = {clock: float(shares(costs[clock])[model])
+             for clock in ("hours", "cpu_hours") if clock in costs and costs[clock].notna().all()}
+    below = {share < limit for share in found.values()}
     verdict = "undecided" if len(below) == 2 else "supported" if below == {True} else "contradicted"
-    note = f"; processor time: {shares['cpu_hours']:.1f} %" if "cpu_hours" in shares else ""
-    return Verdict(verdict, shares["hours"], n=1, note="one run: no interval" + note)
+    note = f"; processor time: {found['cpu_hours']:.1f} %" if "cpu_hours" in found else ""
+    return Verdict(verdict, found["hours"], n=1, note="one run: no interval" + note)
 
 
 def ranked(evidence, model, among=MERGES, last=False):

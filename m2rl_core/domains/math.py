@@ -33,7 +33,7 @@ EQUATION_WORDS = ("Solve {}.", "Find x if {}.", "{}. What is x?")
 
 
 def corpus(rng: Random) -> str:
-    """Lines of one-step facts (`7+5>2` keeps the last digit only, `19-4=15` is ordinary arithmetic), or problems worked."""
+    """One-step facts (`7+5>2` keeps the last digit only, `19-4=15` is ordinary arithmetic), or problems worked."""
     make = rng.choice((_last_digit_fact, _ordinary_fact, _worked_problem))
     return "\n".join(make(rng) for _ in range(3 if make is _worked_problem else CORPUS_LINES))
 

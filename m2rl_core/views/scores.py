@@ -12,6 +12,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from m2rl_core import paper
+from m2rl_core.claims import scores as rules
 from m2rl_core.claims.evidence import EXPERT, FIGURE2, MERGES, OWN, Evidence
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.metrics import stats
@@ -50,8 +51,7 @@ def costs(run, models: Iterable[str] = TRAINED) -> pd.DataFrame:
 
 def shares(spent: pd.DataFrame, column: str = "hours") -> pd.Series:
     """Each model's cost in percent of the five experts' together; index model."""
-    by_model = spent.set_index("model")[column]
-    return 100 * by_model / by_model[list(EXPERT.values())].sum()
+    return rules.shares(spent.set_index("model")[column])
 
 
 def table2(spent: pd.DataFrame) -> pd.DataFrame:
