@@ -7,7 +7,7 @@ from m2rl_core import judge
 from m2rl_core.domains import Row, generator, module, training_rows
 from m2rl_core.errors import StudyError
 
-CORPUS = ("math", "agent", "science", "agent", "math", "coding", "agent", "science", "if")
+CORPUS = ("math", "agent", "science", "agent", "math", "agent", "coding", "agent", "science", "if")
 
 
 def corpus(documents: int, seed: int) -> list[str]:

@@ -201,6 +201,19 @@ def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5)
     return finish(chart.resolve_scale(x="independent"), title, how)
 
 
+def readings(frame, title, good="right is better; filled: as in Table 4, hollow: one parameter changed; lines: 95 %"):
+    """One line a reading of a merging method, grouped by method. Columns: model, label, value, low, high, own (bool)."""
+    models, order = _models(frame), list(frame["label"])
+    base = alt.Chart(frame)
+    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
+    rules = base.mark_rule(strokeWidth=1.5).encode(
+        alt.X("low:Q", title="mean of nine (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=_color(models, None))
+    dots = [base.mark_point(size=45, filled=filled, opacity=1, strokeWidth=1.5).encode(
+        x="value:Q", y=y, color=_color(models, None), shape=_shape(models, None),
+    ).transform_filter(test) for filled, test in ((True, "datum.own"), (False, "!datum.own"))]
+    return finish(alt.layer(rules, *dots).properties(width=330, height=14 * len(order)), title, good)
+
+
 def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", columns=2, size=42, note=None):
     """Fig. 3, Fig. 4: a grid with its numbers.
 

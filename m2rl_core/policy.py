@@ -99,7 +99,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
 
 
 def build(spec, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> Policy:
-    """A freshly initialised Qwen3 of the profile's size (normal 0.02; residual outputs scaled by depth)."""
+    """A freshly initialised Qwen3 of the profile's size: normal at unit gain, residual outputs scaled by depth."""
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=spec.hidden, intermediate_size=spec.intermediate,
         num_hidden_layers=spec.layers, num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads,
@@ -111,10 +111,8 @@ def build(spec, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) 
         if name.endswith("norm.weight"):
             weights[name] = torch.ones(size)
         else:
-            std = 0.02 / math.sqrt(2 * spec.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            if "embed" not in name:
-                std = std / 0.02 * size[1] ** -0.5  # small models learn faster at unit gain
-            weights[name] = torch.randn(size, generator=generator) * std
+            gain = 1 / math.sqrt(2 * spec.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            weights[name] = torch.randn(size, generator=generator) * gain * size[1] ** -0.5
     return Policy(weights, config, tokenizer)
 
 

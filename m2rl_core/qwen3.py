@@ -43,9 +43,48 @@ def rope(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * w over the last dimension, with half the passes over memory that torch's composite form takes."""
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        wide = x.float()
+        scale = (torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps).rsqrt_()[..., None]
+        unit = wide * scale
+        ctx.save_for_backward(unit, scale, w)
+        return unit.to(x.dtype) * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        unit, scale, w = ctx.saved_tensors
+        along = grad * unit
+        mean = (along @ w.float() / w.numel())[..., None]
+        inner = torch.addcmul((grad * w).float(), unit, mean, value=-1).mul_(scale)
+        return inner.to(grad.dtype), along.flatten(0, -2).sum(0).to(w.dtype), None
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotated(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+    y, sin = x * cos, sin[..., :half]
+    y[..., :half].addcmul_(x[..., half:], sin, value=-way)
+    y[..., half:].addcmul_(x[..., :half], sin, value=way)
+    return y
+
+
+rms_norm, rotate = _RMSNorm.apply, _Rotate.apply
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -70,10 +109,10 @@ def hidden_states(w: Weights, shape: Shape, tokens: Tensor, positions: Tensor, p
     new: KV = []
     for i in range(shape.layers):
         at = f"model.layers.{i}."
-        h = F.rms_norm(x, (D,), w[at + "input_layernorm.weight"], shape.eps)
+        h = rms_norm(x, w[at + "input_layernorm.weight"], shape.eps)
         q, k, v = (F.linear(h, w[f"{at}self_attn.{n}_proj.weight"]).view(B, T, -1, shape.head_dim) for n in "qkv")
-        q = F.rms_norm(q, (shape.head_dim,), w[at + "self_attn.q_norm.weight"], shape.eps).transpose(1, 2)
-        k = F.rms_norm(k, (shape.head_dim,), w[at + "self_attn.k_norm.weight"], shape.eps).transpose(1, 2)
+        q = rms_norm(q, w[at + "self_attn.q_norm.weight"], shape.eps).transpose(1, 2)
+        k = rms_norm(k, w[at + "self_attn.k_norm.weight"], shape.eps).transpose(1, 2)
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.transpose(1, 2)
         if write is not None:
             k, v = write(i, k, v)
@@ -83,10 +122,10 @@ def hidden_states(w: Weights, shape: Shape, tokens: Tensor, positions: Tensor, p
                 k, v = torch.cat((past[i][0], k), dim=2), torch.cat((past[i][1], v), dim=2)
         y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)
         x = x + F.linear(y, w[at + "self_attn.o_proj.weight"])
-        h = F.rms_norm(x, (D,), w[at + "post_attention_layernorm.weight"], shape.eps)
+        h = rms_norm(x, w[at + "post_attention_layernorm.weight"], shape.eps)
         h = F.silu(F.linear(h, w[at + "mlp.gate_proj.weight"])) * F.linear(h, w[at + "mlp.up_proj.weight"])
         x = x + F.linear(h, w[at + "mlp.down_proj.weight"])
-    return F.rms_norm(x, (D,), w["model.norm.weight"], shape.eps), new
+    return rms_norm(x, w["model.norm.weight"], shape.eps), new
 
 
 def head(w: Weights) -> Tensor:

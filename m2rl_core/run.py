@@ -30,7 +30,7 @@ BUILDERS = {
     "base": "m2rl_core.sft:build_base", "sft": "m2rl_core.sft:build_sft", "rl": "m2rl_core.grpo:build",
     "opd": "m2rl_core.opd:build", "merge": "m2rl_core.merging:build", "eval": "m2rl_core.evaluate:build",
     "weights": "m2rl_core.metrics.weights:build", "kl": "m2rl_core.metrics.divergence:build",
-    "judge": "m2rl_core.judge:build",
+    "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build",
 }
 
 

@@ -130,13 +130,15 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class AnalysisSpec:
-    """Settings of sections 3.3 to 3.6; `eta` is the relative threshold of a changed weight."""
+    """Settings of the analyses; `eta` is the relative threshold of a changed weight, `sweep_...` belong to 3.2."""
 
     eta: float
     layer: int
     random_projection: int
     kl_prompts: int
     kl_samples: int
+    sweep_items: int
+    sweep_k: int
     judge_items: int
     judge_k: int
     bootstrap: int

@@ -16,10 +16,10 @@ from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import Profile
 
 # Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
-VERSION = {"base": 2, "sft": 2, "rl": 2, "opd": 2, "merge": 1, "eval": 2, "weights": 1, "kl": 2, "judge": 2}
+VERSION = {"base": 3, "sft": 2, "rl": 2, "opd": 2, "merge": 1, "eval": 2, "weights": 1, "kl": 2, "judge": 2, "sweep": 1}
 
 GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models",
-         "eval": "evals", "judge": "evals", "weights": "analyses", "kl": "analyses"}
+         "eval": "evals", "judge": "evals", "sweep": "evals", "weights": "analyses", "kl": "analyses"}
 
 EXPERTS = tuple(f"rl-{domain}" for domain in DOMAINS)
 MERGES = {  # model -> (method, the settings of `merge` that it reads)
@@ -30,6 +30,15 @@ MERGES = {  # model -> (method, the settings of `merge` that it reads)
     "merge-ties-dare": ("ties-dare", ("density", "drop_rate", "scale")),
     "merge-ta-dare": ("ta-dare", ("drop_rate", "scale")),
 }
+SWEEP = (  # what section 3.2 varies, one parameter at a time; each method's own reading is evaluated beside it
+    ("merge-ta", "scale", (0.4, 0.7)),  # 0.2 is the average of five
+    ("merge-ties", "scale", (0.5, 1.5)),
+    ("merge-ties", "density", (0.1, 0.4, 1.0)),
+    ("merge-ties", "threshold", ("tensor",)),
+    ("merge-sce", "select", (0.5,)),
+    ("merge-ties-dare", "drop_rate", (0.2, 0.5)),  # 0.2 is the released code's
+    ("merge-ta-dare", "drop_rate", (0.2, 0.5)),
+)
 TRAINED = (*EXPERTS, "rl-multi", "mt-opd")  # every policy that learns from its own rollouts (3.2_train)
 MODELS = ("base", "sft", *EXPERTS, "rl-multi", *MERGES, "mt-opd")
 JUDGED = ("sft", *EXPERTS, "merge-ties", "rl-multi", "mt-opd")  # the rows of Table 7
@@ -70,6 +79,15 @@ def pair_names() -> list[tuple[str, str, str]]:
     return [(f"pair-{a}-{b}", a, b) for a, b in combinations(DOMAINS, 2)]
 
 
+def variants(merge) -> list[dict]:
+    """Every merge of the sweep (name, method, parameters): the six rows of Table 4, then one change at a time."""
+    own = {name: {key: getattr(merge, key) for key in reads} for name, (_, reads) in MERGES.items()}
+    found = [{"name": name, "method": MERGES[name][0], "parameters": own[name]} for name in MERGES]
+    return found + [
+        {"name": f"{name} {key}={value}", "method": MERGES[name][0], "parameters": own[name] | {key: value}}
+        for name, key, values in SWEEP for value in values if value != own[name].get(key)]
+
+
 def study(profile: Profile) -> dict[str, Stage]:
     """All stages of a profile by name, each after what it needs."""
     stages: dict[str, Stage] = {}
@@ -106,6 +124,10 @@ def study(profile: Profile) -> dict[str, Stage]:
     analysis = profile.analysis
     add("weights", "weights", ("sft", *EXPERTS), {
         "eta": analysis.eta, "random_projection": analysis.random_projection, **seed})
+    add("sweep", "sweep", ("sft", *EXPERTS), {
+        "variants": variants(profile.merge), "items": analysis.sweep_items, "k": analysis.sweep_k,
+        **{name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")},
+        "engine": profile.engine, **seed})
     add("neighborhoods", "kl", NEIGHBORS, {
         "prompts": analysis.kl_prompts, "samples": analysis.kl_samples, "rows": rows, "engine": profile.engine,
         **{name: rl[name] for name in ("temperature", "max_new_tokens", "max_turns")}, **seed})
@@ -155,6 +177,8 @@ def work(stage: Stage) -> dict[str, int]:
         rollouts = s["steps"] * s["prompts"] * s["group"] + marks * seen["eval_items"] * seen["eval_k"]
     elif stage.kind == "eval":
         rollouts = sum(s["items"][name] * s["k"][name] for name in s.get("benchmarks", s["items"]))
+    elif stage.kind == "sweep":
+        rollouts = len(s["variants"]) * len(BENCHMARKS) * s["items"] * s["k"]
     elif stage.kind == "judge":
         rollouts = 2 * len(BENCHMARKS) * s["items"] * s["k"]  # by outcome and by process
     elif stage.kind == "kl":

@@ -11,7 +11,7 @@ import random
 
 from m2rl_core.domains import Row, Verdict, is_held_out
 from m2rl_core.domains.agent_tasks import (
-    ID_SLOT, IDS, KINDS, MAX_TURNS, NAMES, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, requests)
+    ID_SLOT, IDS, KINDS, MAX_TURNS, NAMES, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, notes, requests)
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
 from m2rl_core.domains.workplace import World, compact, signature
 
@@ -190,14 +190,10 @@ def spoil(row: Row, rng: random.Random) -> list[dict]:
 # ---- plain text for pre-training
 
 def corpus(rng: random.Random) -> str:
-    """A short document: a table of ids with lookups, a tool list with calls, or a found id that is used."""
-    kind = rng.choice(("table", "calls", "calls", "chain"))
-    if kind == "table":
-        table = dict(zip(rng.sample(NAMES, 3), rng.sample(IDS, 3), strict=True))
-        asked = rng.choice(list(table))
-        call = _write([{"name": "find_contact", "arguments": {"name": asked}}])
-        lines = [*(f"{name} {i}" for name, i in table.items()), call, compact({"id": table[asked]})]
-        return "\n".join(lines)
+    """A short document: notes of what requests give, a tool list with calls, or a found id that is used."""
+    kind = rng.choice(("calls", "notes", "notes", "chain"))
+    if kind == "notes":
+        return "\n".join(f"{text}\n{compact(said)}" for text, said in notes(rng, 8))
     if kind == "calls":
         tools, asked = requests(rng, 3)
         return "\n".join([*(signature(tool) for tool in tools), *(

@@ -13,8 +13,8 @@ from m2rl_core.domains.workplace import DAYS, HOURS, TOOLS
 
 # All that tunes the difficulty.
 NAMES = ("Ann", "Bob", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jim")
-WORDS = ("hello", "thanks", "yes", "no", "tea", "bread", "milk", "rent", "call", "pay", "book", "lunch", "train", "desk",
-         "plan", "home", "late", "soon", "done", "stop", "rice", "soap", "lamp", "door")  # enough that copying must be learnt
+WORDS = ("hello", "thanks", "yes", "no", "tea", "bread", "milk", "rent", "call", "pay", "book", "lunch",
+         "train", "desk", "plan", "home", "late", "soon", "done", "stop", "rice", "soap", "lamp", "door")  # many: to copy
 IDS = tuple(range(1, 100))
 MAX_TURNS = 4
 KINDS = ("single", "parallel", "irrelevance", "multi_turn")
@@ -134,6 +134,22 @@ def requests(rng: random.Random, n: int) -> tuple[tuple[dict, ...], list[tuple[s
         if not is_held_out(fingerprint("single", [call])):
             found.append((text, call))
     return tools, found
+
+
+def notes(rng: random.Random, n: int) -> list[tuple[str, dict]]:
+    """`n` requests, none held out, each with the values that it gives: plain practice in copying."""
+    found = []
+    while len(found) < n:
+        if rng.random() < 0.5:
+            drawn = _two_steps(rng, narrow=False)
+            kind, problem, said = "multi_turn", drawn["problem"], drawn["problem"][1]
+            text = drawn["text"]
+        else:
+            text, call = _ask(rng, rng.choice(("find_contact", "send_mail", "add_task", "delete_event")))
+            kind, problem, said = "single", [call], {k: v[0] for k, v in call["arguments"].items() if "" not in v}
+        if not is_held_out(fingerprint(kind, problem)):
+            found.append((text, said))
+    return found
 
 
 def make(rng: random.Random, kind: str, source: str, narrow: bool = False) -> Row:

@@ -1,0 +1,75 @@
+"""Section 3.2: does the ranking of the merges survive other readings of what the paper leaves open?
+
+One row a variant of `study.SWEEP`, its mean of nine and its paired difference to the method's own reading, and the
+place that it would take among the six methods if only this reading were changed.
+"""
+from __future__ import annotations
+
+import pandas as pd
+from IPython.display import Markdown
+
+from m2rl_core.claims.evidence import MERGES
+from m2rl_core.domains import BENCHMARKS
+from m2rl_core.metrics import stats
+from m2rl_core.metrics.stats import average, difference
+from m2rl_core.views.opening import interval
+
+READINGS = {"scale": "scale λ", "density": "density of TIES", "threshold": "threshold", "select": "share that SCE selects",
+            "drop_rate": "drop rate of DARE"}
+
+
+def readings(rows: pd.DataFrame, rng, resamples: int) -> pd.DataFrame:
+    """One line a variant, the methods' own readings first.
+
+    Columns: model (the method's row of Table 4), varied ("" for its own reading), value, mean with low and high,
+    shift (paired difference to the own reading) with shift_low and shift_high, place (1 is best), n items.
+    """
+    found = stats.measure(rows, rng, resamples=resamples)
+    means = {name: found.contrast(average(name, BENCHMARKS)) for name in dict.fromkeys(rows["model"])}
+    lines = []
+    for name, mean in means.items():
+        model, _, change = name.partition(" ")
+        varied, _, value = change.partition("=")
+        shift = found.contrast(difference(name, model, BENCHMARKS)) if change else stats.Estimate(0.0, 0.0, 0.0, mean.n, 0.0)
+        better = sum(means[other].estimate > mean.estimate for other in MERGES if other != model)
+        lines.append({"model": model, "varied": varied, "value": value, "mean": mean.estimate, "low": mean.low,
+                      "high": mean.high, "shift": shift.estimate, "shift_low": shift.low, "shift_high": shift.high,
+                      "place": 1 + better, "n": mean.n})
+    return pd.DataFrame(lines)
+
+
+def shown(found: pd.DataFrame) -> pd.DataFrame:
+    """`readings` for the eye."""
+    return pd.DataFrame({
+        "merge": found["model"],
+        "reading": [f"{READINGS[r.varied]}: {r.value}" if r.varied else "as in Table 4" for r in found.itertuples()],
+        "mean of nine": [interval(r.mean, r.low, r.high) for r in found.itertuples()],
+        "minus Table 4's reading, paired": [interval(r.shift, r.shift_low, r.shift_high) if r.varied else ""
+                                            for r in found.itertuples()],
+        "place among the six": found["place"],
+    })
+
+
+def drawn(found: pd.DataFrame) -> pd.DataFrame:
+    """`readings` for `plots.readings`: method by method, its own reading first."""
+    found = found.sort_values(["model", "varied", "value"], key=lambda c: c.map(MERGES.index) if c.name == "model" else c)
+    labels = [r.model + (f", {READINGS[r.varied]} {r.value}" if r.varied else "") for r in found.itertuples()]
+    return found.assign(label=labels, own=found["varied"] == "").drop(columns="value").rename(columns={"mean": "value"})
+
+
+def sentence(found: pd.DataFrame) -> Markdown:
+    """Who leads under which reading, and how many single changes matter beyond noise."""
+    own, changed = found[found["varied"] == ""], found[found["varied"] != ""]
+    leader = own.loc[own["mean"].idxmax(), "model"]
+    leads = changed[(changed["place"] == 1) & (changed["model"] != leader)]
+    falls = changed[(changed["place"] > 1) & (changed["model"] == leader)]
+    clear = changed[(changed["shift_low"] > 0) | (changed["shift_high"] < 0)]
+
+    def named(part: pd.DataFrame) -> str:
+        return ", ".join(f"`{r.model}` at {READINGS[r.varied]} {r.value}" for r in part.itertuples()) or "none"
+
+    return Markdown(
+        f"Under the readings of Table 4 `{leader}` leads on these items. Another method takes the lead under "
+        f"{len(leads)} of {len(changed)} single changes ({named(leads)}); `{leader}` loses it by changes of its own in "
+        f"{len(falls)} ({named(falls)}). The change moves a method's own score beyond its interval in "
+        f"{len(clear)} of {len(changed)} ({named(clear)}).")
