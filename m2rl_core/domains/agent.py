@@ -193,7 +193,7 @@ def corpus(rng: random.Random) -> str:
     """A short document: notes of what requests give, a tool list with calls, or a found id that is used."""
     kind = rng.choice(("calls", "notes", "notes", "chain"))
     if kind == "notes":
-        return "\n".join(f"{text}\n{compact(said)}" for text, said in notes(rng, 8))
+        return "\n".join(f"{text}\n{compact(said)}" for text, said in notes(rng, 7))
     if kind == "calls":
         tools, asked = requests(rng, 3)
         return "\n".join([*(signature(tool) for tool in tools), *(

@@ -19,7 +19,7 @@ from m2rl_core.domains.programs import CHANGES, KEEPS, PRINTS, READ, Parts
 # Difficulty, in one place. SFT sees a part of the kinds of compositions and half of its rows answer without working.
 SFT_TERSE = 0.5  # share of SFT rows with an empty <think>
 SFT_KINDS = 0.25  # share of the kinds of "both" and "long" compositions that SFT shows; of the others it shows all
-SFT_SHAPES = {"keep": 0.47, "change": 0.5, "both": 0.03, "long": 0.0}  # shares of the shapes of compositions
+SFT_SHAPES = {"keep": 0.47, "change": 0.48, "both": 0.03, "long": 0.02}  # shares of the shapes of compositions
 RL_SHAPES = {"keep": 0.1, "change": 0.1, "both": 0.2, "long": 0.6}
 TEST_SHAPES = {"lcb_v5": {"keep": 0.1, "change": 0.1, "both": 0.8}, "lcb_v6": {"long": 1.0}}
 

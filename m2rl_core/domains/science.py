@@ -137,8 +137,6 @@ def _draw(rng: Random, choice: bool, source: str) -> Row:
     if not choice:
         return _row(source, fingerprint, prompt, {"exact": right})
     options = rng.sample(_wrong(fingerprint, right, rng), OPTIONS - 1)
-    if fingerprint.startswith("element"):
-        fingerprint += ":" + ",".join(sorted(options))
     at = rng.randrange(OPTIONS)
     options.insert(at, right)
     return _row(source, fingerprint, f"{prompt}\n{_listed(options)}", {"letter": _letter(at), "options": OPTIONS})
