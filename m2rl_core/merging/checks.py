@@ -8,11 +8,15 @@ from torch import Tensor
 from m2rl_core.merging.reader import meta_of
 from m2rl_core.merging.recipe import Recipe, known
 
+MOST = 255  # signs are counted in bytes
+
 
 def check_recipes(recipes: Sequence[Recipe], experts: Mapping) -> None:
     """ValueError for no experts, unknown or repeated ones, lists of the wrong length, weights that cancel."""
     if not experts:
         raise ValueError("no experts to merge: name at least one")
+    if len(experts) > MOST:
+        raise ValueError(f"{len(experts)} experts are more than the {MOST} that can be merged at once")
     for recipe in recipes:
         names = recipe.experts or tuple(experts)
         for name in names:

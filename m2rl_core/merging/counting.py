@@ -27,12 +27,16 @@ def total(x: Tensor) -> float:
     return tail + float(x[:whole].view(-1, RUN).sum(1).sum(dtype=torch.float64))
 
 
-def sign_counts(rows: Sequence[Tensor]) -> tuple[list[int], int, int]:
-    """(values other than 0 in each row, places where two rows or more have one, of these with both signs)."""
-    changed, once, twice, up, down = [], False, False, False, False
-    for row in map(array, rows):
-        above, below = row > 0, row < 0
-        moved = above | below
-        changed.append(count(moved))
-        twice, once, up, down = twice | (once & moved), once | moved, up | above, down | below
-    return changed, count(twice), count(up & down)
+def sign_counts(rows: Sequence[Tensor]) -> tuple[int, int]:
+    """(places where two rows or more hold something other than 0, of these those with both signs); 1 to 255 rows."""
+    first = array(rows[0])
+    up, down = as_bytes(first > 0), as_bytes(first < 0)
+    for row in map(array, rows[1:]):
+        up += as_bytes(row > 0)
+        down += as_bytes(row < 0)
+    return count(up + down > 1), count((up > 0) & (down > 0))
+
+
+def as_bytes(mask):
+    """A bool array or tensor as uint8, the same memory."""
+    return mask.view(np.uint8 if isinstance(mask, np.ndarray) else torch.uint8)

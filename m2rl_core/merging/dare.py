@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,9 +31,7 @@ def words(start: int, first: int, count: int, device: torch.device | str = "cpu"
     """
     begin = (start + (first + 1) * GAMMA) % 2**64
     if torch.device(device).type == "cpu":
-        z = np.arange(count, dtype=np.uint64)
-        z *= np.uint64(GAMMA)
-        z += np.uint64(begin)
+        z = _steps(count) + np.uint64(begin)
         return torch.from_numpy(_mixed(z, np.uint64, lambda x, by: x >> np.uint64(by)).view(np.int64))
     z = torch.arange(count, dtype=torch.int64, device=device).mul_(_signed(GAMMA)).add_(_signed(begin))
     return _mixed(z, _signed, _logical)
@@ -41,6 +40,12 @@ def words(start: int, first: int, count: int, device: torch.device | str = "cpu"
 def _logical(z: Tensor, by: int) -> Tensor:
     """Shift to the right without the sign; torch's own shifts the sign in."""
     return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+@lru_cache(maxsize=8)
+def _steps(count: int) -> np.ndarray:
+    """The states of a stream that begins at 0; nearly all pieces are of one length, so this is made once."""
+    return np.arange(count, dtype=np.uint64) * np.uint64(GAMMA)
 
 
 def _mixed(z, constant, right):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m2rl_core.merging.counting import array, count, sign_counts, total
 from m2rl_core.merging.pieces import Piece
-from m2rl_core.merging.shifts import Shifts
+from m2rl_core.merging.shifts import Shifts, Source
 
 MERGEKIT_SCE_LIMIT = 1e-6  # below it mergekit's SCE gives every expert the same weight, without a word
 
@@ -29,12 +29,11 @@ class Survey:
         self.values = self.shared = self.conflicts = 0
 
     def count(self, shifts: Shifts) -> tuple:
-        """Raises NotFinite. A sum is finite where all values are, or too large, so values are looked at only then."""
-        rows = list(shifts.deltas.values())
-        if not all(math.isfinite(float(row.sum())) for row in rows):
+        """Raises NotFinite. A sum that is finite has finite terms; where it is not, the values are looked at."""
+        if not all(math.isfinite(float(row.sum())) for row in shifts.deltas.values()):
             if not all(bool(torch.isfinite(stored).all()) for stored in shifts.raw.values()):
                 raise NotFinite(shifts.piece.name)
-        return sign_counts(rows)
+        return [shifts.nonzero(Source(expert)) for expert in shifts.deltas], *sign_counts(list(shifts.deltas.values()))
 
     def add(self, piece: Piece, result: tuple) -> None:
         changed, shared, conflicts = result

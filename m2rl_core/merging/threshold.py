@@ -27,16 +27,19 @@ MARGIN = 6.0  # half the bracket, in standard errors of the sample's rank; neigh
 class Cut:
     """Keep magnitudes above the pattern `bits`; of the equal ones the first `quota` (None: all).
 
-    before[tensor, piece]: how many equal ones lie in earlier pieces; only where there is a quota.
+    equals[tensor, piece]: how many equal ones lie in earlier pieces, and in this one; only where there is a quota.
     """
 
     bits: int
     quota: int | None = None
-    before: Mapping[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    equals: Mapping[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def left(self, name: str, index: int) -> int | None:
-        """What is left of the quota at a piece (None: no quota)."""
-        return None if self.quota is None else max(0, self.quota - self.before[name, index])
+        """How many equal ones of a piece survive; None for all."""
+        if self.quota is None:
+            return None
+        before, here = self.equals[name, index]
+        return None if before + here <= self.quota else max(0, self.quota - before)
 
 
 def rank_of(n: int, density: float, ties: str) -> int:
@@ -168,8 +171,8 @@ class Search:
         elif end is None:
             self._look(bits, bits)  # once more, to learn in which pieces the equal ones lie
         else:
-            before, passed = {}, 0
+            equals, before = {}, 0
             for place, found in self.equals.items():
-                before[place] = passed
-                passed += found[end]
-            self.cut = Cut(bits, quota, before)
+                equals[place] = before, found[end]
+                before += found[end]
+            self.cut = Cut(bits, quota, equals)
