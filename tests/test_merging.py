@@ -274,6 +274,18 @@ def test_the_stream_is_the_same_read_in_parts_and_by_either_arithmetic():
     assert torch.equal(by_torch, dare.words(77, 0, 500))
 
 
+def test_masks_that_are_held_equal_those_drawn_again():
+    x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    held, fresh = dare.Masks(hold=True), dare.Masks(hold=False)
+    expected = fresh.drop(x, 0.8, 1, "a", "w", 64)
+    assert int((expected != 0).sum()) in range(150, 250)
+    for masks in (held, held, fresh):
+        assert torch.equal(masks.drop(x, 0.8, 1, "a", "w", 64), expected)
+    assert not torch.equal(held.drop(x, 0.8, 1, "a", "v", 64), expected)
+    held.forget("w")
+    assert torch.equal(held.drop(x, 0.8, 1, "a", "w", 64), expected)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_same_bits_for_any_number_of_threads_and_any_size_of_piece(method, monkeypatch):
     # select, L1 and exact ties too, so that every statistic takes part
@@ -312,7 +324,7 @@ def test_merges_use_a_mask_of_its_own_for_each_tensor_and_expert():
 @pytest.mark.parametrize("rate", [0.2, 0.8])
 def test_drop_share_and_mean(rate):
     n = 200_000
-    out = dare.drop(torch.ones(n), drop_rate=rate, start=0, first=0) * dare.inverse(rate)
+    out = dare.Masks(hold=False).drop(torch.ones(n), rate, 0, "m", "t", 0) * dare.inverse(rate)
     error = (rate * (1 - rate) / n) ** 0.5
     assert float((out == 0).float().mean()) == pytest.approx(rate, abs=4 * error)
     assert float(out.mean()) == pytest.approx(1, abs=4 * error / (1 - rate))

@@ -8,6 +8,7 @@ threads, device or the order of work, and no two tensors share a mask.
 from __future__ import annotations
 
 import hashlib
+import threading
 from fractions import Fraction
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 HALVES = 0x7FFFFFFF7FFFFFFF  # the 31 bits of either half that are used
+MASK_BYTES = 400_000_000  # 3.2 billion elements; leaves room below 1 GB for everything else
 
 
 def start_of(seed: int, model: str, tensor: str) -> int:
@@ -63,7 +65,8 @@ def keep_bits(start: int, first: int, count: int, drop_rate: float, device: torc
     begin = first // 2
     halves = words(start, begin, (first + count + 1) // 2 - begin, device).bitwise_and_(HALVES).view(torch.int32)
     limit = int(Fraction(str(drop_rate)) * 2**31)  # survives where half >= limit
-    return halves[first - 2 * begin :][:count].neg_().add_(limit - 1).bitwise_right_shift_(31)
+    halves = halves[first - 2 * begin :][:count]
+    return torch.sub(limit - 1, halves, out=halves).bitwise_right_shift_(31)
 
 
 def keep_mask(start: int, first: int, count: int, drop_rate: float) -> Tensor:
@@ -71,10 +74,33 @@ def keep_mask(start: int, first: int, count: int, drop_rate: float) -> Tensor:
     return keep_bits(start, first, count, drop_rate) != 0
 
 
-def drop(delta: Tensor, *, drop_rate: float, start: int, first: int) -> Tensor:
-    """A piece of a tensor, flat float32, with each element dropped with chance `drop_rate`; it begins at `first`."""
-    keep = keep_bits(start, first, delta.numel(), drop_rate, delta.device)
-    return keep.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
+class Masks:
+    """Drops, and holds what it drew as bits while a later pass may ask again: a mask costs more than all else.
+
+    At most MASK_BYTES are held; what is beyond is drawn again, which gives the same.
+    """
+
+    def __init__(self, hold: bool):
+        self.hold, self._held, self._lock = hold, {}, threading.Lock()
+        self._left = MASK_BYTES
+
+    def drop(self, delta: Tensor, drop_rate: float, seed: int, model: str, tensor: str, first: int) -> Tensor:
+        """A piece of a tensor, flat float32, with each element dropped with chance `drop_rate`; begins at `first`."""
+        key = drop_rate, seed, model, first, delta.numel()
+        bits = self._held.get(tensor, {}).get(key)
+        if bits is not None:
+            return torch.from_numpy(delta.numpy() * np.unpackbits(bits, count=delta.numel()))
+        keep = keep_bits(start_of(seed, model, tensor), first, delta.numel(), drop_rate, delta.device)
+        if self.hold and delta.device.type == "cpu" and self._left > 0:
+            bits = np.packbits(keep.numpy() != 0)
+            with self._lock:
+                self._held.setdefault(tensor, {})[key] = bits
+                self._left -= bits.nbytes
+        return keep.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
+
+    def forget(self, tensor: str) -> None:
+        """Lets go of the masks of one tensor."""
+        self._left += sum(bits.nbytes for bits in self._held.pop(tensor, {}).values())
 
 
 def inverse(drop_rate: float) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m2rl_core.merging.counting import array, count, sign_counts, total
+from m2rl_core.merging.counting import array, count, sign_counts
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.shifts import Shifts, Source
 
@@ -72,11 +72,11 @@ class Tally:
 
         The last number, the rounding error, is NaN or Inf where `out` holds one.
         """
-        wide = out.float()
+        wide, rounded = out.to(torch.float32, copy=True), base.to(out.dtype).float()
         moved = array(merged) != 0
-        lost = moved & (array(wide) == array(base.to(out.dtype).float()))
-        error = (wide - base).sub_(merged).abs_()
-        return count(moved), count(lost), total(merged.abs()), total(error)
+        lost = moved & (array(wide) == array(rounded))
+        error = wide.sub_(base).sub_(merged).abs_()
+        return count(moved), count(lost), float(merged.abs().sum()), float(error.sum())
 
     def add(self, piece: Piece, kept: Sequence[int], result: tuple[int, int, float, float]) -> None:
         for expert, more in zip(self.kept, kept, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m2rl_core.merging.blend import Blend, Put, dtype_of
-from m2rl_core.merging.checkpoint import Digest, crc
+from m2rl_core.merging.checkpoint import Digest, checksum
 from m2rl_core.merging.checks import check_recipes, check_shapes
 from m2rl_core.merging.diagnosis import NotFinite, Survey, Tally, warnings
 from m2rl_core.merging.pieces import Piece, grid, groups, sample
@@ -80,7 +80,9 @@ class Merger:
                 begin(group)
                 self._find(group)
                 self._pass(group, lambda name: [blend])
-                yield from group
+                for name in group:
+                    self.known["masks"].forget(name)
+                    yield name
                 done += len(group)
                 self.report("merge", done, len(self.reader.sizes))
             self._refuse_identical()
@@ -182,7 +184,7 @@ class DigestCounter:
         self.model, self.digest = model, digest
 
     def count(self, shifts: Shifts) -> int:
-        return crc(shifts.raw[self.model])
+        return checksum(shifts.raw[self.model])
 
     def add(self, piece: Piece, result: int) -> None:
         self.digest.add(piece.name, result)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from m2rl_core.merging.blend import dtype_of
-from m2rl_core.merging.checkpoint import SHARD_BYTES, Checkpoint, Digest, Writer, copy_sidecars, crc, total_bytes
+from m2rl_core.merging.checkpoint import SHARD_BYTES, Checkpoint, Digest, Writer, checksum, copy_sidecars, total_bytes
 from m2rl_core.merging.driver import Merger
 from m2rl_core.merging.pieces import Piece, grid
 from m2rl_core.merging.recipe import Recipe
@@ -90,7 +90,7 @@ def write_models(
 def _merged(merger: Merger, origin: Checkpoint, folders: Sequence[Path], metas: Sequence[dict],
             shard_bytes: int) -> list[str]:
     """Runs a merge into one writer a folder; returns the digests of what was written."""
-    digests, crcs = [Digest() for _ in folders], {}
+    digests, sums = [Digest() for _ in folders], {}
     with ExitStack() as stack:
         writers = [stack.enter_context(Writer(folder, meta, shard_bytes))
                    for folder, meta in zip(folders, metas, strict=True)]
@@ -98,12 +98,12 @@ def _merged(merger: Merger, origin: Checkpoint, folders: Sequence[Path], metas: 
         def put(r: int, piece: Piece, part: Tensor) -> None:
             part = part.cpu()
             writers[r].put(piece.name, piece.first, part)
-            crcs[r, piece.name, piece.index] = crc(part)
+            sums[r, piece.name, piece.index] = checksum(part)
 
         for name in merger.merge(lambda names: None, put):
             for r, digest in enumerate(digests):
                 for piece in grid(name, merger.reader.sizes[name]):
-                    digest.add(name, crcs.pop((r, name, piece.index)))
+                    digest.add(name, sums.pop((r, name, piece.index)))
                 if not merger.reader.sizes[name]:
                     writers[r].put(name, 0, origin[name].reshape(-1))
     results = []

@@ -57,8 +57,8 @@ class CutKey(NamedTuple):
 class Shifts:
     """One piece: `base` and `deltas` {expert: flat float32}, `raw` {BASE or ("expert", name): as stored}.
 
-    `known` holds the statistics gathered so far (see `statistics`): {CutKey: Cut}, {(Selection, tensor): Cut}
-    and {(Source or Trimmed, tensor): factor of the L1 rescale}. Rows are shared: nobody changes one in place.
+    `known` holds the statistics gathered so far (see `statistics`): {CutKey: Cut}, {(Selection, tensor): Cut},
+    {(Source or Trimmed, tensor): factor of the L1 rescale} and {"masks": dare.Masks}. Rows are shared: nobody changes one in place.
     """
 
     def __init__(self, piece: Piece, base: Tensor, deltas: Mapping[str, Tensor], raw: Mapping[str, Tensor],
@@ -92,8 +92,8 @@ class Shifts:
     def _bare(self, want: Input) -> Tensor:
         name, first = self.piece.name, self.piece.first
         if isinstance(want, Source):
-            start = dare.start_of(want.seed, want.expert, name)
-            return dare.drop(self.deltas[want.expert], drop_rate=want.drop_rate, start=start, first=first)
+            return self.known["masks"].drop(self.deltas[want.expert], want.drop_rate, want.seed, want.expert, name,
+                                            first)
         cut = self.known[cut_key(want, name)]
         return keep_large(self.of(want.source), cut.bits, cut.left(name, self.piece.index))
 

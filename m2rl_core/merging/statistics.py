@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from m2rl_core.merging import sce, ties
+from m2rl_core.merging import dare, sce, ties
 from m2rl_core.merging.counting import array, count, total
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
@@ -113,6 +113,8 @@ class Needs:
         balances = [Balance(recipe, inputs, known) for recipe, inputs in zip(recipes, self.inputs, strict=True)
                     if recipe.parameters.get("zero_sign") == "majority"]
         self.balances = list({balance.key: balance for balance in balances}.values())
+        again = self.dropped or self.balances or self.trims  # masks are asked for in more than one pass
+        known["masks"] = dare.Masks(hold=bool(again))
 
     def of_tensor(self, name: str, step: int) -> list:
         """The statistics of one step of one tensor; none that is known."""
