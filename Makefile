@@ -67,6 +67,7 @@ estimate: setup ## what PROFILE costs: steps, rollouts, tokens and measured seco
 
 bench: setup $(PEERS)/.ready ## measure merging against mergekit (NB=merge PAIRS=5; hours, goes on where it stopped)
 	@test "$(NB)" = merge || { echo "usage: make bench NB=merge PAIRS=5"; exit 2; }
+	$(PEERS)/bin/python tests/golden/make_mergekit.py --check
 	$(M2RL) bench merge --pairs $(PAIRS)
 
 $(PEERS)/.ready: requirements-peers.txt

@@ -1,4 +1,5 @@
 """Merging: every method by hand, the invariants, exact thresholds, reproducible DARE, and what is refused."""
+import hashlib
 import json
 import resource
 import subprocess
@@ -628,3 +629,48 @@ def test_values_beyond_the_output_type_are_refused():
     base, experts = {"w": torch.tensor([1.0])}, {"a": {"w": torch.tensor([1e6])}}
     with pytest.raises(ValueError, match="1 Inf"):
         merge_state(base, experts, "average", out_dtype="float16")
+
+
+def test_several_recipes_are_merged_in_one_read(models, tmp_path, capsys):
+    for name in ("ties", "linear"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(mergekit(tmp_path, name)))
+    both = [str(tmp_path / "ties.yaml"), str(tmp_path / "linear.yaml"), str(tmp_path / "out")]
+    assert cli.main(both) == 0
+    assert cli.main([both[0], str(tmp_path / "alone")]) == 0
+    assert equal(load_file(tmp_path / "out" / "ties" / "model.safetensors"),
+                 load_file(tmp_path / "alone" / "model.safetensors"))
+    assert (tmp_path / "out" / "linear" / "merge.json").exists()
+    # other bases cannot share a read, two files of one name cannot share a folder; nothing is left behind
+    (tmp_path / "linear.yaml").write_text(yaml.safe_dump(mergekit(tmp_path, "linear", base_model=str(tmp_path / "e0"))))
+    capsys.readouterr()
+    assert cli.main([*both[:2], str(tmp_path / "new")]) == 2 and "merge them one at a time" in capsys.readouterr().err
+    assert cli.main([both[0], both[0], str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
+
+
+def test_linear_without_a_base_takes_the_first_model_as_an_expert(models, tmp_path, capsys):
+    config = mergekit(tmp_path, "linear")
+    del config["base_model"]
+    assert run(tmp_path, capsys, config) == (0, "")
+    states = [load_file(folder / "model.safetensors") for folder in models[1].values()]
+    mean = {name: sum(state[name] for state in states) / 3 for name in states[0]}
+    assert close(load_file(tmp_path / "out" / "model.safetensors"), mean, atol=1e-6)
+
+
+def test_sha256_of_the_files_on_request(models, tmp_path, capsys):
+    assert run(tmp_path, capsys, mergekit(tmp_path, "linear"), "--sha256")[0] == 0
+    found = json.loads((tmp_path / "out" / "merge.json").read_text())["sha256"]
+    for name, folder in (("base", models[0]), ("output", tmp_path / "out")):
+        expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert found[name] == {"model.safetensors": expected}
+
+
+def test_digest_sees_any_change_and_no_layout(models, tmp_path):
+    base, _ = toy()
+    digest = Checkpoint(models[0]).digest()
+    assert Checkpoint(save(tmp_path / "parts", base, shards=3)).digest() == digest
+    for name, place in (("model.norm.weight", 49), ("model.a.weight", 0)):
+        other = {key: x.clone() for key, x in base.items()}
+        other[name].view(-1)[place] += 1
+        assert Checkpoint(save(tmp_path / name / str(place), other)).digest() != digest
+    swapped = base | {"model.a.weight": base["model.b.weight"], "model.b.weight": base["model.a.weight"]}
+    assert Checkpoint(save(tmp_path / "swapped", swapped)).digest() != digest

@@ -39,8 +39,10 @@ class Blend:
             merged = merged * scale
         if wide is None or scale != 1:
             wide = shifts.base + merged
-        out = wide.to(dtype_of(recipe, shifts.raw[BASE].dtype))
-        result = Tally.count(shifts.base, merged, out)
+        dtype = dtype_of(recipe, shifts.raw[BASE].dtype)
+        out = wide.to(dtype)
+        rounded = shifts.once(("rounded", dtype), lambda: shifts.base.to(dtype).float())
+        result = Tally.count(shifts.base, rounded, merged, out)
         if not np.isfinite(result[-1]):
             refuse_overflow(out, recipe, piece)
         self.put(r, piece, out)

@@ -21,6 +21,7 @@ HALVES = 0x7FFFFFFF7FFFFFFF  # the 31 bits of either half that are used
 MASK_BYTES = 400_000_000  # 3.2 billion elements; leaves room below 1 GB for everything else
 
 
+@lru_cache(maxsize=4096)
 def start_of(seed: int, model: str, tensor: str) -> int:
     """Where the stream of one tensor of one model begins (64 bits of SHA-256)."""
     return int.from_bytes(hashlib.sha256(repr((seed, model, tensor)).encode()).digest()[:8], "little")
@@ -64,9 +65,15 @@ def keep_bits(start: int, first: int, count: int, drop_rate: float, device: torc
     """Which of the elements first .. first+count-1 survive: int32 (count,), all bits set or none."""
     begin = first // 2
     halves = words(start, begin, (first + count + 1) // 2 - begin, device).bitwise_and_(HALVES).view(torch.int32)
-    limit = int(Fraction(str(drop_rate)) * 2**31)  # survives where half >= limit
+    limit = _limit(drop_rate)
     halves = halves[first - 2 * begin :][:count]
     return torch.sub(limit - 1, halves, out=halves).bitwise_right_shift_(31)
+
+
+@lru_cache(maxsize=64)
+def _limit(drop_rate: float) -> int:
+    """An element survives where its 31 bits are at least this."""
+    return int(Fraction(str(drop_rate)) * 2**31)
 
 
 def keep_mask(start: int, first: int, count: int, drop_rate: float) -> Tensor:
@@ -103,6 +110,7 @@ class Masks:
         self._left += sum(bits.nbytes for bits in self._held.pop(tensor, {}).values())
 
 
+@lru_cache(maxsize=64)
 def inverse(drop_rate: float) -> float:
     """1 / (1 - drop_rate), which keeps the mean."""
     return float(1 / (1 - Fraction(str(drop_rate))))

@@ -67,12 +67,13 @@ class Tally:
         self.change = self.error = 0.0
 
     @staticmethod
-    def count(base: Tensor, merged: Tensor, out: Tensor) -> tuple[int, int, float, float]:
-        """base, merged: float32, what was and what is to be added; `out`: their sum in the output type.
+    def count(base: Tensor, rounded: Tensor, merged: Tensor, out: Tensor) -> tuple[int, int, float, float]:
+        """base, merged: float32, what was and what is to be added; `out`: their sum in the output type; `rounded`:
+        the base as the output type has it, in float32 again.
 
         The last number, the rounding error, is NaN or Inf where `out` holds one.
         """
-        wide, rounded = out.to(torch.float32, copy=True), base.to(out.dtype).float()
+        wide = out.to(torch.float32, copy=True)
         moved = array(merged) != 0
         lost = moved & (array(wide) == array(rounded))
         error = wide.sub_(base).sub_(merged).abs_()
