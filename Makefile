@@ -2,18 +2,20 @@
 PROFILE ?= tiny
 MODELS ?=
 NB ?=
+PAIRS ?= 5
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 M2RL := $(BIN)/python -m m2rl_core
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab report status why estimate clean bubblewrap
+.PHONY: help setup reproduce test lab report status why estimate clean bench bubblewrap
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=tiny] [MODELS=rl-math,rl-if] [NB=3.3]"
@@ -62,6 +64,18 @@ why: setup ## why a notebook or a stage would run again (NB=3.3 or NB=rl-math)
 
 estimate: setup ## what PROFILE costs: steps, rollouts, tokens and measured seconds
 	$(M2RL) estimate --profile "$(PROFILE)"
+
+bench: setup $(PEERS)/.ready ## measure merging against mergekit (NB=merge PAIRS=5; hours, goes on where it stopped)
+	@test "$(NB)" = merge || { echo "usage: make bench NB=merge PAIRS=5"; exit 2; }
+	$(PEERS)/bin/python tests/golden/make_mergekit.py --check
+	$(M2RL) bench merge --pairs $(PAIRS)
+
+$(PEERS)/.ready: requirements-peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		"$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-peers.txt)"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
 
 clean: setup ## remove what was computed for PROFILE (artifacts only; the report stays)
 	$(M2RL) clean --profile "$(PROFILE)"

@@ -1,4 +1,4 @@
-"""The command line: reproduce, run, status, why, estimate, rebuild, clean, report, merge.
+"""The command line: reproduce, run, status, why, estimate, rebuild, clean, report, merge, bench.
 
 Every error that a user can cause ends in one line and exit code 2; a report with a failed notebook in 1.
 """
@@ -166,8 +166,18 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
             command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")
             command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
+    commands.add_parser("bench", help="measure merging against mergekit (bench merge --help)", add_help=False)
     commands.add_parser("merge", help="merge checkpoints of your own (merge --help)", add_help=False)
     return top
+
+
+def _bench(argv: list[str]) -> int:
+    """Runs one bench by its name."""
+    if argv[:1] != ["merge"]:
+        print(f"error: no bench {' '.join(argv[:1]) or '(none)'}; there is: merge", file=sys.stderr)
+        return 2
+    from m2rl_core.bench import merge
+    return merge.main(argv[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["merge"]:
         from m2rl_core.merging import cli
         return cli.main(argv[1:]) or 0
+    if argv[:1] == ["bench"]:
+        return _bench(argv[1:])
     args = parser().parse_args(argv)
     try:
         return args.function(args)

@@ -1,4 +1,5 @@
 """Merging: every method by hand, the invariants, exact thresholds, reproducible DARE, and what is refused."""
+import hashlib
 import json
 import resource
 import subprocess
@@ -10,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from m2rl_core.merging import build, cli, dare, merge_state, sce, threshold
+from m2rl_core.merging import build, cli, dare, driver, merge_state, pieces, reader, sce, threshold
 from m2rl_core.merging import recipe as recipes
 from m2rl_core.merging.checkpoint import Checkpoint
 from m2rl_core.merging.driver import Merger
@@ -135,7 +136,7 @@ def test_sce_by_hand():
     assert shifts(a, b, "sce", select=0.5, select_masks="weights") == pytest.approx([2.8, 1])
     assert shifts([0.0, 0.0], [0.0, 0.0], "sce") == [0, 0]
     # shifts of RLVR's size (1e-4): mergekit's limit makes weights of 1 and 16 equal, the paper's does not
-    tiny = [torch.full((4,), 1e-4), torch.full((4,), 4e-4)]
+    tiny = [1e-8, 16e-8]
     assert sce.expert_weights(tiny, 0.0) == pytest.approx([1 / 17, 16 / 17])
     assert sce.expert_weights(tiny, recipes.PRESETS["mergekit"]["sce"]["uniform_below"]) == [0.5, 0.5]
 
@@ -203,29 +204,49 @@ def samples():
             "wide": torch.randn(5000, generator=g) * torch.pow(10.0, torch.randint(-40, 30, (5000,), generator=g))}
 
 
+def find(parts, search):
+    """Runs a search over parts of a tensor until it is settled; returns (its cut, how many passes that took)."""
+    for passes in range(1, 10):
+        for i, part in enumerate(parts):
+            search.add(("w", i), search.count(part.abs()))
+        if search.settled():
+            return search.cut, passes
+    raise AssertionError("more than nine passes")
+
+
+def survivors(parts, cut):
+    return torch.cat([threshold.keep_large(part, cut.bits, cut.left("w", i)) for i, part in enumerate(parts)]) != 0
+
+
 @pytest.mark.parametrize("kind", ["random", "tied", "zero-heavy", "wide"])
-def test_threshold_equals_kthvalue(kind):
+@pytest.mark.parametrize("guess", ["all", "some", "wrong", "none"])
+def test_threshold_equals_kthvalue(kind, guess):
+    # with a sample of everything, of a part, of values 1000 times too large, and without one
     x = samples()[kind]
     parts = [x[:1], x[1:3000], x[3000:]]  # counted in parts, as tensors of a model
+    seen = {"all": x, "some": x[::50], "wrong": x[::50] * 1000}.get(guess)
     for rank in (1, 2, 777, 2500, 4000, 4999, 5000):
-        high = sum(threshold.high_counts(part) for part in parts)
-        bucket, _ = threshold.locate(high, rank)
-        low = sum(threshold.low_counts(part, bucket) for part in parts)
-        cut = threshold.cut_at(rank, 5000, high, bucket, low, "kept")
+        kept, exact = (threshold.Search(5000, rank, quota) for quota in (False, True))
+        for search in (kept, exact) if seen is not None else ():
+            search.guess(seen.abs().numpy().copy(), guess == "all")
+        cut, passes = find(parts, kept)
+        assert passes <= (1 if guess == "all" else 4)
         value = x.abs().kthvalue(rank).values
         assert torch.tensor(cut.bits, dtype=torch.int32).view(torch.float32) == value
-        assert torch.equal(threshold.mask_of(x, cut), x.abs() >= value)
-        exact = threshold.mask_of(x, threshold.cut_at(rank, 5000, high, bucket, low, "exact"))
+        assert torch.equal(survivors(parts, cut), (x.abs() >= value) & (x != 0))
+        cut, passes = find(parts, exact)
+        assert passes <= 5
         order = torch.sort(x.abs(), descending=True, stable=True).indices[: 5000 - rank + 1]
-        assert torch.equal(exact.nonzero()[:, 0], order.sort().values)
+        first = torch.zeros(5000, dtype=torch.bool).index_fill_(0, order, True)
+        assert torch.equal(survivors(parts, cut), first & (x != 0))
 
 
 def test_rank_is_exact_where_floats_are_not():
     # (1 - 0.9) * 10 is 0.99999 in floats and would give rank 0, that is, no trim at all
     assert threshold.rank_of(10, 0.9, "kept") == 1
     assert threshold.rank_of(10, 0.3, "exact") == 8
-    with pytest.raises(ValueError, match="keeps none of 3"):
-        threshold.rank_of(3, 0.2, "exact")
+    # exact is mergekit's: the product in floats (0.29 * 100 is 28.99...), and never none
+    assert threshold.rank_of(100, 0.29, "exact") == 73 and threshold.rank_of(3, 0.2, "exact") == 3
 
 
 # DARE ---------------------------------------------------------------------------------------------------
@@ -242,20 +263,44 @@ def splitmix(start, index):
 def test_generator_is_splitmix64():
     assert [splitmix(1234567, i) for i in range(2)] == [6457827717110365317, 3203168211198807973]  # published values
     for start in (0, 1234567, 2**64 - 1):
-        expected = [splitmix(start, i) / 2**64 >= 0.3 for i in range(500)]
-        assert dare.keep_mask(start, 0, 500, 0.3).tolist() == expected
+        halves = [splitmix(start, i // 2) >> 32 * (i % 2) & 0x7FFFFFFF for i in range(500)]
+        assert dare.keep_mask(start, 0, 500, 0.3).tolist() == [half / 2**31 >= 0.3 for half in halves]
 
 
-def test_same_bits_for_any_chunk_and_any_number_of_threads(monkeypatch):
-    x = torch.randn(1000, 30, generator=torch.Generator().manual_seed(0))
-    settings = {"drop_rate": 0.8, "rescale": "inverse", "seed": 5, "model": "rl-math", "tensor": "w"}
-    whole = dare.drop(x, **settings)
-    threads = torch.get_num_threads()
-    for chunk, count in ((7, 1), (1024, 2), (10**9, 3)):
-        monkeypatch.setattr(dare, "CHUNK", chunk)
-        torch.set_num_threads(count)
-        assert torch.equal(dare.drop(x if chunk > 7 else x[:20], **settings), whole if chunk > 7 else whole[:20])
-    torch.set_num_threads(threads)
+def test_the_stream_is_the_same_read_in_parts_and_by_either_arithmetic():
+    whole = dare.keep_mask(77, 0, 1000, 0.8)
+    assert torch.equal(torch.cat([dare.keep_mask(77, first, 7, 0.8) for first in range(0, 994, 7)]), whole[:994])
+    by_torch = torch.arange(500).mul_(dare._signed(dare.GAMMA)).add_(dare._signed(77 + dare.GAMMA))  # as on a GPU
+    by_torch = dare._mixed(by_torch, dare._signed, dare._logical)
+    assert torch.equal(by_torch, dare.words(77, 0, 500))
+
+
+def test_masks_that_are_held_equal_those_drawn_again():
+    x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    held, fresh = dare.Masks(hold=True), dare.Masks(hold=False)
+    expected = fresh.drop(x, 0.8, 1, "a", "w", 64)
+    assert int((expected != 0).sum()) in range(150, 250)
+    for masks in (held, held, fresh):
+        assert torch.equal(masks.drop(x, 0.8, 1, "a", "w", 64), expected)
+    assert not torch.equal(held.drop(x, 0.8, 1, "a", "v", 64), expected)
+    held.forget("w")
+    assert torch.equal(held.drop(x, 0.8, 1, "a", "w", 64), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_bits_for_any_number_of_threads_and_any_size_of_piece(method, monkeypatch):
+    # select, L1 and exact ties too, so that every statistic takes part
+    base, experts = toy(dtype=torch.bfloat16)
+    extra = {"sce": {"select": 0.5}, "ties": {"threshold": "tensor", "ties": "exact", "trim_rescale": "l1"},
+             "ties-dare": {"drop_rescale": "l1", "ties": "exact", "drop_rate": 0.5}, "ta-dare": {"drop_rescale": "l1"}}
+    plans = [recipes.make(method), recipes.make(method, **extra.get(method, {}))]
+    found = []
+    for size, threads in ((1 << 16, 1), (256, 1), (256, 3), (64, 2)):
+        for module in (pieces, driver, reader):
+            monkeypatch.setattr(module, "PIECE", size, raising=False)
+        found.append({name: merged for name, merged in Merger(base, experts, plans, threads=threads)})
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for name in base for a, b in zip(found[0][name], other[name], strict=True))
 
 
 def test_no_two_tensors_models_or_seeds_share_a_mask():
@@ -280,14 +325,15 @@ def test_merges_use_a_mask_of_its_own_for_each_tensor_and_expert():
 @pytest.mark.parametrize("rate", [0.2, 0.8])
 def test_drop_share_and_mean(rate):
     n = 200_000
-    out = dare.drop(torch.ones(n), drop_rate=rate, rescale="inverse", seed=0, model="m", tensor="t")
+    out = dare.Masks(hold=False).drop(torch.ones(n), rate, 0, "m", "t", 0) * dare.inverse(rate)
     error = (rate * (1 - rate) / n) ** 0.5
     assert float((out == 0).float().mean()) == pytest.approx(rate, abs=4 * error)
     assert float(out.mean()) == pytest.approx(1, abs=4 * error / (1 - rate))
     assert float(out.max()) == pytest.approx(1 / (1 - rate))
     # L1 keeps the sum of magnitudes of every tensor exactly
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    l1 = dare.drop(x, drop_rate=rate, rescale="l1", seed=0, model="m", tensor="t")
+    merged = merge_state({"w": torch.zeros(1000)}, {"a": {"w": x}}, "ta-dare", drop_rate=rate, drop_rescale="l1")
+    l1 = merged["w"]
     assert float(l1.abs().sum()) == pytest.approx(float(x.abs().sum()), rel=1e-5)
 
 
@@ -583,3 +629,48 @@ def test_values_beyond_the_output_type_are_refused():
     base, experts = {"w": torch.tensor([1.0])}, {"a": {"w": torch.tensor([1e6])}}
     with pytest.raises(ValueError, match="1 Inf"):
         merge_state(base, experts, "average", out_dtype="float16")
+
+
+def test_several_recipes_are_merged_in_one_read(models, tmp_path, capsys):
+    for name in ("ties", "linear"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(mergekit(tmp_path, name)))
+    both = [str(tmp_path / "ties.yaml"), str(tmp_path / "linear.yaml"), str(tmp_path / "out")]
+    assert cli.main(both) == 0
+    assert cli.main([both[0], str(tmp_path / "alone")]) == 0
+    assert equal(load_file(tmp_path / "out" / "ties" / "model.safetensors"),
+                 load_file(tmp_path / "alone" / "model.safetensors"))
+    assert (tmp_path / "out" / "linear" / "merge.json").exists()
+    # other bases cannot share a read, two files of one name cannot share a folder; nothing is left behind
+    (tmp_path / "linear.yaml").write_text(yaml.safe_dump(mergekit(tmp_path, "linear", base_model=str(tmp_path / "e0"))))
+    capsys.readouterr()
+    assert cli.main([*both[:2], str(tmp_path / "new")]) == 2 and "merge them one at a time" in capsys.readouterr().err
+    assert cli.main([both[0], both[0], str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
+
+
+def test_linear_without_a_base_takes_the_first_model_as_an_expert(models, tmp_path, capsys):
+    config = mergekit(tmp_path, "linear")
+    del config["base_model"]
+    assert run(tmp_path, capsys, config) == (0, "")
+    states = [load_file(folder / "model.safetensors") for folder in models[1].values()]
+    mean = {name: sum(state[name] for state in states) / 3 for name in states[0]}
+    assert close(load_file(tmp_path / "out" / "model.safetensors"), mean, atol=1e-6)
+
+
+def test_sha256_of_the_files_on_request(models, tmp_path, capsys):
+    assert run(tmp_path, capsys, mergekit(tmp_path, "linear"), "--sha256")[0] == 0
+    found = json.loads((tmp_path / "out" / "merge.json").read_text())["sha256"]
+    for name, folder in (("base", models[0]), ("output", tmp_path / "out")):
+        expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert found[name] == {"model.safetensors": expected}
+
+
+def test_digest_sees_any_change_and_no_layout(models, tmp_path):
+    base, _ = toy()
+    digest = Checkpoint(models[0]).digest()
+    assert Checkpoint(save(tmp_path / "parts", base, shards=3)).digest() == digest
+    for name, place in (("model.norm.weight", 49), ("model.a.weight", 0)):
+        other = {key: x.clone() for key, x in base.items()}
+        other[name].view(-1)[place] += 1
+        assert Checkpoint(save(tmp_path / name / str(place), other)).digest() != digest
+    swapped = base | {"model.a.weight": base["model.b.weight"], "model.b.weight": base["model.a.weight"]}
+    assert Checkpoint(save(tmp_path / "swapped", swapped)).digest() != digest

@@ -1,16 +1,24 @@
-"""Hugging Face weight folders, read and written one tensor at a time, sharded or not."""
+"""Hugging Face weight folders, read and written by pieces of tensors, sharded or not."""
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from m2rl_core.merging.dare import words
+from m2rl_core.merging.pieces import PIECE, grid
 
 SIDECARS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
             "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -54,13 +62,97 @@ class Checkpoint(Mapping):
     def __len__(self) -> int:
         return len(self.meta)
 
+    def __enter__(self) -> Checkpoint:
+        """Opens the files for `read`."""
+        self._open = {path: path.open("rb", buffering=0) for path in self.files}
+        self._begin = {name: start for path in self.files for name, start in _begins(path).items()}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def read(self, name: str, first: int, count: int, buffer: Tensor) -> Tensor:
+        """Values first .. first+count-1 of the flat tensor, read into the uint8 `buffer`; any thread may call it.
+
+        By pread: with a warm page cache as fast as mapping the file, and a file cut short meanwhile is an error
+        here, not the end of the process.
+        """
+        dtype = self.meta[name][0]
+        into = buffer[: count * dtype.itemsize]
+        path = self._home[name]
+        got = os.preadv(self._open[path].fileno(), [into.numpy().data], self._begin[name] + first * dtype.itemsize)
+        if got != into.numel():
+            raise ValueError(f"{path} is cut short at {name}: it changed while it was read")
+        return into.view(dtype)
+
     def digest(self) -> str:
-        """SHA-256 over the names and SHA-256 digests of the weight files."""
-        total = hashlib.sha256()
-        for path in self.files:
+        """The `Digest` of all tensors."""
+        with self:
+            return self.digested(Digest())
+
+    def digested(self, digest: Digest) -> str:
+        """The same where `digest` has some tensors already; entered."""
+        buffer = torch.empty(PIECE * 8, dtype=torch.uint8)
+        for name in self.meta.keys() - digest.blocks.keys():
+            for piece in grid(name, math.prod(self.meta[name][1])):
+                digest.add(name, checksum(self.read(name, piece.first, piece.count, buffer)))
+        return digest.text(self.meta)
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of each weight file, as model hubs list them. Reads everything: about a second for a gigabyte."""
+        def one(path: Path) -> str:
             with path.open("rb") as file:
-                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        return total.hexdigest()
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return dict(zip([path.name for path in self.files], pool.map(one, self.files), strict=True))
+
+
+class Digest:
+    """What tells two models apart: SHA-256 over names, types, shapes and the `checksum` of every piece of the tensors.
+
+    It does not depend on how tensors are laid out in files, and costs a tenth of SHA-256 over all bytes. It finds
+    any damage or mix-up; it is no proof against somebody who forges a file: `sha256` is.
+    """
+
+    def __init__(self):
+        self.blocks: dict[str, list[int]] = {}
+
+    def add(self, name: str, block: int) -> None:
+        """The checksum of a tensor's next piece."""
+        self.blocks.setdefault(name, []).append(block)
+
+    def text(self, meta: Mapping[str, tuple[torch.dtype, tuple]]) -> str:
+        lines = (f"{name} {CODES[dtype]} {list(shape)} {' '.join(f'{b:016x}' for b in self.blocks.get(name, ()))}\n"
+                 for name, (dtype, shape) in sorted(meta.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def checksum(values: Tensor) -> int:
+    """64 bits for the bytes of a flat tensor: the sum over its 8-byte words of word times key, modulo 2^64.
+
+    The keys are odd and look random (SplitMix64 from 0), so every change of one word shows, and others but for a
+    chance of about 2^-63. A last word that is not full counts as if zeros followed.
+    """
+    data = values.view(torch.uint8).numpy()
+    whole = len(data) // 8 * 8
+    total = int(np.dot(data[:whole].view(np.uint64), _keys(whole // 8)))
+    if whole < len(data):
+        total += int.from_bytes(data[whole:].tobytes(), "little") * int(_keys(whole // 8 + 1)[-1])
+    return total % 2**64
+
+
+@lru_cache(maxsize=8)
+def _keys(count: int) -> np.ndarray:
+    return words(0, 0, count).numpy().view(np.uint64) | np.uint64(1)
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where in a safetensors file each tensor begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -81,7 +173,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class Writer:
-    """Writes tensors of known shapes in any order into safetensors shards; nothing is held in memory."""
+    """Writes pieces of tensors of known shapes in any order into safetensors shards; nothing is held in memory."""
 
     def __init__(self, folder: Path, meta: Mapping[str, tuple[torch.dtype, tuple]], shard_bytes: int = SHARD_BYTES):
         shards: list[list[str]] = [[]]
@@ -93,11 +185,12 @@ class Writer:
                 used = 0
             shards[-1].append(name)
             used += size
-        self.meta, self.left, self._place, self._files = meta, set(meta), {}, []
+        self.meta, self._place, self._files, self._lock = meta, {}, [], threading.Lock()
+        self.left = {name: math.prod(shape) for name, (_, shape) in meta.items()}
         for i, names in enumerate(shards, 1):
             path = folder / ("model.safetensors" if len(shards) == 1 else
                              f"model-{i:05d}-of-{len(shards):05d}.safetensors")
-            self._files.append(path.open("wb"))
+            self._files.append(path.open("wb", buffering=0))
             self._start(self._files[-1], names)
         if len(shards) > 1:
             where = {name: Path(self._place[name][0].name).name for name in sorted(meta)}
@@ -117,27 +210,36 @@ class Writer:
         for name in names:
             self._place[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Puts one tensor at its place; ValueError where it is not what the plan says."""
-        if (tensor.dtype, tuple(tensor.shape)) != self.meta[name]:
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not the planned {self.meta[name]}")
+    def put(self, name: str, first: int, values: Tensor) -> None:
+        """Writes flat values at their place, `first` values into the tensor; any thread may call it.
+
+        ValueError where the type is not the plan's or the tensor has no such place.
+        """
+        dtype, shape = self.meta[name]
+        if values.dtype != dtype or first + values.numel() > math.prod(shape):
+            raise ValueError(f"{name}: {values.numel()} values of {values.dtype} at {first} are not in the plan, "
+                             f"{dtype} {tuple(shape)}")
         file, offset = self._place[name]
-        file.seek(offset)
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.left.discard(name)
+        data = values.view(torch.uint8).numpy().data
+        place = offset + first * dtype.itemsize
+        while len(data):  # a disk that is almost full takes a part, and then refuses the rest
+            done = os.pwrite(file.fileno(), data, place)
+            data, place = data[done:], place + done
+        with self._lock:
+            self.left[name] -= values.numel()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Flushes to the disk; ValueError where a planned tensor was never written."""
+        """Flushes to the disk; ValueError where a planned tensor was not written whole."""
         for file in self._files:
             if kind is None:
-                file.flush()
                 os.fsync(file.fileno())
             file.close()
-        if kind is None and self.left:
-            raise ValueError(f"{len(self.left)} tensors were not written, {min(self.left)} first")
+        missing = sorted(name for name, count in self.left.items() if count)
+        if kind is None and missing:
+            raise ValueError(f"{len(missing)} tensors were not written whole, {missing[0]} first")
 
 
 def copy_sidecars(source: Path, out: Path, dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""`python -m m2rl_core merge RECIPE.yaml OUT_DIR`: recipes in mergekit's YAML, with mergekit's meaning.
+"""`python -m m2rl_core merge RECIPE.yaml ... OUT_DIR`: recipes in mergekit's YAML, with mergekit's meaning.
 
 `preset: paper` (or released-code) at the top level gives the names the paper's meaning instead, and any
 parameter of `recipe` may stand beside mergekit's under `parameters`. `density` under dare_ties and dare_linear
@@ -25,28 +25,61 @@ RENAMED = {"lambda": "scale", "select_topk": "select"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one merge; returns 0, or 2 after one line on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m m2rl_core merge", description="Merge models by a mergekit recipe.")
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    """Runs the merges in one read; returns 0, or 2 after one line on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m m2rl_core merge", description="Merge models by mergekit recipes.")
+    parser.add_argument("recipe", type=Path, nargs="+", metavar="RECIPE.yaml",
+                        help="several on one base are merged in one read, each into OUT_DIR/<name of the recipe>")
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--seed", type=int, default=0, help="which shifts DARE drops (default 0)")
     parser.add_argument("--allow-identical", action="store_true", help="go on where an expert is the base itself")
+    parser.add_argument("--sha256", action="store_true", help="also put SHA-256 of every weight file into merge.json")
+    parser.add_argument("--device", default="cpu", help="where the arithmetic is done, such as cuda (default cpu)")
     args = parser.parse_args(argv)
     try:
-        base, experts, plan = read(args.recipe, args.seed)
-        done = merge_folders(base, experts, {args.out: plan}, allow_identical=args.allow_identical, report=_progress)
+        done = merge(args.recipe, args.out, args)
     except (ValueError, OSError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2
-    diagnosis = done[args.out]["diagnosis"]
+    for out, result in done.items():
+        describe(out, result["diagnosis"])
+    return 0
+
+
+def merge(recipes: Sequence[Path], out: Path, args: argparse.Namespace) -> dict[Path, dict]:
+    """Reads the recipes, which must have one base, and merges; as `merge_folders`, plus errors of `read`."""
+    plans = {path: read(path, args.seed) for path in recipes}
+    outs = {path: out / path.stem if len(plans) > 1 else out for path in plans}
+    if len(set(outs.values())) < len(recipes):
+        raise ValueError(f"two recipes have one name, and so one folder in {out}: rename one")
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another output folder, or remove it first")
+    bases = {base: path for path, (base, _, _) in plans.items()}
+    if len(bases) > 1:
+        (one, first), (two, second) = list(bases.items())[:2]
+        raise ValueError(f"{first} starts from {one} and {second} from {two}: merge them one at a time")
+    experts = {name: folder for _, models, _ in plans.values() for name, folder in models.items()}
+    base = next(iter(bases))
+    # a linear merge without a base_model borrows its first model's config and is not compared with it
+    allow = args.allow_identical or base in experts.values()
+    try:
+        return merge_folders(base, experts, {outs[path]: plan for path, (_, _, plan) in plans.items()},
+                             allow_identical=allow, sha256=args.sha256, device=args.device, report=_progress)
+    except BaseException:
+        if len(plans) > 1 and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        raise
+
+
+def describe(out: Path, diagnosis: dict) -> None:
+    """Prints what a user should know of a finished merge."""
     for name, share in diagnosis["changed"].items():
-        print(f"{name}: changes {share:.1%} of the weights, {diagnosis['density'][name]:.1%} reach the merge")
+        if name in diagnosis["density"]:
+            print(f"{name}: changes {share:.1%} of the weights, {diagnosis['density'][name]:.1%} reach the merge")
     print(f"signs in conflict where two or more changed: {diagnosis['sign_conflict']:.1%}; "
           f"lost to rounding: {diagnosis['lost']:.1%} of the moved weights")
     for warning in diagnosis["warnings"]:
         print(f"warning: {warning}")
-    print(f"{args.out}: written, see merge.json")
-    return 0
+    print(f"{out}: written, see merge.json")
 
 
 def read(path: Path, seed: int = 0) -> tuple[Path, dict[str, Path], recipes.Recipe]:

@@ -1,12 +1,24 @@
-"""What a user should know about a merge: how much was changed, in conflict, trimmed and lost to rounding."""
+"""What a user should know about a merge: how much was changed, in conflict, trimmed and lost to rounding.
+
+Counted piece by piece, beside the merge: `count` in any thread, `add` in the order of pieces.
+"""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from m2rl_core.merging.counting import array, count, sign_counts
+from m2rl_core.merging.pieces import Piece
+from m2rl_core.merging.shifts import Shifts, Source
+
 MERGEKIT_SCE_LIMIT = 1e-6  # below it mergekit's SCE gives every expert the same weight, without a word
+
+
+class NotFinite(Exception):
+    """An input holds NaN or Inf; the argument is the tensor's name."""
 
 
 class Survey:
@@ -15,74 +27,94 @@ class Survey:
     def __init__(self, experts: Sequence[str]):
         self.changed = dict.fromkeys(experts, 0)
         self.values = self.shared = self.conflicts = 0
-        self.tensors = self.faint = 0
 
-    def add(self, deltas: dict[str, Tensor]) -> None:
-        """Counts one tensor's shifts, {expert: float32 tensor of one shape}."""
-        up = sum((delta > 0).to(torch.uint8) for delta in deltas.values())
-        down = sum((delta < 0).to(torch.uint8) for delta in deltas.values())
-        for expert, delta in deltas.items():
-            self.changed[expert] += int(torch.count_nonzero(delta))
-        self.values += up.numel()
-        self.shared += int((up + down >= 2).sum())
-        self.conflicts += int(((up > 0) & (down > 0)).sum())
-        squares = sum(float(d.square().sum(dtype=torch.float64)) for d in deltas.values()) / max(up.numel(), 1)
-        self.tensors += 1
-        self.faint += squares < MERGEKIT_SCE_LIMIT
+    def count(self, shifts: Shifts) -> tuple:
+        """Raises NotFinite. A sum that is finite has finite terms; where it is not, the values are looked at."""
+        if not all(math.isfinite(float(row.sum())) for row in shifts.deltas.values()):
+            if not all(bool(torch.isfinite(stored).all()) for stored in shifts.raw.values()):
+                raise NotFinite(shifts.piece.name)
+        return [shifts.nonzero(Source(expert)) for expert in shifts.deltas], *sign_counts(list(shifts.deltas.values()))
+
+    def add(self, piece: Piece, result: tuple) -> None:
+        changed, shared, conflicts = result
+        for expert, more in zip(self.changed, changed, strict=True):
+            self.changed[expert] += more
+        self.values += piece.count
+        self.shared += shared
+        self.conflicts += conflicts
+
+    def settled(self) -> bool:
+        return True
 
     def unchanged(self) -> list[str]:
-        return [expert for expert, count in self.changed.items() if count == 0]
+        return [expert for expert, n in self.changed.items() if n == 0]
 
     def result(self) -> dict:
         """Shares in [0, 1]: weights that each expert changed; of those that two or more changed, signs in conflict."""
         return {
             "weights": self.values,
-            "changed": {expert: _share(count, self.values) for expert, count in self.changed.items()},
+            "changed": {expert: _share(n, self.values) for expert, n in self.changed.items()},
             "sign_conflict": _share(self.conflicts, self.shared),
         }
 
 
 class Tally:
-    """Counts over one recipe's tensors: what reached the merge, and what of the result the output type holds."""
+    """Counts over one recipe's pieces: what reached the merge, and what of the result the output type holds."""
 
     def __init__(self, experts: Sequence[str]):
         self.kept = dict.fromkeys(experts, 0)
         self.values = self.moved = self.lost = 0
         self.change = self.error = 0.0
 
-    def add(self, base: Tensor, inputs: Sequence[Tensor], merged: Tensor, out: Tensor) -> None:
-        """base, inputs, merged: float32; `out` is base + merged in the output type."""
-        for expert, delta in zip(self.kept, inputs, strict=True):
-            self.kept[expert] += int(torch.count_nonzero(delta))
-        moved = merged != 0
-        self.values += merged.numel()
-        self.moved += int(moved.sum())
-        self.lost += int((moved & (out == base.to(out.dtype))).sum())
-        self.change += float(merged.abs().sum(dtype=torch.float64))
-        self.error += float((out.float() - base - merged).abs().sum(dtype=torch.float64))
+    @staticmethod
+    def count(base: Tensor, rounded: Tensor, merged: Tensor, out: Tensor) -> tuple[int, int, float, float]:
+        """base, merged: float32, what was and what is to be added; `out`: their sum in the output type; `rounded`:
+        the base as the output type has it, in float32 again.
+
+        The last number, the rounding error, is NaN or Inf where `out` holds one.
+        """
+        wide = out.to(torch.float32, copy=True)
+        moved = array(merged) != 0
+        lost = moved & (array(wide) == array(rounded))
+        error = wide.sub_(base).sub_(merged).abs_()
+        return count(moved), count(lost), float(merged.abs().sum()), float(error.sum())
+
+    def add(self, piece: Piece, kept: Sequence[int], result: tuple[int, int, float, float]) -> None:
+        for expert, more in zip(self.kept, kept, strict=True):
+            self.kept[expert] += more
+        moved, lost, change, error = result
+        self.values += piece.count
+        self.moved += moved
+        self.lost += lost
+        self.change += change
+        self.error += error
 
     def result(self) -> dict:
         """density: share of weights each expert still moves; lost: of the weights the merge moves, those that rounding
         puts back; rounding: the sum of absolute rounding errors over the sum of absolute changes."""
         return {
-            "density": {expert: _share(count, self.values) for expert, count in self.kept.items()},
+            "density": {expert: _share(n, self.values) for expert, n in self.kept.items()},
             "moved": _share(self.moved, self.values),
             "lost": _share(self.lost, self.moved),
             "rounding": self.error / self.change if self.change else 0.0,
         }
 
 
-def warnings(survey: Survey, result: dict, method: str) -> list[str]:
-    """One sentence for each thing that a user should look at before using the merge."""
-    found = [f"{expert} is identical to the base: it adds nothing" for expert in survey.unchanged()]
+def warnings(unchanged: Sequence[str], result: dict, squares: Sequence[Sequence[float]]) -> list[str]:
+    """One sentence for each thing that a user should look at before using the merge.
+
+    squares: the experts' mean squares of each tensor; empty for all methods but SCE.
+    """
+    found = [f"{expert} is identical to the base: it adds nothing" for expert in unchanged]
     if result["lost"] > 0.2:
         found.append(f"rounding to the output type undoes the merge in {result['lost']:.0%} of the weights it moves: "
                      "write float32 to see whether that matters")
-    if method == "sce" and survey.faint:
-        found.append(f"in {survey.faint} of {survey.tensors} tensors the experts' mean squares add up to less than "
+    faint = sum(sum(each) < MERGEKIT_SCE_LIMIT for each in squares)
+    if faint:
+        found.append(f"in {faint} of {len(squares)} tensors the experts' mean squares add up to less than "
                      f"{MERGEKIT_SCE_LIMIT:g}: there mergekit's SCE gives all experts one weight")
     return found
 
 
-def _share(count: int, total: int) -> float:
-    return count / total if total else 0.0
+def _share(n: int, total: int) -> float:
+    return n / total if total else 0.0

@@ -5,29 +5,34 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from m2rl_core.merging.checkpoint import SHARD_BYTES, Checkpoint, Writer, copy_sidecars, total_bytes
-from m2rl_core.merging.driver import Merger, dtype_of
+from m2rl_core.merging.blend import dtype_of
+from m2rl_core.merging.checkpoint import SHARD_BYTES, Checkpoint, Digest, Writer, checksum, copy_sidecars, total_bytes
+from m2rl_core.merging.driver import Merger
+from m2rl_core.merging.pieces import Piece, grid
 from m2rl_core.merging.recipe import Recipe
+from m2rl_core.merging.shifts import BASE
 
 Report = Callable[[str, int, int], None]
 
 
 def merge_folders(
     base: Path, experts: Mapping[str, Path], recipes: Mapping[Path, Recipe], *, allow_identical: bool = False,
-    shard_bytes: int = SHARD_BYTES, report: Report | None = None,
+    shard_bytes: int = SHARD_BYTES, sha256: bool = False, report: Report | None = None, device: str = "cpu",
 ) -> dict[Path, dict]:
     """Merges `experts` ({name: folder}) on `base`, one output folder a recipe; returns each output's merge.json.
 
     Folders are written beside their names and renamed when all are complete. ValueError for inputs that do
-    not fit (see Merger) and for an output that exists; whatever fails, no output is left behind.
+    not fit (see Merger) and for an output that exists; whatever fails, no output is left behind. `sha256` adds
+    the digests of all files to merge.json; `device` is where the arithmetic is done.
     """
     outs = [Path(out) for out in recipes]
     for out in outs:
@@ -42,7 +47,7 @@ def merge_folders(
             part.chmod(0o755)
             parts[part] = recipe
         results = write_models(base, experts, parts, allow_identical=allow_identical, shard_bytes=shard_bytes,
-                               report=report)
+                               sha256=sha256, report=report, device=device)
         for part, out in zip(parts, outs, strict=True):
             part.rename(out)
     return dict(zip(outs, results, strict=True))
@@ -50,36 +55,68 @@ def merge_folders(
 
 def write_models(
     base: Path, experts: Mapping[str, Path], recipes: Mapping[Path, Recipe], *, allow_identical: bool = False,
-    shard_bytes: int = SHARD_BYTES, report: Report | None = None,
+    shard_bytes: int = SHARD_BYTES, sha256: bool = False, report: Report | None = None, device: str = "cpu",
 ) -> list[dict]:
     """The same straight into folders that exist: weights, the base's config and tokenizer, merge.json last."""
-    origin = Checkpoint(base)
-    others = {name: Checkpoint(folder) for name, folder in experts.items()}
-    merger = Merger(origin, others, list(recipes.values()), allow_identical=allow_identical, report=report)
-    metas = [{name: (dtype_of(recipe, dtype) if dtype.is_floating_point else dtype, shape)
-              for name, (dtype, shape) in origin.meta.items()} for recipe in recipes.values()]
-    needed = {folder: total_bytes(meta) for folder, meta in zip(recipes, metas, strict=True)}
-    for folder in recipes:
-        free = shutil.disk_usage(folder).free
-        if free < sum(needed.values()):
-            raise ValueError(f"{folder}: {free / 1e9:.1f} GB free, {sum(needed.values()) / 1e9:.1f} GB needed: "
-                             "make room, or write elsewhere")
     with ExitStack() as stack:
-        writers = [stack.enter_context(Writer(folder, meta, shard_bytes))
-                   for folder, meta in zip(recipes, metas, strict=True)]
-        for name, tensors in merger:
-            for writer, tensor in zip(writers, tensors, strict=True):
-                writer.write(name, tensor)
-    inputs = {name: checkpoint.digest() for name, checkpoint in {"base": origin, **others}.items()}
+        origin = stack.enter_context(Checkpoint(base))
+        others = {name: stack.enter_context(Checkpoint(folder)) for name, folder in experts.items()}
+        merger = Merger(origin, others, list(recipes.values()), allow_identical=allow_identical, report=report,
+                        device=device, digest=True)
+        metas = [{name: (dtype_of(recipe, dtype) if dtype.is_floating_point else dtype, shape)
+                  for name, (dtype, shape) in origin.meta.items()} for recipe in recipes.values()]
+        check_room(recipes, sum(map(total_bytes, metas)))
+        outputs = _merged(merger, origin, list(recipes), metas, shard_bytes)
+        models = {BASE: origin, **{("expert", name): other for name, other in others.items()}}
+        inputs = {model: checkpoint.digested(merger.digests[model]) for model, checkpoint in models.items()}
+        files = {model: checkpoint.sha256() for model, checkpoint in models.items()} if sha256 else {}
     results = []
-    for (folder, recipe), diagnosis in zip(recipes.items(), merger.diagnoses, strict=True):
+    for r, (folder, recipe) in enumerate(recipes.items()):
         copy_sidecars(Path(base), folder, recipe.out_dtype)
-        used = ("base", *(recipe.experts or others))
+        used = {"base": BASE, **{name: ("expert", name) for name in recipe.experts or others}}
         results.append({
-            "recipe": asdict(recipe), "inputs": {name: inputs[name] for name in used},
-            "output": Checkpoint(folder).digest(), "diagnosis": diagnosis,
+            "recipe": asdict(recipe), "inputs": {name: inputs[model] for name, model in used.items()},
+            "output": outputs[r], "diagnosis": merger.diagnoses[r],
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "safetensors": version("safetensors")},
         })
+        if sha256:
+            results[-1]["sha256"] = {name: files[model] for name, model in used.items()}
+            results[-1]["sha256"]["output"] = Checkpoint(folder).sha256()
         (folder / "merge.json").write_text(json.dumps(results[-1], indent=2) + "\n")
     return results
+
+
+def _merged(merger: Merger, origin: Checkpoint, folders: Sequence[Path], metas: Sequence[dict],
+            shard_bytes: int) -> list[str]:
+    """Runs a merge into one writer a folder; returns the digests of what was written."""
+    digests, sums = [Digest() for _ in folders], {}
+    with ExitStack() as stack:
+        writers = [stack.enter_context(Writer(folder, meta, shard_bytes))
+                   for folder, meta in zip(folders, metas, strict=True)]
+
+        def put(r: int, piece: Piece, part: Tensor) -> None:
+            part = part.cpu()
+            writers[r].put(piece.name, piece.first, part)
+            sums[r, piece.name, piece.index] = checksum(part)
+
+        for name in merger.merge(lambda names: None, put):
+            for r, digest in enumerate(digests):
+                for piece in grid(name, merger.reader.sizes[name]):
+                    digest.add(name, sums.pop((r, name, piece.index)))
+                if not merger.reader.sizes[name]:
+                    writers[r].put(name, 0, origin[name].reshape(-1))
+    results = []
+    for folder, digest in zip(folders, digests, strict=True):
+        with Checkpoint(folder) as output:
+            results.append(output.digested(digest))
+    return results
+
+
+def check_room(folders: Iterable[Path], needed: int) -> None:
+    """ValueError where a folder's disk has less than `needed` bytes left."""
+    for folder in folders:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise ValueError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed: "
+                             "make room, or write elsewhere")

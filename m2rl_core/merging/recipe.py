@@ -10,6 +10,7 @@ drop_rate     DARE's p, one or one per expert         trim_rescale after the tri
 drop_rescale  inverse (1/(1-p)) | l1 | none           vote         unweighted | weighted sum elects the sign
 select        SCE's share by variance                 zero_sign    sign of a zero vote: majority | positive
 select_masks  deltas | weights                        uniform_below  SCE's limit for uniform weights
+average_of    shifts | weights (last bit only)        divisor_floor  least sum of weights that SCE divides by
 """
 from __future__ import annotations
 
@@ -18,15 +19,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from m2rl_core.merging import average, sce, task_arithmetic, ties
-
-METHODS = {"average": average.merge, "ta": task_arithmetic.merge, "ties": ties.merge, "sce": sce.merge,
-           "ties-dare": ties.merge, "ta-dare": task_arithmetic.merge}
+METHODS = ("average", "ta", "ties", "sce", "ties-dare", "ta-dare")
 MERGEKIT_NAMES = {"linear": "average", "task_arithmetic": "ta", "ties": "ties", "sce": "sce",
                   "dare_ties": "ties-dare", "dare_linear": "ta-dare"}
 CHOICES = {"threshold": ("global", "tensor"), "ties": ("kept", "exact"), "trim_rescale": ("none", "l1"),
            "drop_rescale": ("inverse", "l1", "none"), "vote": ("unweighted", "weighted"),
-           "zero_sign": ("majority", "positive"), "select_masks": ("deltas", "weights"), "normalize": (True, False)}
+           "zero_sign": ("majority", "positive"), "select_masks": ("deltas", "weights"),
+           "average_of": ("shifts", "weights"), "normalize": (True, False)}
 OUT_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -38,16 +37,16 @@ def _preset(average, ta, ties, sce, dare, ties_dare=None) -> dict[str, dict]:
 _TA = {"weight": 1.0, "normalize": False, "scale": 1.0}
 _TIES = {"weight": 1.0, "density": 0.2, "threshold": "global", "ties": "kept", "trim_rescale": "none",
          "vote": "unweighted", "zero_sign": "majority", "normalize": True, "scale": 1.0}
-_AVERAGE = {"weight": 1.0, "normalize": True}
-_SCE = {"select": 1.0, "select_masks": "deltas", "uniform_below": 0.0}
+_AVERAGE = {"weight": 1.0, "normalize": True, "average_of": "shifts"}
+_SCE = {"select": 1.0, "select_masks": "deltas", "uniform_below": 0.0, "divisor_floor": 0.0}
 PRESETS = {
     "paper": _preset(_AVERAGE, _TA, _TIES, _SCE, {"drop_rate": 0.8, "drop_rescale": "inverse"}),
     "released-code": _preset(_AVERAGE, _TA, _TIES, _SCE | {"select_masks": "weights"},
                              {"drop_rate": 0.2, "drop_rescale": "inverse"}),
     "mergekit": _preset(
-        _AVERAGE, _TA,
+        _AVERAGE | {"average_of": "weights"}, _TA,
         _TIES | {"density": 1.0, "threshold": "tensor", "ties": "exact", "vote": "weighted", "zero_sign": "positive"},
-        _SCE | {"uniform_below": 1e-6}, {"drop_rate": 0.0, "drop_rescale": "l1"}, {"normalize": False}),
+        _SCE | {"uniform_below": 1e-6, "divisor_floor": 1e-6}, {"drop_rate": 0.0, "drop_rescale": "l1"}, {"normalize": False}),
 }
 
 
@@ -111,6 +110,8 @@ def _checked(name: str, value):
             raise ValueError(f"{name} must be a finite number, not {number!r}")
         if name in ("density", "select") and not 0 < number <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, not {number!r}")
+        if name in ("uniform_below", "divisor_floor") and number < 0:
+            raise ValueError(f"{name} must be at least 0, not {number!r}")
         if name == "drop_rate" and not 0 <= number < 1:
             raise ValueError(f"drop_rate must be at least 0 and below 1, not {number!r}")
     return tuple(map(float, values)) if isinstance(value, (list, tuple)) else float(value)

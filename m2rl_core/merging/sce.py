@@ -6,51 +6,45 @@ squares add up to less than 1e-6, which shifts of RLVR always do: that is `unifo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from m2rl_core.merging import threshold
+from m2rl_core.merging.ties import divisor, elected, votes
 
 
-def selected(deltas: Sequence[Tensor], select: float) -> Tensor:
-    """Mask of the share `select` of the coordinates with the highest variance over experts, of those above 0."""
-    mean = sum(deltas) / len(deltas)
-    variance = sum((delta - mean) ** 2 for delta in deltas) / len(deltas)
-    keep = int(Fraction(str(select)) * int(torch.count_nonzero(variance)))
-    if keep == 0:
-        return torch.zeros_like(variance, dtype=torch.bool)
-    return threshold.mask_of(variance, threshold.cut_of(variance, Fraction(keep, variance.numel()), "exact"))
+def variance(deltas: Sequence[Tensor]) -> Tensor:
+    """The population variance over the experts of each coordinate; flat float32, computed in float64."""
+    stack = torch.stack(list(deltas)).double()  # (E, P)
+    stack -= stack.mean(0)
+    return stack.square_().mean(0).float()
 
 
-def expert_weights(deltas: Sequence[Tensor], uniform_below: float) -> list[float]:
+def selected_rank(n: int, zeros: int, select: float) -> int:
+    """The rank (from 1) of the smallest of `n` variances that is selected; 0 for none. Share `select` of those
+    above 0, multiplied in float32 as mergekit and SCE's authors do."""
+    keep = int(torch.tensor(n - zeros) * select)
+    return n - keep + 1 if keep else 0
+
+
+def expert_weights(squares: Sequence[float], uniform_below: float) -> list[float]:
     """Each expert's mean square over the tensor, as a share; uniform where their sum is 0 or below the limit."""
-    squares = [float(delta.square().sum(dtype=torch.float64)) / delta.numel() for delta in deltas]
     total = sum(squares)
     if total == 0 or total < uniform_below:
-        return [1.0 / len(deltas)] * len(deltas)
+        return [1.0 / len(squares)] * len(squares)
     return [square / total for square in squares]
 
 
-def merge(
-    base: Tensor, deltas: Sequence[Tensor], *, select: float, select_masks: str, uniform_below: float,
-) -> Tensor:
-    """Weighted mean of the shifts that agree with the sign of their sum (0 counts as +); one whole tensor.
+def merge(deltas: Sequence[Tensor], *, weights: Sequence[float], divisor_floor: float) -> Tensor:
+    """Weighted mean of the shifts that agree with the sign of their sum (0 counts as +); flat float32.
 
-    select_masks: "deltas" merges selected coordinates only; "weights" lets the selection shape the weights
-    alone, as the authors' code does. `base` is not used.
+    The sum of the weights that it is divided by counts at least `divisor_floor`.
     """
-    weighed = deltas
-    if select < 1:
-        mask = selected(deltas, select)
-        weighed = [delta * mask for delta in deltas]
-        deltas = weighed if select_masks == "deltas" else deltas
-    weights = expert_weights(weighed, uniform_below)
-    sign = torch.where(sum(deltas) >= 0, 1.0, -1.0)
-    total, count = torch.zeros_like(sign), torch.zeros_like(sign)
+    sign = elected(votes(deltas, weights, "unweighted"), 1)
+    total, count, agreeing = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
     for weight, delta in zip(weights, deltas, strict=True):
-        agrees = delta * sign > 0
-        total += weight * delta * agrees
-        count += weight * agrees
-    return total / torch.where(count == 0, 1.0, count)
+        torch.mul(delta, sign, out=agreeing).clamp_min_(0)  # what has the elected sign, made positive
+        total += weight * agreeing
+        count += agreeing.sign_().mul_(weight)
+    total /= divisor(count, 1.0, divisor_floor)
+    return total.mul_(sign).add_(0.0)  # adding 0 turns -0 into 0

@@ -1,94 +1,178 @@
-"""The exact k-th smallest magnitude without a sort, by counting float32 bit patterns in two levels.
+"""The exact k-th smallest magnitude of any number of values, by counting: nothing is sorted but a small sample.
 
-The bits of |x|, read as an integer, grow with |x|. The upper 16 bits choose one of 32768 buckets, the
-lower 16 the value inside it: two counting passes give the exact order statistic of any number of tensors,
-one tensor in memory at a time.
+The bits of |x|, read as an integer, grow with |x|. A sample says between which two patterns the k-th lies, most
+likely. One pass then counts how many values lie below, on and above the two, and puts the few in between into
+buckets. Where the sample was wrong the counts say on which side to look, and where a bucket is wider than one
+value the next pass looks inside it: at most four passes, and one for nearly all tensors.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-HIGH, LOW = 1 << 15, 1 << 16
+from m2rl_core.merging.counting import array, count
+
+TOP = 0x7F800000  # infinity: nothing finite is above
+BUCKETS = 1 << 18
+MARGIN = 6.0  # half the bracket, in standard errors of the sample's rank; neighbours are alike, so more than usual
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep magnitudes whose bit pattern is above `bits`; of the equal ones, the first `quota` (None: all)."""
+    """Keep magnitudes above the pattern `bits`; of the equal ones the first `quota` (None: all).
+
+    equals[tensor, piece]: how many equal ones lie in earlier pieces, and in this one; only where there is a quota.
+    """
 
     bits: int
-    quota: int | None
+    quota: int | None = None
+    equals: Mapping[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False)
 
-
-def magnitude_bits(x: Tensor) -> Tensor:
-    """The bit patterns of |x| as int32 (n,), in the order of magnitude; x is float32 and finite."""
-    return x.abs().reshape(-1).view(torch.int32)
-
-
-def high_counts(x: Tensor) -> Tensor:
-    """How many values of `x` fall in each of the 32768 buckets of the upper bits."""
-    return torch.bincount(magnitude_bits(x) >> 16, minlength=HIGH)
-
-
-def low_counts(x: Tensor, bucket: int) -> Tensor:
-    """Inside one bucket of the upper bits: how many values of `x` have each of the 65536 lower bits."""
-    bits = magnitude_bits(x)
-    return torch.bincount(bits[(bits >> 16) == bucket] & (LOW - 1), minlength=LOW)
-
-
-def locate(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The bucket that holds the `rank`-th smallest (from 1), and how many values lie in lower buckets."""
-    total = torch.cumsum(counts, 0)
-    bucket = int(torch.searchsorted(total, rank))
-    return bucket, int(total[bucket] - counts[bucket])
+    def left(self, name: str, index: int) -> int | None:
+        """How many equal ones of a piece survive; None for all."""
+        if self.quota is None:
+            return None
+        before, here = self.equals[name, index]
+        return None if before + here <= self.quota else max(0, self.quota - before)
 
 
 def rank_of(n: int, density: float, ties: str) -> int:
     """The rank (from 1) of the smallest magnitude that survives; 0 where everything does.
 
     "kept": the floor((1-density) n)-th smallest, and all its equals survive, so at least density*n do.
-    "exact": floor(density n) survive. ValueError where that is none.
+    "exact": int(density * n) survive, in floating point and at least one, as in mergekit.
     """
     if ties == "kept":
         return int((1 - Fraction(str(density))) * n)
-    keep = int(Fraction(str(density)) * n)
-    if keep == 0:
-        raise ValueError(f"density {density} keeps none of {n} values: raise it, or take threshold: global")
-    return n - keep + 1
+    return 0 if density >= 1 else n - max(1, int(density * n)) + 1
 
 
-def cut_at(rank: int, n: int, high: Tensor, bucket: int, low: Tensor, ties: str) -> Cut:
-    """The cut at the `rank`-th smallest of `n`, from the counts of both levels."""
-    below = int(high[:bucket].sum())
-    offset, lower = locate(low, rank - below)
-    if ties == "kept":
-        return Cut((bucket << 16) | offset, None)
-    above = n - below - lower - int(low[offset])
-    return Cut((bucket << 16) | offset, n - rank + 1 - above)
+def as_float(bits: int) -> float:
+    return float(np.int32(bits).view(np.float32))
 
 
-def cut_of(x: Tensor, density: float, ties: str) -> Cut:
-    """The cut that leaves a share `density` of the largest magnitudes of one tensor."""
-    rank = rank_of(x.numel(), density, ties)
-    if rank == 0:
-        return Cut(0, None)
-    high = high_counts(x)
-    bucket, _ = locate(high, rank)
-    return cut_at(rank, x.numel(), high, bucket, low_counts(x, bucket), ties)
+def as_bits(value: np.ndarray) -> np.ndarray:
+    """The patterns of magnitudes (float32, not negative) as int32."""
+    return value.view(np.int32)
 
 
-def mask_of(x: Tensor, cut: Cut) -> Tensor:
-    """Which values of `x` survive the cut (bool, the shape of x); equals in order, lowest index first."""
-    bits = magnitude_bits(x)
-    if cut.quota is None:
-        return (bits >= cut.bits).view(x.shape)
-    equal = bits == cut.bits
-    return ((bits > cut.bits) | (equal & (torch.cumsum(equal, 0) <= cut.quota))).view(x.shape)
+def keep_large(x: Tensor, bits: int, quota: int | None = None) -> Tensor:
+    """`x` with magnitudes below the cut set to 0; of those on it the first `quota` stay (None: all). Flat float32."""
+    if bits == 0:
+        return x
+    if quota is None:  # |x| >= cut is |x| > the number before it, which is what hardshrink keeps
+        return F.hardshrink(x, as_float(bits - 1))
+    kept = F.hardshrink(x, as_float(bits))
+    if quota:
+        equal = x.abs() == as_float(bits)
+        kept += x * (equal & (torch.cumsum(equal, 0) <= quota))
+    return kept
 
 
-def equals(x: Tensor, cut: Cut) -> int:
-    """How many values of `x` lie on the cut itself."""
-    return int((magnitude_bits(x) == cut.bits).sum())
+class Search:
+    """One order statistic over many pieces: `count` in any thread, `add` each result, then `settled`.
+
+    n values, `rank` from 1, or a function from the number of zeros among them to a rank (0: nothing survives).
+    With `quota` exactly n - rank + 1 values are to survive.
+    """
+
+    def __init__(self, n: int, rank: int | Callable[[int], int], quota: bool):
+        self.n, self.rank, self.quota = n, rank, quota
+        self.cut: Cut | None = None
+        self.low, self.high = 0, TOP
+        self._clear()
+
+    def _clear(self) -> None:
+        self.zeros, self.below, self.inside = 0, np.zeros(4, np.int64), None  # < low, <= low, < high, <= high
+        self.shift = max(0, (self.high - self.low - 1).bit_length() - BUCKETS.bit_length() + 1)
+        self.equals: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def guess(self, magnitudes: np.ndarray, everything: bool) -> None:
+        """Sets the bracket from a sample (float32 magnitudes); `everything`: the sample is all n values."""
+        size = len(magnitudes)
+        rank = self.rank if isinstance(self.rank, int) else self.rank(
+            round(self.n * (size - np.count_nonzero(magnitudes)) / size))
+        bits, share = np.sort(as_bits(magnitudes)), rank / self.n
+        margin = 0 if everything else int(MARGIN * np.sqrt(size * share * (1 - share))) + 2
+        low, high = int(share * size) - 1 - margin, int(share * size) + margin
+        if everything:
+            low = high = max(rank - 1, 0)
+        self.low = int(bits[low]) if low >= 0 else 0
+        self.high = int(bits[high]) if high < size else TOP
+        self._clear()
+
+    def count(self, x: Tensor) -> tuple:
+        """What one piece of magnitudes adds: zeros, the four counts and the values in between."""
+        values, low, high = array(x), as_float(self.low), as_float(self.high)
+        below = values < low
+        counts = [count(below), count(values <= low)]
+        inside = np.empty(0, np.float32)
+        if self.low < self.high:
+            under = values < high
+            counts += [count(under), count(values <= high)]
+            between = under & (values > low)
+            inside = values[between] if isinstance(values, np.ndarray) else values[between].cpu().numpy()
+        else:
+            counts += counts
+        zeros = 0 if isinstance(self.rank, int) else x.numel() - count(values != 0)
+        return zeros, counts, inside
+
+    def add(self, place: tuple[str, int], result: tuple) -> None:
+        """Adds the result of the piece at (tensor, index)."""
+        zeros, counts, inside = result
+        self.zeros += zeros
+        self.below += counts
+        if self.quota:
+            self.equals[place] = (counts[1] - counts[0], counts[3] - counts[2])
+        if len(inside):
+            if self.inside is None:
+                self.inside = np.zeros(((self.high - self.low - 2) >> self.shift) + 1, np.int64)
+            np.add.at(self.inside, (as_bits(inside) - (self.low + 1)) >> self.shift, 1)
+
+    def settled(self) -> bool:
+        """After a whole pass: whether the cut is found; if not, the bracket is narrower and another pass is due."""
+        rank = self.rank if isinstance(self.rank, int) else self.rank(self.zeros)
+        less_low, upto_low, less_high, upto_high = (int(c) for c in self.below)
+        if rank == 0:
+            self.cut = Cut(TOP + 1)
+        elif rank <= less_low:
+            self._look(0, self.low - 1)
+        elif rank <= upto_low:
+            self._found(self.low, upto_low, upto_low - less_low, rank, 0)
+        elif rank > upto_high:
+            self._look(self.high + 1, TOP)
+        elif rank > less_high:
+            self._found(self.high, upto_high, upto_high - less_high, rank, 1)
+        else:
+            running = np.cumsum(self.inside)
+            bucket = int(np.searchsorted(running, rank - upto_low))
+            first = self.low + 1 + (bucket << self.shift)
+            if self.shift:
+                self._look(first, min(first + (1 << self.shift), self.high) - 1)
+            else:
+                self._found(first, upto_low + int(running[bucket]), int(self.inside[bucket]), rank, None)
+        return self.cut is not None
+
+    def _look(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self._clear()
+
+    def _found(self, bits: int, upto: int, equal: int, rank: int, end: int | None) -> None:
+        """`upto` values are at most `bits`, `equal` are it; end: 0 or 1 where the bracket's low or high end is it."""
+        quota = (self.n - rank + 1) - (self.n - upto)
+        if not self.quota or quota == equal:
+            self.cut = Cut(bits)
+        elif end is None:
+            self._look(bits, bits)  # once more, to learn in which pieces the equal ones lie
+        else:
+            equals, before = {}, 0
+            for place, found in self.equals.items():
+                equals[place] = before, found[end]
+                before += found[end]
+            self.cut = Cut(bits, quota, equals)

@@ -1,0 +1,1 @@
+"""Measurements against other tools, on this machine, in the same run."""

@@ -1,0 +1,59 @@
+"""Work is cut into pieces: ranges of one flat tensor, small enough that all its float32 rows stay in a core's cache.
+
+The grid is fixed, as digests and the last bits of sums depend on it; merged weights do not depend on threads.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+PIECE = 1 << 17  # measured best of 2^15 .. 2^18: smaller ones spend their time in Python, larger ones outgrow the caches
+GROUP = 1 << 23  # tensors are taken together up to this many values: fewer waits for the last piece
+RUN, RUNS = 2048, (32, 512)  # a sample: so many values in a row, from at least and at most so many places
+
+
+class Piece(NamedTuple):
+    """The values first .. first + count - 1 of the flat tensor `name`; the index-th piece of it (-1: of a sample)."""
+
+    name: str
+    index: int
+    first: int
+    count: int
+
+
+def grid(name: str, size: int) -> list[Piece]:
+    """All pieces of a tensor of `size` values, in order."""
+    return [Piece(name, i, first, min(PIECE, size - first)) for i, first in enumerate(range(0, size, PIECE))]
+
+
+def groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names in order, in groups of at most GROUP values or of one tensor."""
+    found: list[list[str]] = []
+    held = GROUP + 1
+    for name in sorted(sizes):
+        if held + sizes[name] > GROUP:
+            found.append([])
+            held = 0
+        found[-1].append(name)
+        held += sizes[name]
+    return found
+
+
+def sample(sizes: Mapping[str, int]) -> tuple[list[Piece], bool]:
+    """Short pieces spread evenly over tensors, about 1 in 64 values, and whether they are all values there are."""
+    n = sum(sizes.values())
+    runs = min(max(n // 64 // RUN, RUNS[0]), RUNS[1])
+    if n <= runs * RUN:
+        return [piece for name in sizes for piece in grid(name, sizes[name])], True
+    starts = iter([(2 * j + 1) * n // (2 * runs) for j in range(runs)])
+    return list(_placed(starts, sizes)), False
+
+
+def _placed(starts: Iterable[int], sizes: Mapping[str, int]) -> Iterable[Piece]:
+    names, end, begin, name = iter(sizes), 0, 0, ""
+    for start in starts:
+        while start >= end:
+            name = next(names)
+            begin, end = end, end + sizes[name]
+        first = (start - begin) // 2 * 2
+        yield Piece(name, -1, first, min(RUN, sizes[name] - first))

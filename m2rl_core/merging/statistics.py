@@ -1,0 +1,158 @@
+"""What a merge must know of a tensor, or of all, before it can merge a piece of it: gathered by reading the pieces.
+
+A statistic has `count(shifts)`, which any thread may call, `add(piece, result)`, called in the order of pieces, and
+`settled()`, called after a pass: it stores what was found in `known`, or says that another pass is due. Counts are
+integers; sums are added in the order of pieces; so the number of threads changes no bit.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from m2rl_core.merging import dare, sce, ties
+from m2rl_core.merging.counting import array, count, total
+from m2rl_core.merging.pieces import Piece
+from m2rl_core.merging.recipe import Recipe
+from m2rl_core.merging.shifts import Input, Selection, Shifts, Trimmed, cut_key, inputs_of
+from m2rl_core.merging.threshold import Cut, Search, rank_of
+
+STEPS = 3  # a statistic of one step may need those of the steps before
+
+
+class L1:
+    """The factor that gives a dropped or trimmed tensor its L1 norm back; 1 where a norm is below 1e-7 (mergekit)."""
+
+    def __init__(self, want: Input, tensor: str, known: dict):
+        self.want, self.tensor, self.known, self.norms = want, tensor, known, [0.0, 0.0]
+
+    def count(self, shifts: Shifts) -> list[float]:
+        return [total(row.abs()) for row in (shifts.before(self.want), shifts.bare(self.want))]
+
+    def add(self, piece: Piece, result: list[float]) -> None:
+        self.norms = [a + b for a, b in zip(self.norms, result, strict=True)]
+
+    def settled(self) -> bool:
+        before, after = self.norms
+        self.known[self.want, self.tensor] = 1.0 if min(before, after) < 1e-7 else before / after
+        return True
+
+
+class Order:
+    """The cut of a trim (`key` a CutKey) or of SCE's selection, by a `Search` over the values that `rows` gives."""
+
+    def __init__(self, key, search: Search, rows: Callable[[Shifts], torch.Tensor], known: dict):
+        self.key, self.search, self.rows, self.known = key, search, rows, known
+
+    def count(self, shifts: Shifts) -> tuple:
+        return self.search.count(self.rows(shifts))
+
+    def add(self, piece: Piece, result: tuple) -> None:
+        self.search.add((piece.name, piece.index), result)
+
+    def settled(self) -> bool:
+        if self.search.settled():
+            self.known[self.key] = self.search.cut
+        return self.search.cut is not None
+
+
+class Squares:
+    """The mean square of each expert's shifts of one tensor, as SCE weighs them."""
+
+    def __init__(self, selection: Selection, tensor: str, size: int, known: dict):
+        self.selection, self.tensor, self.size, self.known = selection, tensor, size, known
+        self.sums = [0.0] * len(selection.experts)
+
+    def count(self, shifts: Shifts) -> list[float]:
+        return [float(row.square().sum(dtype=torch.float64)) for row in shifts.selected(self.selection)]
+
+    def add(self, piece: Piece, result: list[float]) -> None:
+        self.sums = [a + b for a, b in zip(self.sums, result, strict=True)]
+
+    def settled(self) -> bool:
+        self.known["squares", self.selection, self.tensor] = [s / self.size for s in self.sums]
+        return True
+
+
+class Balance:
+    """The sign that wins over all weights, for zero votes: 1, -1, or 0 where neither does."""
+
+    def __init__(self, recipe: Recipe, inputs: Sequence[Input], known: dict):
+        self.inputs, self.vote, self.known, self.balance = tuple(inputs), recipe.parameters["vote"], known, 0
+        self.weights = recipe.each("weight", len(inputs))
+
+    @property
+    def key(self) -> tuple:
+        """Recipes that differ by lambda alone share the statistic."""
+        return ("majority", self.inputs, self.vote, tuple(self.weights))
+
+    def count(self, shifts: Shifts) -> int:
+        votes = array(ties.votes([shifts.of(want) for want in self.inputs], self.weights, self.vote))
+        return count(votes > 0) - count(votes < 0)
+
+    def add(self, piece: Piece, result: int) -> None:
+        self.balance += result
+
+    def settled(self) -> bool:
+        self.known[self.key] = (self.balance > 0) - (self.balance < 0)
+        return True
+
+
+class Needs:
+    """Which statistics some recipes need; makes those that are not known yet."""
+
+    def __init__(self, recipes: Sequence[Recipe], experts: Sequence[str], sizes: Mapping[str, int], known: dict):
+        self.sizes, self.known = sizes, known
+        self.inputs = [inputs_of(recipe, recipe.experts or experts) for recipe in recipes]
+        wanted = dict.fromkeys(want for inputs in self.inputs for want in inputs)  # each once, in order
+        self.trims = [want for want in wanted if isinstance(want, Trimmed)]
+        sources = [want.source if isinstance(want, Trimmed) else want for want in wanted]
+        self.dropped = list(dict.fromkeys(source for source in sources if source.rescale == "l1"))
+        self.selections = list(dict.fromkeys(
+            selection_of(recipe, recipe.experts or experts) for recipe in recipes if recipe.method == "sce"))
+        balances = [Balance(recipe, inputs, known) for recipe, inputs in zip(recipes, self.inputs, strict=True)
+                    if recipe.parameters.get("zero_sign") == "majority"]
+        self.balances = list({balance.key: balance for balance in balances}.values())
+        again = self.dropped or self.balances or self.trims  # masks are asked for in more than one pass
+        known["masks"] = dare.Masks(hold=bool(again))
+
+    def of_tensor(self, name: str, step: int) -> list:
+        """The statistics of one step of one tensor; none that is known."""
+        size, known = self.sizes[name], self.known
+        if step == 0:
+            found = [L1(want, name, known) for want in self.dropped if (want, name) not in known]
+            return found + [Squares(s, name, size, known) for s in self.selections
+                            if s.select == 1 and ("squares", s, name) not in known]
+        if step == 1:
+            found = [order for want in self.trims if want.threshold == "tensor"
+                     for order in self._order(want, name, size)]
+            return list({order.key: order for order in found}.values()) + [
+                self._selected(s, name, size) for s in self.selections if s.select < 1 and (s, name) not in known]
+        found = [L1(want, name, known) for want in self.trims if want.rescale == "l1" and (want, name) not in known]
+        return found + [Squares(s, name, size, known) for s in self.selections if ("squares", s, name) not in known]
+
+    def of_all(self) -> list[Order]:
+        """The global cuts."""
+        found = [order for want in self.trims if want.threshold == "global"
+                 for order in self._order(want, "", sum(self.sizes.values()))]
+        return list({order.key: order for order in found}.values())
+
+    def _order(self, want: Trimmed, name: str, size: int) -> list[Order]:
+        key, rank = cut_key(want, name), rank_of(size, want.density, want.ties)
+        if key in self.known:
+            return []
+        if rank == 0:
+            self.known[key] = Cut(0)  # nothing is small enough to go
+            return []
+        search = Search(size, rank, quota=want.ties == "exact")
+        return [Order(key, search, lambda shifts: shifts.magnitudes(want.source), self.known)]
+
+    def _selected(self, selection: Selection, name: str, size: int) -> Order:
+        search = Search(size, lambda zeros: sce.selected_rank(size, zeros, selection.select), quota=True)
+        return Order((selection, name), search, lambda shifts: shifts.variance(selection), self.known)
+
+
+def selection_of(recipe: Recipe, experts: Sequence[str]) -> Selection:
+    return Selection(tuple(experts), recipe.parameters["select"])
+
+
