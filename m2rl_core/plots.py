@@ -214,6 +214,23 @@ def readings(frame, title, good="right is better; filled: as in Table 4, hollow:
     return finish(alt.layer(rules, *dots).properties(width=330, height=14 * len(order)), title, good)
 
 
+def against(frame, title, good="left is better; filled: ours, hollow: the other tool, grey tick: the floor; log scale"):
+    """A benchmark: ours and another tool's cost, joined. Columns: name, side ("ours", "other" or "floor"), measure, value."""
+    order = list(dict.fromkeys(frame["name"]))
+    base = alt.Chart(frame)
+    x = alt.X("value:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=14), axis=alt.Axis(tickCount=4))
+    y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
+    layers = [base.mark_line(color="#bbbbbb", strokeWidth=2).encode(x, y, detail="name:N").transform_filter(
+        "datum.side != 'floor'")]
+    layers += [base.mark_point(filled=filled, size=60, opacity=1, color="black", strokeWidth=1.5).encode(
+        x, y).transform_filter(f"datum.side == '{side}'") for side, filled in (("ours", True), ("other", False))]
+    layers.append(base.mark_tick(color="#888888", thickness=3, size=14).encode(x, y).transform_filter(
+        "datum.side == 'floor'"))
+    chart = alt.layer(*layers).properties(width=270, height=26 * len(order))
+    facet = alt.Facet("measure:N", title=None, sort=list(dict.fromkeys(frame["measure"])))
+    return finish(chart.facet(facet=facet, columns=2).resolve_scale(x="independent"), title, good)
+
+
 def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", columns=2, size=42, note=None):
     """Fig. 3, Fig. 4: a grid with its numbers.
 

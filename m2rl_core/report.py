@@ -28,7 +28,7 @@ from m2rl_core.study import EXPERTS, TRAINED
 TRAIN = "3.2_train"  # executed once for each policy
 NOTEBOOKS = ("0_plan", "1_introduction", "2_related_work", "3.1_preliminary", TRAIN, "3.2_experiments",
              "3.3_weight_shift", "3.4_policy_neighborhoods", "3.5_same_skills", "3.6_self_verification",
-             "4_conclusion", "A_training_details")
+             "4_conclusion", "A_training_details", "B_benchmarks")
 POLICIES = tuple(f"{TRAIN}.{model}" for model in TRAINED)
 EXPERT_RUNS = tuple(f"{TRAIN}.{model}" for model in EXPERTS)
 NEEDS = {  # what must not have failed in this run for a notebook to be worth its time

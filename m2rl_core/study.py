@@ -16,7 +16,7 @@ from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import Profile
 
 # Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
-VERSION = {"base": 3, "sft": 2, "rl": 2, "opd": 2, "merge": 1, "eval": 2, "weights": 1, "kl": 2, "judge": 2, "sweep": 1}
+VERSION = {"base": 3, "sft": 2, "rl": 2, "opd": 2, "merge": 2, "eval": 2, "weights": 1, "kl": 2, "judge": 2, "sweep": 1}
 
 GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models",
          "eval": "evals", "judge": "evals", "sweep": "evals", "weights": "analyses", "kl": "analyses"}
@@ -38,6 +38,7 @@ SWEEP = (  # what section 3.2 varies, one parameter at a time; each method's own
     ("merge-sce", "select", (0.5,)),
     ("merge-ties-dare", "drop_rate", (0.2, 0.5)),  # 0.2 is the released code's
     ("merge-ta-dare", "drop_rate", (0.2, 0.5)),
+    *((name, "out_dtype", ("bfloat16",)) for name in MERGES),  # the type of most released weights
 )
 TRAINED = (*EXPERTS, "rl-multi", "mt-opd")  # every policy that learns from its own rollouts (3.2_train)
 MODELS = ("base", "sft", *EXPERTS, "rl-multi", *MERGES, "mt-opd")

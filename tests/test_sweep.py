@@ -121,3 +121,12 @@ def test_places_and_shifts_by_hand():
     assert "loses it by changes of its own in 1 (`merge-ties` at density of TIES 1.0)" in said
     drawn = sensitivity.drawn(found.reset_index())
     assert list(drawn["label"][:2]) == ["merge-average", "merge-ta"] and drawn["own"].sum() == 6
+
+
+def test_rounding_shows_the_bfloat16_variants_only():
+    diagnosis = {"moved": 0.5, "lost": 0.25, "rounding": 0.125}
+    found = sensitivity.rounding({"merge-ta": {"diagnosis": diagnosis},
+                                  "merge-average out_dtype=bfloat16": {"diagnosis": diagnosis}})
+    assert found.to_dict("records") == [{
+        "merge": "merge-average", "moved by the merge (%)": "50.0", "undone by rounding (%)": "25.0",
+        "rounding error / change (%)": "12.5"}]

@@ -37,11 +37,13 @@ def make(words, seed: int = 0) -> Policy:
 
 
 def roughened(policy: Policy, seed: int) -> None:
-    """Norm weights that are not 1, so that leaving one out shows."""
+    """Norm weights that are not 1, so that leaving one out shows; embeddings large enough, and not too large."""
     rng = torch.Generator().manual_seed(1000 + seed)
     for name in sorted(policy.weights):
         if name.endswith("norm.weight"):
             policy.weights[name] += 0.3 * torch.randn(policy.weights[name].shape, generator=rng)
+        elif "embed" in name:
+            policy.weights[name] *= 0.9
 
 
 def few_words(vocab: int = 3, seed: int = 0) -> Policy:

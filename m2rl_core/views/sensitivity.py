@@ -5,6 +5,9 @@ place that it would take among the six methods if only this reading were changed
 """
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 import pandas as pd
 from IPython.display import Markdown
 
@@ -15,7 +18,7 @@ from m2rl_core.metrics.stats import average, difference
 from m2rl_core.views.opening import interval
 
 READINGS = {"scale": "scale λ", "density": "density of TIES", "threshold": "threshold", "select": "share that SCE selects",
-            "drop_rate": "drop rate of DARE"}
+            "drop_rate": "drop rate of DARE", "out_dtype": "stored as"}
 
 
 def readings(rows: pd.DataFrame, rng, resamples: int) -> pd.DataFrame:
@@ -55,6 +58,20 @@ def drawn(found: pd.DataFrame) -> pd.DataFrame:
     found = found.sort_values(["model", "varied", "value"], key=lambda c: c.map(MERGES.index) if c.name == "model" else c)
     labels = [r.model + (f", {READINGS[r.varied]} {r.value}" if r.varied else "") for r in found.itertuples()]
     return found.assign(label=labels, own=found["varied"] == "").drop(columns="value").rename(columns={"mean": "value"})
+
+
+def merges(run) -> dict[str, dict]:
+    """merge.json of every variant of the sweep, by its name."""
+    return json.loads((run.need("sweep") / "merges.json").read_text(encoding="utf-8"))
+
+
+def rounding(merges: Mapping[str, dict]) -> pd.DataFrame:
+    """What storing each merge in bfloat16 loses: of the weights that it moves, the share that rounding puts back, and
+    the sum of absolute rounding errors over the sum of absolute changes; `merges` is the sweep's merges.json."""
+    stored = {name.split(" ")[0]: entry["diagnosis"] for name, entry in merges.items() if name.endswith("=bfloat16")}
+    return pd.DataFrame([{
+        "merge": model, "moved by the merge (%)": f"{100 * d['moved']:.1f}", "undone by rounding (%)": f"{100 * d['lost']:.1f}",
+        "rounding error / change (%)": f"{100 * d['rounding']:.1f}"} for model, d in stored.items()])
 
 
 def sentence(found: pd.DataFrame) -> Markdown:

@@ -1,0 +1,56 @@
+"""Appendix B: what our own code costs beside well-known tools, from reports/bench/*.json (`make bench`)."""
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+from IPython.display import Markdown
+
+from m2rl_core.profile import repo_root
+
+SIDES = ("ours", "peer")
+MEASURES = {"seconds": "wall time (s)", "anonymous_mb": "memory of its own, peak (MB)"}
+
+
+def rows(name: str) -> pd.DataFrame:
+    """The rows of reports/bench/<name>.json; empty where it was not measured."""
+    path = repo_root() / "reports" / "bench" / f"{name}.json"
+    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [])
+
+
+def sentence(found: pd.DataFrame, name: str) -> Markdown:
+    """Where and how it was measured, and which bars hold; or the command that measures it."""
+    if found.empty:
+        return Markdown(f"Not measured in this clone: `make bench NB={name}` does it.")
+    here = found["machine"].iloc[0]
+    missed = found[found["ratio"] < found["bar"]]["name"]
+    held = f"{len(found) - len(missed)} of {len(found)} comparisons reach their bar"
+    return Markdown(f"Measured on {here['cores']} cores and {here['memory_gb']} GB of memory, interleaved, "
+                    f"{found['pairs'].min()} to {found['pairs'].max()} pairs, medians. {held}"
+                    + (f"; not {', '.join(missed)}." if len(missed) else "."))
+
+
+def shown(found: pd.DataFrame) -> pd.DataFrame:
+    """The rows for the eye: medians with the spread of the runs."""
+    def runs(r, side):
+        times = r[f"{side}_runs"]
+        return f"{r[side]:,.1f}\n{min(times):,.1f} to {max(times):,.1f}"
+
+    return pd.DataFrame([{
+        "what": r["name"], "ours (s)": runs(r, "ours"), "other (s)": runs(r, "peer"), "other is": r["peer_name"],
+        "other / ours": f"{r['ratio']:.1f}", "bar": f"{r['bar']:.2g}", "ours / floor": f"{r['floor_multiple']:.1f}",
+        "our memory (MB)": f"{r['ours_anonymous_mb']:,.0f}", "other's (MB)": f"{r['peer_anonymous_mb']:,.0f}",
+        "pairs": r["pairs"],
+    } for r in found.to_dict("records")])
+
+
+def drawn(found: pd.DataFrame) -> pd.DataFrame:
+    """One line for each (row, side, measure): name, side, measure, value; side "floor" for the wall time alone."""
+    lines = []
+    for r in found.to_dict("records"):
+        for side in SIDES:
+            values = {"seconds": r[side], "anonymous_mb": r[f"{side}_anonymous_mb"]}
+            lines += [{"name": r["name"], "side": side if side == "ours" else "other", "measure": label,
+                       "value": values[key]} for key, label in MEASURES.items()]
+        lines.append({"name": r["name"], "side": "floor", "measure": MEASURES["seconds"], "value": r["floor"]})
+    return pd.DataFrame(lines)
