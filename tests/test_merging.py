@@ -674,3 +674,9 @@ def test_digest_sees_any_change_and_no_layout(models, tmp_path):
         assert Checkpoint(save(tmp_path / name / str(place), other)).digest() != digest
     swapped = base | {"model.a.weight": base["model.b.weight"], "model.b.weight": base["model.a.weight"]}
     assert Checkpoint(save(tmp_path / "swapped", swapped)).digest() != digest
+
+
+def test_a_device_that_is_not_there(models, tmp_path, capsys):
+    for name in ("cuda:77", "toaster"):
+        status, error = run(tmp_path, capsys, mergekit(tmp_path, "linear"), "--device", name)
+        assert status == 2 and f"device '{name}' cannot be used" in error and error.count("\n") == 1
