@@ -86,5 +86,5 @@ def refuse_overflow(out: Tensor, recipe: Recipe, piece: Piece) -> None:
 
 
 def dtype_of(recipe: Recipe, base: torch.dtype) -> torch.dtype:
-    """The type a recipe writes: its own, or the base's."""
-    return getattr(torch, recipe.out_dtype) if recipe.out_dtype else base
+    """The type a recipe writes: its own, or the base's; what is not floating point stays so."""
+    return getattr(torch, recipe.out_dtype) if recipe.out_dtype and base.is_floating_point else base

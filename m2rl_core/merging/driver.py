@@ -65,8 +65,9 @@ class Merger:
             outs[piece.name][r].view(-1)[piece.first : piece.first + piece.count] = part
 
         for name in self.merge(begin, put):
-            copied = self.reader.sizes[name] == 0
-            yield name, [self.reader.base[name]] * len(self.recipes) if copied else outs.pop(name)
+            if self.reader.sizes[name] == 0:
+                outs[name] = [self.reader.base[name].to(out.dtype) for out in outs[name]]
+            yield name, outs.pop(name)
 
     def merge(self, begin: Callable[[Sequence[str]], None], put: Put) -> Iterator[str]:
         """The names, each when `put` has had all its pieces; before that, begin(names) is called.
