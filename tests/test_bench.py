@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +50,6 @@ def test_a_missing_peer_and_a_failing_command_end_in_one_line(tmp_path, capsys):
 
 
 def test_the_peer_is_pinned_with_the_torch_of_both_sides():
-    from pathlib import Path
     root = Path(__file__).resolve().parent.parent
     ours, peers = ((root / name).read_text() for name in ("requirements.txt", "requirements-peers.txt"))
     pins = [line.split("  #")[0] for line in peers.splitlines() if not line.startswith("#")]

@@ -674,3 +674,21 @@ def test_digest_sees_any_change_and_no_layout(models, tmp_path):
         assert Checkpoint(save(tmp_path / name / str(place), other)).digest() != digest
     swapped = base | {"model.a.weight": base["model.b.weight"], "model.b.weight": base["model.a.weight"]}
     assert Checkpoint(save(tmp_path / "swapped", swapped)).digest() != digest
+
+
+def test_a_device_that_is_not_there(models, tmp_path, capsys):
+    for name in ("cuda:77", "toaster"):
+        status, error = run(tmp_path, capsys, mergekit(tmp_path, "linear"), "--device", name)
+        assert status == 2 and f"device '{name}' cannot be used" in error and error.count("\n") == 1
+
+
+def test_what_is_empty_or_no_float_is_the_bases(tmp_path):
+    state = {"w": torch.ones(3), "steps": torch.tensor([1, 2]), "none": torch.empty(0, 4)}
+    other = {**state, "w": torch.tensor([1.0, 2.0, 3.0]), "steps": torch.tensor([8, 9])}
+    base, expert = save(tmp_path / "sft", state), save(tmp_path / "e", other)
+    plan = recipes.make("ties", density=1, out_dtype="bfloat16")
+    merge_folders(base, {"e": expert}, {tmp_path / "out": plan})
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged["w"].tolist() == [1, 2, 3] and merged["steps"].tolist() == [1, 2]
+    assert merged["none"].shape == (0, 4) and merged["none"].dtype == torch.bfloat16
+    assert equal(merge_state(state, {"e": other}, "ties", density=1, out_dtype="bfloat16"), merged)

@@ -6,6 +6,7 @@ keeps (ours: the lowest index); the last columns of tensors that are no multiple
 rows up in another order; the stream of DARE.
 """
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,12 +70,14 @@ def test_dare_has_the_statistics_of_mergekit(ours):
     # five experts, each dropped with chance 0.6: 0.6^5 of the weights stay; the mean shift is that without dropping
     base, experts, merged = ours("dare")
     n = sum(base[name].numel() for name in mergekit.KEPT)
-    whole = {name: sum(w * (e[name] - base[name]) for w, e in zip(mergekit.WEIGHTS, experts, strict=True)) for name in base}
+    whole = {name: sum(w * (e[name] - base[name]) for w, e in zip(mergekit.WEIGHTS, experts, strict=True))
+             for name in base}
     for found in (merged, golden("dare")):
         shift = {name: found[name] - base[name] for name in mergekit.KEPT}
         stay = sum(int((shift[name] == 0).sum()) for name in shift) / n
         assert stay == pytest.approx(0.6**5, abs=4 * (0.6**5 * (1 - 0.6**5) / n) ** 0.5)
-        slope = sum(float((shift[k] * whole[k]).sum()) for k in shift) / sum(float((whole[k] ** 2).sum()) for k in shift)
+        both = [(shift[name] * whole[name], whole[name] ** 2) for name in shift]
+        slope = sum(float(a.sum()) for a, _ in both) / sum(float(b.sum()) for _, b in both)
         # standard error of the slope: the shares 1/p - 1 = 1.5 of the variance, over n weights of five experts
         assert slope == pytest.approx(1, abs=4 * (1.5 / n) ** 0.5)
 
@@ -158,7 +161,6 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
     recipe = tmp_path / "ties.yaml"
     models = "".join(f"  - model: {tmp_path}/e{i}\n" for i in range(5))
     recipe.write_text(f"merge_method: ties-dare\npreset: paper\nbase_model: {tmp_path}/base\nmodels:\n{models}")
-    import sys
     command = [sys.executable, "-m", "m2rl_core", "merge", str(recipe), str(tmp_path / "out")]
     found = measure.run(command, tmp_path / "log.txt")
     assert found["anonymous_mb"] < 400, found

@@ -81,10 +81,10 @@ def refuse_overflow(out: Tensor, recipe: Recipe, piece: Piece) -> None:
     """ValueError where a merged piece holds NaN or Inf: its values are beyond the output type."""
     nan, inf = int(out.isnan().sum()), int(out.isinf().sum())
     if nan or inf:
-        raise ValueError(f"the {recipe.method} merge, as {out.dtype}, holds {nan} NaN and {inf} Inf among {piece.count} "
-                         f"values of {piece.name}: write float32, or take a smaller lambda")
+        raise ValueError(f"the {recipe.method} merge, as {out.dtype}, holds {nan} NaN and {inf} Inf among "
+                         f"{piece.count} values of {piece.name}: write float32, or take a smaller lambda")
 
 
 def dtype_of(recipe: Recipe, base: torch.dtype) -> torch.dtype:
-    """The type a recipe writes: its own, or the base's."""
-    return getattr(torch, recipe.out_dtype) if recipe.out_dtype else base
+    """The type a recipe writes: its own, or the base's; what is not floating point stays so."""
+    return getattr(torch, recipe.out_dtype) if recipe.out_dtype and base.is_floating_point else base

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from m2rl_core.merging.reader import meta_of
@@ -44,3 +45,11 @@ def check_shapes(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, 
             if shapes[name] != theirs[name]:
                 raise ValueError(f"{expert}: {name} has shape {theirs[name]} and the base {shapes[name]}: "
                                  "merge models of one size and one vocabulary only")
+
+
+def check_device(name: str) -> torch.device:
+    """The device; ValueError where torch does not know it or cannot use it here."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for absent devices
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -28,7 +28,7 @@ def total(x: Tensor) -> float:
 
 
 def sign_counts(rows: Sequence[Tensor]) -> tuple[int, int]:
-    """(places where two rows or more hold something other than 0, of these those with both signs); 1 to 255 rows."""
+    """(places where two rows or more are not 0, places that have both signs); 1 to 255 rows."""
     first = array(rows[0])
     up, down = as_bytes(first > 0), as_bytes(first < 0)
     for row in map(array, rows[1:]):

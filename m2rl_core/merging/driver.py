@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m2rl_core.merging.blend import Blend, Put, dtype_of
 from m2rl_core.merging.checkpoint import Digest, checksum
-from m2rl_core.merging.checks import check_recipes, check_shapes
+from m2rl_core.merging.checks import check_device, check_recipes, check_shapes
 from m2rl_core.merging.diagnosis import NotFinite, Survey, Tally, warnings
 from m2rl_core.merging.pieces import Piece, grid, groups, sample
 from m2rl_core.merging.pool import Pool
@@ -30,7 +30,8 @@ class Merger:
     base, experts[name]: mappings from name to tensor (a `Checkpoint` or a plain dict). Tensors that are not
     floating point are the base's. ValueError, naming model, tensor and count, for names or shapes that differ,
     NaN or Inf and, unless `allow_identical`, an expert with the base's very weights.
-    `report(what, done, total)` is called as tensors are done. With `digest`, `digests` has one for each model, made on the way.
+    `report(what, done, total)` is called as tensors are done. With `digest`, `digests` has one for each model, made
+    on the way. `threads` 0: as many as torch takes.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Merger:
         self.recipes, self.allow_identical = list(recipes), allow_identical
         self.report = report or (lambda what, done, total: None)
         self.threads = threads
-        self.reader, self.known = Reader(base, experts, device), {}
+        self.reader, self.known = Reader(base, experts, check_device(device)), {}
         self.names = [list(recipe.experts or experts) for recipe in self.recipes]
         self.needs = Needs(self.recipes, tuple(experts), self.reader.sizes, self.known)
         self.survey, self._seen = Survey(list(experts)), set()
@@ -64,8 +65,9 @@ class Merger:
             outs[piece.name][r].view(-1)[piece.first : piece.first + piece.count] = part
 
         for name in self.merge(begin, put):
-            copied = self.reader.sizes[name] == 0
-            yield name, [self.reader.base[name]] * len(self.recipes) if copied else outs.pop(name)
+            if self.reader.sizes[name] == 0:
+                outs[name] = [self.reader.base[name].to(out.dtype) for out in outs[name]]
+            yield name, outs.pop(name)
 
     def merge(self, begin: Callable[[Sequence[str]], None], put: Put) -> Iterator[str]:
         """The names, each when `put` has had all its pieces; before that, begin(names) is called.

@@ -63,7 +63,7 @@ def write_models(
         others = {name: stack.enter_context(Checkpoint(folder)) for name, folder in experts.items()}
         merger = Merger(origin, others, list(recipes.values()), allow_identical=allow_identical, report=report,
                         device=device, digest=True)
-        metas = [{name: (dtype_of(recipe, dtype) if dtype.is_floating_point else dtype, shape)
+        metas = [{name: (dtype_of(recipe, dtype), shape)
                   for name, (dtype, shape) in origin.meta.items()} for recipe in recipes.values()]
         check_room(recipes, sum(map(total_bytes, metas)))
         outputs = _merged(merger, origin, list(recipes), metas, shard_bytes)
@@ -105,7 +105,7 @@ def _merged(merger: Merger, origin: Checkpoint, folders: Sequence[Path], metas: 
                 for piece in grid(name, merger.reader.sizes[name]):
                     digest.add(name, sums.pop((r, name, piece.index)))
                 if not merger.reader.sizes[name]:
-                    writers[r].put(name, 0, origin[name].reshape(-1))
+                    writers[r].put(name, 0, origin[name].reshape(-1).to(metas[r][name][0]))
     results = []
     for folder, digest in zip(folders, digests, strict=True):
         with Checkpoint(folder) as output:

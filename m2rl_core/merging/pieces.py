@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-PIECE = 1 << 17  # measured best of 2^15 .. 2^18: smaller ones spend their time in Python, larger ones outgrow the caches
+PIECE = 1 << 17  # best of 2^15 .. 2^18 as measured: smaller ones cost Python's time, larger ones outgrow the caches
 GROUP = 1 << 23  # tensors are taken together up to this many values: fewer waits for the last piece
 RUN, RUNS = 2048, (32, 512)  # a sample: so many values in a row, from at least and at most so many places
 

@@ -22,8 +22,8 @@ class Reader:
     """
 
     def __init__(self, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]],
-                 device: torch.device | str = "cpu"):
-        self.base, self.experts, self.device = base, experts, torch.device(device)
+                 device: torch.device):
+        self.base, self.experts, self.device = base, experts, device
         self.meta = meta_of(base)
         self.sizes = {name: math.prod(shape) if dtype.is_floating_point else 0
                       for name, (dtype, shape) in self.meta.items()}

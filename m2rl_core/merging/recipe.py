@@ -46,7 +46,8 @@ PRESETS = {
     "mergekit": _preset(
         _AVERAGE | {"average_of": "weights"}, _TA,
         _TIES | {"density": 1.0, "threshold": "tensor", "ties": "exact", "vote": "weighted", "zero_sign": "positive"},
-        _SCE | {"uniform_below": 1e-6, "divisor_floor": 1e-6}, {"drop_rate": 0.0, "drop_rescale": "l1"}, {"normalize": False}),
+        _SCE | {"uniform_below": 1e-6, "divisor_floor": 1e-6}, {"drop_rate": 0.0, "drop_rescale": "l1"},
+        {"normalize": False}),
 }
 
 

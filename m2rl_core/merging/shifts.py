@@ -58,7 +58,8 @@ class Shifts:
     """One piece: `base` and `deltas` {expert: flat float32}, `raw` {BASE or ("expert", name): as stored}.
 
     `known` holds the statistics gathered so far (see `statistics`): {CutKey: Cut}, {(Selection, tensor): Cut},
-    {(Source or Trimmed, tensor): factor of the L1 rescale} and {"masks": dare.Masks}. Rows are shared: nobody changes one in place.
+    {(Source or Trimmed, tensor): factor of the L1 rescale} and {"masks": dare.Masks}. Rows are shared:
+    nobody changes one in place.
     """
 
     def __init__(self, piece: Piece, base: Tensor, deltas: Mapping[str, Tensor], raw: Mapping[str, Tensor],

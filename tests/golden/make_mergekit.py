@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).with_name("mergekit.safetensors")
 LAYER = "model.layers.0."
-SHAPES = {"model.embed_tokens.weight": (8, 64), "model.norm.weight": (64,)} | {f"{LAYER}{name}.weight": shape for name, shape in {
-    "self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64),
-    "self_attn.o_proj": (64, 64), "self_attn.q_norm": (64,), "self_attn.k_norm": (64,), "mlp.gate_proj": (4, 64),
-    "mlp.up_proj": (4, 64), "mlp.down_proj": (64, 4), "input_layernorm": (64,), "post_attention_layernorm": (64,)}.items()}
+PARTS = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64),
+         "self_attn.o_proj": (64, 64), "self_attn.q_norm": (64,), "self_attn.k_norm": (64,), "mlp.gate_proj": (4, 64),
+         "mlp.up_proj": (4, 64), "mlp.down_proj": (64, 4), "input_layernorm": (64,), "post_attention_layernorm": (64,)}
+SHAPES = {"model.embed_tokens.weight": (8, 64), "model.norm.weight": (64,)} | {
+    f"{LAYER}{part}.weight": shape for part, shape in PARTS.items()}
 KEPT = ("model.embed_tokens.weight", f"{LAYER}mlp.gate_proj.weight", f"{LAYER}input_layernorm.weight")  # in the file
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True, "vocab_size": 8,
           "hidden_size": 64, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -77,7 +78,8 @@ def models(kind: str, folder: Path) -> list[Path]:
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     for name, state in states.items():
         (folder / name).mkdir(parents=True)
-        save_file({tensor: x.to(dtype) for tensor, x in state.items()}, folder / name / "model.safetensors", {"format": "pt"})
+        save_file({tensor: x.to(dtype) for tensor, x in state.items()}, folder / name / "model.safetensors",
+                  {"format": "pt"})
         (folder / name / "config.json").write_text(json.dumps(CONFIG | {"dtype": str(dtype).split(".")[1]}))
     return [folder / name for name in states]
 
