@@ -1,10 +1,13 @@
 """The README's verdict table is that of the committed report, and refreshing it changes nothing else."""
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from m2rl_core import readme
+from m2rl_core.merging import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,3 +35,12 @@ def test_missing_marker_is_named(tmp_path):
     page.write_text(readme.BEGIN)
     with pytest.raises(ValueError, match="end of verdicts"):
         readme.refresh(page, tmp_path / "claims.json")
+
+
+def test_the_readmes_recipe_is_one():
+    """Catches an example that the merge command would refuse, or that means another preset than mergekit's."""
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    base, experts, plan = cli.parse(yaml.safe_load(block))
+    assert str(base) == "models/sft" and list(experts) == ["models/rl-math", "models/rl-coding"]
+    assert (plan.method, plan.preset, plan.out_dtype) == ("ties", "mergekit", "bfloat16")
+    assert plan.each("density", 2) == [0.2, 0.2]
