@@ -36,9 +36,9 @@ SWEEP = (  # what section 3.2 varies, one parameter at a time; each method's own
     ("merge-ties", "density", (0.1, 0.4, 1.0)),
     ("merge-ties", "threshold", ("tensor",)),
     ("merge-sce", "select", (0.5,)),
-    ("merge-ties-dare", "drop_rate", (0.2, 0.5)),  # 0.2 is the released code's
-    ("merge-ta-dare", "drop_rate", (0.2, 0.5)),
-    *((name, "out_dtype", ("bfloat16",)) for name in MERGES),  # the type of most released weights
+    ("merge-ties-dare", "drop_rate", (0.2,)),  # the released code's
+    ("merge-ta-dare", "drop_rate", (0.2,)),
+    *((f"merge-{name}", "out_dtype", ("bfloat16",)) for name in ("average", "ta", "ties")),  # most weights' type
 )
 TRAINED = (*EXPERTS, "rl-multi", "mt-opd")  # every policy that learns from its own rollouts (3.2_train)
 MODELS = ("base", "sft", *EXPERTS, "rl-multi", *MERGES, "mt-opd")
