@@ -136,8 +136,8 @@ def test_the_papers_formulas(method, preset, rate):
     sizes = [base[name].numel() for name in base]
     delta = torch.stack([torch.cat([(experts[e][n] - base[n]).flatten() for n in base]) for e in names]).double()
     if method.endswith("dare"):
-        keep = torch.stack([torch.cat([dare.keep_mask(dare.start_of(4, e, n), 0, base[n].numel(), rate) for n in base])
-                            for e in names])
+        keep = torch.stack([torch.cat([torch.from_numpy(dare.keep_mask(
+            dare.start_of(4, e, n), 0, base[n].numel(), rate)) for n in base]) for e in names])
         delta = delta * keep / (1 - rate)
     formulas = {"average": lambda: delta.mean(0), "ta": lambda: delta.sum(0), "sce": lambda: sce(delta, sizes),
                 "ties": lambda: ties(delta, 0.2)}

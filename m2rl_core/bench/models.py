@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from m2rl_core.merging.checkpoint import Writer
+from m2rl_core.merging.states import flat
 
 EXPERTS = 5
 CHUNK = 1 << 22
@@ -44,18 +45,18 @@ def make(folder: Path, layers: int, vocab: int, seed: int = 0, changed: float = 
         (folder / name).mkdir(parents=True)
         config = CONFIG | {"num_hidden_layers": layers, "vocab_size": vocab}
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        writers.append(Writer(folder / name, {tensor: (torch.bfloat16, shape) for tensor, shape in sizes.items()}))
+        writers.append(Writer(folder / name, {tensor: ("BF16", shape) for tensor, shape in sizes.items()}))
     for name, shape in sizes.items():
         size = math.prod(shape)
         for first in range(0, size, CHUNK):
             n = min(CHUNK, size - first)
             base = (0.02 * torch.randn(n, generator=generator)).bfloat16()
-            writers[0].put(name, first, base)
+            writers[0].put(name, first, flat(base))
             bits = base.view(torch.int16)
             free = (bits & 0x7FFF) > 0  # a step down from 0 would be NaN
             for writer in writers[1:]:
                 sign = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int16) * 2 - 1
                 moved = (torch.rand(n, generator=generator) < changed) & free
-                writer.put(name, first, (bits + sign * moved).view(torch.bfloat16))
+                writer.put(name, first, flat((bits + sign * moved).view(torch.bfloat16)))
     for writer in writers:
         writer.__exit__(None, None, None)

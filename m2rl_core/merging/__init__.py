@@ -1,4 +1,4 @@
-"""Model merging: one method a file, pure tensor functions; `driver` streams tensors through recipes.
+"""Model merging: one method a file, pure functions over arrays; `driver` streams tensors through recipes.
 
     merge_state(base, {"a": a, "b": b}, "ties", density=0.5)     dicts of tensors, for a look by hand
     folders.merge_folders(base, experts, {out: recipe.make("ties"), ...})     model folders, one read for all
@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from m2rl_core.merging import recipe as recipes
-from m2rl_core.merging.driver import Merger
 from m2rl_core.merging.folders import write_models
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merge_state(
@@ -20,8 +21,9 @@ def merge_state(
     preset: str = "paper", seed: int = 0, out_dtype: str = "", **parameters,
 ) -> dict[str, Tensor]:
     """The merged state dict, in the base's types unless `out_dtype`; arguments as in `recipe.make`."""
+    from m2rl_core.merging.states import StateMerger  # here, as a merge of folders does without torch
     plan = recipes.make(method, preset, seed=seed, out_dtype=out_dtype, **parameters)
-    return {name: merged for name, (merged,) in Merger(base_state, expert_states, [plan], allow_identical=True)}
+    return {name: merged for name, (merged,) in StateMerger(base_state, expert_states, [plan], allow_identical=True)}
 
 
 def build(ctx) -> None:

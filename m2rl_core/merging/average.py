@@ -3,36 +3,84 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.merging.stored import wide
 
 
-def of_shifts(base: Tensor, deltas: Sequence[Tensor], *, weights: Sequence[float], normalize: bool) -> Tensor:
-    """The shift from `base` to sum_i w_i theta_i, divided by sum_i w_i where `normalize`; flat float32.
+def of_shifts(base: np.ndarray, rows: np.ndarray, weights: Sequence[float], normalize: bool, out: np.ndarray) -> None:
+    """out := the shift from `base` to sum_i w_i theta_i, divided by sum_i w_i where `normalize`.
 
-    theta_i = base + delta_i. Normalised, the base cancels and what is left is the weighted mean of the
-    deltas; otherwise the base itself counts sum_i w_i times, as in mergekit.
+    theta_i = base + row_i; base, out: float32 (P,), rows (E, P). Normalised, the base cancels and what is left is
+    the weighted mean of the shifts; otherwise the base itself counts sum_i w_i times, as in mergekit.
     """
     total = sum(weights)
-    mixed = weighted_sum(deltas, weights)
-    return mixed.div_(total) if normalize else mixed.add_((total - 1.0) * base)
+    weighted_sum(rows, np.array(weights, np.float32), np.float32(total if normalize else 1), out)
+    if not normalize:
+        out += np.float32(total - 1.0) * base
 
 
-def of_weights(models: Sequence[Tensor], *, weights: Sequence[float], normalize: bool) -> Tensor:
-    """sum_i w_i theta_i, divided by sum_i w_i where `normalize`, straight from the formula; flat float32.
+def of_weights(models: np.ndarray, which: np.ndarray, weights: Sequence[float], normalize: bool,
+               out: np.ndarray) -> None:
+    """out := sum_i w_i theta_i, divided by sum_i w_i where `normalize`, straight from the formula; float32 (P,).
 
-    The same as `base + of_shifts` but for the last bit; the operations are mergekit's, so the bits are too.
+    theta_i = models[which[i]], as stored. The same as `base + of_shifts` but for the last bit; the operations are
+    mergekit's, so the bits are too.
     """
-    weights = torch.tensor(weights, dtype=torch.float32, device=models[0].device)
-    mixed = torch.zeros_like(models[0])
-    for weight, model in zip(weights, models, strict=True):
-        mixed.addcmul_(model, weight)
-    return mixed.div_(weights.sum()) if normalize else mixed
+    _of_weights(models, which, np.array(weights, np.float32), total_of(weights) if normalize else np.float32(1), out)
 
 
-def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i delta_i in the order given, as a new tensor."""
-    mixed = torch.zeros_like(deltas[0])
-    for weight, delta in zip(weights, deltas, strict=True):
-        mixed += delta if weight == 1 else weight * delta
-    return mixed
+def total_of(weights: Sequence[float]) -> np.float32:
+    """The sum of the weights in float32, added in the order of torch's `sum`, as mergekit calls it."""
+    terms, total = np.array(weights, np.float32), np.float32(0)
+    if len(terms) < 8:
+        return _by_fours(terms)
+    rest = len(terms) % 8
+    for term in (*terms[len(terms) - rest :], *_by_fours(terms[: len(terms) - rest].reshape(-1, 8))):
+        total += term
+    return total
+
+
+def _by_fours(terms: np.ndarray):
+    """The sum over the first axis: every fourth term by itself, what is left with the first of the four."""
+    sums = [np.zeros_like(terms[0])] * 4
+    for i, term in enumerate(terms):
+        four = i % 4 if i < len(terms) // 4 * 4 else 0
+        sums[four] = sums[four] + term
+    return sums[0] + sums[1] + sums[2] + sums[3]
+
+
+@kernel
+def weighted_sum(rows, weights, divisor, out):
+    """out := sum_i w_i row_i / divisor, added in the order given; rows float32 (E, P), weights (E,), out (P,)."""
+    for first in range(0, len(out), BLOCK):
+        mixed = out[first : first + BLOCK]
+        mixed[:] = np.float32(0)
+        for e in range(len(rows)):
+            row, weight = rows[e, first : first + len(mixed)], weights[e]
+            for i in range(len(row)):
+                mixed[i] += weight * row[i]
+        for i in range(len(mixed)):
+            mixed[i] /= divisor
+
+
+@intrinsic
+def fused(_, a, b, c):
+    """a b + c in float32, rounded once: so does torch's addcmul, and so come out the bits of mergekit's linear merge."""
+    return types.float32(types.float32, types.float32, types.float32), lambda _, builder, __, args: builder.fma(*args)
+
+
+@kernel
+def _of_weights(models, which, weights, divisor, out):
+    for first in range(0, len(out), BLOCK):
+        mixed = out[first : first + BLOCK]
+        mixed[:] = np.float32(0)
+        for e in range(len(which)):
+            row, weight = models[which[e], first : first + len(mixed)], weights[e]
+            for i in range(len(row)):
+                mixed[i] = fused(weight, wide(row[i]), mixed[i])
+        for i in range(len(mixed)):
+            mixed[i] /= divisor

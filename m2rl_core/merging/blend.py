@@ -5,86 +5,95 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from m2rl_core.merging import average, sce, ties
 from m2rl_core.merging import task_arithmetic as ta
-from m2rl_core.merging.diagnosis import Tally
+from m2rl_core.merging.diagnosis import Tally, rounded
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
-from m2rl_core.merging.shifts import BASE, Input, Shifts
+from m2rl_core.merging.shifts import Input, Shifts
 from m2rl_core.merging.statistics import selection_of
+from m2rl_core.merging.stored import CODES, FLOATS, not_finite
 
-Put = Callable[[int, Piece, Tensor], None]  # takes (recipe, piece, merged values in the output type), in any thread
+Put = Callable[[int, Piece, np.ndarray], None]  # takes (recipe, piece, merged values as stored), in any thread
 
 
 class Blend:
     """The counter of the last pass: merges a piece by every recipe, hands it on, and counts for the diagnosis."""
 
     def __init__(self, recipes: Sequence[Recipe], inputs: Sequence[Sequence[Input]], known: Mapping,
-                 tallies: Sequence[Tally], put: Put):
-        self.recipes, self.inputs, self.known, self.tallies, self.put = recipes, inputs, known, tallies, put
+                 tallies: Sequence[Tally], codes: Mapping[str, str], put: Put):
+        self.recipes, self.inputs, self.known = recipes, inputs, known
+        self.tallies, self.codes, self.put = tallies, codes, put
+        alike: dict[tuple, list[int]] = {}
+        for r, (recipe, wanted) in enumerate(zip(recipes, inputs, strict=True)):
+            alike.setdefault((*wanted, recipe.method, *sorted(
+                (name, value) for name, value in recipe.parameters.items() if name != "scale")), []).append(r)
+        sources = [[getattr(want, "source", want) for want in wanted] for wanted in inputs]
+        self.groups = sorted(alike.values(), key=lambda group: sources.index(sources[group[0]]))  # DARE's side by side
 
     def count(self, shifts: Shifts) -> list[tuple]:
-        return [self._one(r, shifts) for r in range(len(self.recipes))]
+        results: list[tuple] = [()] * len(self.recipes)
+        for group in self.groups:
+            shift, wide, kept = self._merged(self.recipes[group[0]], self.inputs[group[0]], shifts)
+            for r in group:
+                results[r] = kept, self._written(r, shifts, shift, wide)
+        return results
 
-    def _one(self, r: int, shifts: Shifts) -> tuple:
-        recipe, inputs, piece = self.recipes[r], self.inputs[r], shifts.piece
-        key = ("merged", recipe.method, tuple(inputs), *sorted(
-            (name, value) for name, value in recipe.parameters.items() if name != "scale"))
-        merged, wide = shifts.once(key, lambda: self._merged(recipe, inputs, shifts))
-        scale = recipe.parameters.get("scale", 1.0)
+    def _written(self, r: int, shifts: Shifts, shift: np.ndarray, wide: np.ndarray | None) -> tuple:
+        recipe, piece = self.recipes[r], shifts.piece
+        scale, code = recipe.parameters.get("scale", 1.0), code_of(recipe, self.codes[piece.name])
         if scale != 1:
-            merged = merged * scale
-        if wide is None or scale != 1:
-            wide = shifts.base + merged
-        dtype = dtype_of(recipe, shifts.raw[BASE].dtype)
-        out = wide.to(dtype)
-        rounded = shifts.once(("rounded", dtype), lambda: shifts.base.to(dtype).float())
-        result = Tally.count(shifts.base, rounded, merged, out)
+            shift = shift * np.float32(scale)
+        out, result = rounded(shifts.base, shift, wide, code)
         if not np.isfinite(result[-1]):
-            refuse_overflow(out, recipe, piece)
+            refuse_overflow(out, code, recipe, piece)
         self.put(r, piece, out)
-        return [shifts.nonzero(want) for want in inputs], result
+        return result
 
-    def _merged(self, recipe: Recipe, inputs: Sequence[Input], shifts: Shifts) -> tuple[Tensor, Tensor | None]:
-        """(shift that the method gives before lambda, base + shift where that is what the method gives)."""
-        p, base = recipe.parameters, shifts.base
-        rows = [shifts.of(want) for want in inputs]
-        weights = recipe.each("weight", len(rows)) if "weight" in p else []
+    def _merged(self, recipe: Recipe, inputs: Sequence[Input], shifts: Shifts) -> tuple:
+        """(shift that the method gives before lambda, base + shift where that is what the method gives, how many
+        of each expert's shifts took part)."""
+        p, base, out = recipe.parameters, shifts.base, np.empty(shifts.piece.count, np.float32)
+        weights = recipe.each("weight", len(inputs)) if "weight" in p else []
+        if recipe.method in ("ties", "ties-dare"):
+            sign = 1
+            if p["zero_sign"] == "majority":
+                sign = self.known["majority", tuple(inputs), p["vote"], tuple(weights)]
+            kept = np.zeros(len(inputs), np.int64)
+            ties.merge(*shifts.trims(inputs), np.array(weights, np.float32), p["vote"] == "weighted",
+                       np.float32(sign), p["normalize"], ties.ZERO, out, kept)
+            return out, None, kept.tolist()
+        rows, kept = shifts.rows(inputs)
         if recipe.method == "average" and p["average_of"] == "weights":
-            models = [shifts.raw["expert", want.expert].to(base.device).float() for want in inputs]
-            wide = average.of_weights(models, weights=weights, normalize=p["normalize"])
-            return wide - base, wide
+            which = np.array([1 + shifts.experts.index(want.expert) for want in inputs])
+            average.of_weights(shifts.stored, which, weights, p["normalize"], out)
+            return out - base, out, kept
         if recipe.method == "average":
-            return average.of_shifts(base, rows, weights=weights, normalize=p["normalize"]), None
-        if recipe.method == "sce":
+            average.of_shifts(base, rows, weights, p["normalize"], out)
+        elif recipe.method == "sce":
             selection = selection_of(recipe, [want.expert for want in inputs])
             weights = sce.expert_weights(self.known["squares", selection, shifts.piece.name], p["uniform_below"])
             if p["select_masks"] == "deltas":
                 rows = shifts.selected(selection)
-            return sce.merge(rows, weights=weights, divisor_floor=p["divisor_floor"]), None
-        if recipe.method in ("ta", "ta-dare"):
-            return ta.merge(rows, weights=weights, normalize=p["normalize"]), None
-        sign = 1
-        if p["zero_sign"] == "majority":
-            sign = self.known["majority", tuple(inputs), p["vote"], tuple(weights)]
-        return ties.merge(rows, weights=weights, vote=p["vote"], zero_sign=sign, normalize=p["normalize"]), None
+            sce.merge(rows, weights, p["divisor_floor"], out)
+        else:
+            ta.merge(rows, weights, p["normalize"], out)
+        return out, None, kept
 
     def add(self, piece: Piece, result: list[tuple]) -> None:
         for tally, (kept, counts) in zip(self.tallies, result, strict=True):
             tally.add(piece, kept, counts)
 
 
-def refuse_overflow(out: Tensor, recipe: Recipe, piece: Piece) -> None:
+def refuse_overflow(out: np.ndarray, code: str, recipe: Recipe, piece: Piece) -> None:
     """ValueError where a merged piece holds NaN or Inf: its values are beyond the output type."""
-    nan, inf = int(out.isnan().sum()), int(out.isinf().sum())
+    nan, inf = not_finite(out, code)
     if nan or inf:
-        raise ValueError(f"the {recipe.method} merge, as {out.dtype}, holds {nan} NaN and {inf} Inf among "
+        raise ValueError(f"the {recipe.method} merge, as {code}, holds {nan} NaN and {inf} Inf among "
                          f"{piece.count} values of {piece.name}: write float32, or take a smaller lambda")
 
 
-def dtype_of(recipe: Recipe, base: torch.dtype) -> torch.dtype:
+def code_of(recipe: Recipe, base: str) -> str:
     """The type a recipe writes: its own, or the base's; what is not floating point stays so."""
-    return getattr(torch, recipe.out_dtype) if recipe.out_dtype and base.is_floating_point else base
+    return CODES[recipe.out_dtype] if recipe.out_dtype and base in FLOATS else base

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -11,39 +10,40 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from m2rl_core.merging.dare import words
+from m2rl_core.merging.kernel import kernel
 from m2rl_core.merging.pieces import PIECE, grid
+from m2rl_core.merging.pool import cores
+from m2rl_core.merging.stored import DTYPES, Meta, bytes_of, count_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDECARS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
             "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
             "chat_template.json")
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
 SHARD_BYTES = 5_000_000_000
 
 
 class Checkpoint(Mapping):
-    """The tensors of a folder by name, each read when asked for; `meta` has every (dtype, shape) without reading."""
+    """The tensors of a folder by name, torch's, each read when asked for; `meta` has every (code, shape) at once."""
 
     def __init__(self, folder: Path | str):
         """ValueError for a folder without safetensors, a missing shard or a file that is cut short."""
         self.folder = Path(folder)
         self.files = weight_files(self.folder)
-        self._handles, self._home = {}, {}
-        self.meta: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._home: dict[str, Path] = {}
+        self.meta: dict[str, Meta] = {}
         for path in self.files:
             try:
-                handle = safe_open(path, framework="pt")
+                handle = safe_open(path, framework="numpy")
             except SafetensorError as error:
                 raise ValueError(f"{path} is corrupt or cut short ({error}): copy it again") from error
-            self._handles[path] = handle
             for name in handle.keys():
                 if name in self._home:
                     raise ValueError(f"{self.folder}: {name} stands in two files; remove the stale one")
@@ -51,10 +51,11 @@ class Checkpoint(Mapping):
                 if part.get_dtype() not in DTYPES:
                     raise ValueError(f"{path}: {name} has type {part.get_dtype()}, which cannot be merged")
                 self._home[name] = path
-                self.meta[name] = (DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                self.meta[name] = (part.get_dtype(), tuple(part.get_shape()))
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._handles[self._home[name]].get_tensor(name)
+        with safe_open(self._home[name], framework="pt") as handle:
+            return handle.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta)
@@ -72,19 +73,16 @@ class Checkpoint(Mapping):
         for file in self._open.values():
             file.close()
 
-    def read(self, name: str, first: int, count: int, buffer: Tensor) -> Tensor:
-        """Values first .. first+count-1 of the flat tensor, read into the uint8 `buffer`; any thread may call it.
+    def read(self, name: str, first: int, out: np.ndarray) -> None:
+        """out := the flat tensor's values from `first` on, in its own type; any thread may call it.
 
         By pread: with a warm page cache as fast as mapping the file, and a file cut short meanwhile is an error
         here, not the end of the process.
         """
-        dtype = self.meta[name][0]
-        into = buffer[: count * dtype.itemsize]
         path = self._home[name]
-        got = os.preadv(self._open[path].fileno(), [into.numpy().data], self._begin[name] + first * dtype.itemsize)
-        if got != into.numel():
+        got = os.preadv(self._open[path].fileno(), [out.data], self._begin[name] + first * out.itemsize)
+        if got != out.nbytes:
             raise ValueError(f"{path} is cut short at {name}: it changed while it was read")
-        return into.view(dtype)
 
     def digest(self) -> str:
         """The `Digest` of all tensors."""
@@ -93,10 +91,11 @@ class Checkpoint(Mapping):
 
     def digested(self, digest: Digest) -> str:
         """The same where `digest` has some tensors already; entered."""
-        buffer = torch.empty(PIECE * 8, dtype=torch.uint8)
         for name in self.meta.keys() - digest.blocks.keys():
-            for piece in grid(name, math.prod(self.meta[name][1])):
-                digest.add(name, checksum(self.read(name, piece.first, piece.count, buffer)))
+            values = np.empty(PIECE, DTYPES[self.meta[name][0]])
+            for piece in grid(name, count_of(self.meta[name])):
+                self.read(name, piece.first, values[: piece.count])
+                digest.add(name, checksum(values[: piece.count]))
         return digest.text(self.meta)
 
     def sha256(self) -> dict[str, str]:
@@ -104,7 +103,7 @@ class Checkpoint(Mapping):
         def one(path: Path) -> str:
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             return dict(zip([path.name for path in self.files], pool.map(one, self.files), strict=True))
 
 
@@ -122,29 +121,39 @@ class Digest:
         """The checksum of a tensor's next piece."""
         self.blocks.setdefault(name, []).append(block)
 
-    def text(self, meta: Mapping[str, tuple[torch.dtype, tuple]]) -> str:
-        lines = (f"{name} {CODES[dtype]} {list(shape)} {' '.join(f'{b:016x}' for b in self.blocks.get(name, ()))}\n"
-                 for name, (dtype, shape) in sorted(meta.items()))
+    def text(self, meta: Mapping[str, Meta]) -> str:
+        lines = (f"{name} {code} {list(shape)} {' '.join(f'{b:016x}' for b in self.blocks.get(name, ()))}\n"
+                 for name, (code, shape) in sorted(meta.items()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def checksum(values: Tensor) -> int:
+def checksum(values: np.ndarray) -> int:
     """64 bits for the bytes of a flat tensor: the sum over its 8-byte words of word times key, modulo 2^64.
 
     The keys are odd and look random (SplitMix64 from 0), so every change of one word shows, and others but for a
     chance of about 2^-63. A last word that is not full counts as if zeros followed.
     """
-    data = values.view(torch.uint8).numpy()
+    data = values.view(np.uint8)
+    if data.ctypes.data % 8:
+        data = data.copy()
     whole = len(data) // 8 * 8
-    total = int(np.dot(data[:whole].view(np.uint64), _keys(whole // 8)))
+    total = int(_dot(data[:whole].view(np.uint64), _keys(whole // 8)))
     if whole < len(data):
         total += int.from_bytes(data[whole:].tobytes(), "little") * int(_keys(whole // 8 + 1)[-1])
     return total % 2**64
 
 
+@kernel
+def _dot(a, b):
+    total = np.uint64(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
 @lru_cache(maxsize=8)
 def _keys(count: int) -> np.ndarray:
-    return words(0, 0, count).numpy().view(np.uint64) | np.uint64(1)
+    return words(0, 0, count) | np.uint64(1)
 
 
 def _begins(path: Path) -> dict[str, int]:
@@ -175,18 +184,18 @@ def weight_files(folder: Path) -> list[Path]:
 class Writer:
     """Writes pieces of tensors of known shapes in any order into safetensors shards; nothing is held in memory."""
 
-    def __init__(self, folder: Path, meta: Mapping[str, tuple[torch.dtype, tuple]], shard_bytes: int = SHARD_BYTES):
+    def __init__(self, folder: Path, meta: Mapping[str, Meta], shard_bytes: int = SHARD_BYTES):
         shards: list[list[str]] = [[]]
         used = 0
-        for name in sorted(meta, key=lambda n: (-meta[n][0].itemsize, n)):  # wide types first keeps them aligned
-            size = _size(meta[name])
+        for name in sorted(meta, key=lambda n: (-DTYPES[meta[n][0]].itemsize, n)):  # wide types first keeps them aligned
+            size = bytes_of(meta[name])
             if shards[-1] and used + size > shard_bytes:
                 shards.append([])
                 used = 0
             shards[-1].append(name)
             used += size
         self.meta, self._place, self._files, self._lock = meta, {}, [], threading.Lock()
-        self.left = {name: math.prod(shape) for name, (_, shape) in meta.items()}
+        self.left = {name: count_of(one) for name, one in meta.items()}
         for i, names in enumerate(shards, 1):
             path = folder / ("model.safetensors" if len(shards) == 1 else
                              f"model-{i:05d}-of-{len(shards):05d}.safetensors")
@@ -200,9 +209,9 @@ class Writer:
     def _start(self, file, names: list[str]) -> None:
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         for name in names:
-            dtype, shape = self.meta[name]
-            end = offset + _size(self.meta[name])
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            code, shape = self.meta[name]
+            end = offset + bytes_of(self.meta[name])
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -210,23 +219,23 @@ class Writer:
         for name in names:
             self._place[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
-    def put(self, name: str, first: int, values: Tensor) -> None:
+    def put(self, name: str, first: int, values: np.ndarray) -> None:
         """Writes flat values at their place, `first` values into the tensor; any thread may call it.
 
-        ValueError where the type is not the plan's or the tensor has no such place.
+        ValueError where the type is not the plan's (bfloat16 as uint16) or the tensor has no such place.
         """
-        dtype, shape = self.meta[name]
-        if values.dtype != dtype or first + values.numel() > math.prod(shape):
-            raise ValueError(f"{name}: {values.numel()} values of {values.dtype} at {first} are not in the plan, "
-                             f"{dtype} {tuple(shape)}")
+        code, shape = self.meta[name]
+        if values.dtype != DTYPES[code] or first + values.size > count_of(self.meta[name]):
+            raise ValueError(f"{name}: {values.size} values of {values.dtype} at {first} are not in the plan, "
+                             f"{code} {tuple(shape)}")
         file, offset = self._place[name]
-        data = values.view(torch.uint8).numpy().data
-        place = offset + first * dtype.itemsize
+        data = values.view(np.uint8).data
+        place = offset + first * values.itemsize
         while len(data):  # a disk that is almost full takes a part, and then refuses the rest
             done = os.pwrite(file.fileno(), data, place)
             data, place = data[done:], place + done
         with self._lock:
-            self.left[name] -= values.numel()
+            self.left[name] -= values.size
 
     def __enter__(self) -> Writer:
         return self
@@ -254,10 +263,6 @@ def copy_sidecars(source: Path, out: Path, dtype: str) -> None:
         config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def total_bytes(meta: Mapping[str, tuple[torch.dtype, tuple]]) -> int:
+def total_bytes(meta: Mapping[str, Meta]) -> int:
     """The bytes of all tensors of a plan."""
-    return sum(_size(one) for one in meta.values())
-
-
-def _size(meta: tuple[torch.dtype, tuple]) -> int:
-    return meta[0].itemsize * torch.Size(meta[1]).numel()
+    return sum(map(bytes_of, meta.values()))

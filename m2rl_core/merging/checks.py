@@ -3,21 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
-from m2rl_core.merging.reader import meta_of
 from m2rl_core.merging.recipe import Recipe, known
-
-MOST = 255  # signs are counted in bytes
 
 
 def check_recipes(recipes: Sequence[Recipe], experts: Mapping) -> None:
     """ValueError for no experts, unknown or repeated ones, lists of the wrong length, weights that cancel."""
     if not experts:
         raise ValueError("no experts to merge: name at least one")
-    if len(experts) > MOST:
-        raise ValueError(f"{len(experts)} experts are more than the {MOST} that can be merged at once")
     for recipe in recipes:
         names = recipe.experts or tuple(experts)
         for name in names:
@@ -31,11 +23,11 @@ def check_recipes(recipes: Sequence[Recipe], experts: Mapping) -> None:
             raise ValueError("the weights add up to 0 and normalize divides by their sum: change a weight")
 
 
-def check_shapes(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """ValueError unless every expert has the base's tensor names and shapes; reads no weights of a Checkpoint."""
-    shapes = {name: shape for name, (_, shape) in meta_of(base).items()}
-    for expert, tensors in experts.items():
-        theirs = {name: shape for name, (_, shape) in meta_of(tensors).items()}
+def check_shapes(base, experts: Mapping) -> None:
+    """ValueError unless every expert has the base's tensor names and shapes; reads no weights."""
+    shapes = {name: shape for name, (_, shape) in base.meta.items()}
+    for expert, model in experts.items():
+        theirs = {name: shape for name, (_, shape) in model.meta.items()}
         for names, words in ((shapes.keys() - theirs.keys(), "lacks {}, which the base has"),
                              (theirs.keys() - shapes.keys(), "has {}, which the base lacks")):
             if names:
@@ -46,10 +38,3 @@ def check_shapes(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, 
                 raise ValueError(f"{expert}: {name} has shape {theirs[name]} and the base {shapes[name]}: "
                                  "merge models of one size and one vocabulary only")
 
-
-def check_device(name: str) -> torch.device:
-    """The device; ValueError where torch does not know it or cannot use it here."""
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for absent devices
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -33,7 +33,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which shifts DARE drops (default 0)")
     parser.add_argument("--allow-identical", action="store_true", help="go on where an expert is the base itself")
     parser.add_argument("--sha256", action="store_true", help="also put SHA-256 of every weight file into merge.json")
-    parser.add_argument("--device", default="cpu", help="where the arithmetic is done, such as cuda (default cpu)")
     args = parser.parse_args(argv)
     try:
         done = merge(args.recipe, args.out, args)
@@ -63,7 +62,7 @@ def merge(recipes: Sequence[Path], out: Path, args: argparse.Namespace) -> dict[
     allow = args.allow_identical or base in experts.values()
     try:
         return merge_folders(base, experts, {outs[path]: plan for path, (_, _, plan) in plans.items()},
-                             allow_identical=allow, sha256=args.sha256, device=args.device, report=_progress)
+                             allow_identical=allow, sha256=args.sha256, report=_progress)
     except BaseException:
         if len(plans) > 1 and out.is_dir() and not any(out.iterdir()):
             out.rmdir()

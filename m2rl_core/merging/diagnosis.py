@@ -4,15 +4,14 @@ Counted piece by piece, beside the merge: `count` in any thread, `add` in the or
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from m2rl_core.merging.counting import array, count, sign_counts
+from m2rl_core.merging.kernel import BLOCK, kernel
 from m2rl_core.merging.pieces import Piece
-from m2rl_core.merging.shifts import Shifts, Source
+from m2rl_core.merging.shifts import Shifts
+from m2rl_core.merging.stored import DTYPES, narrow
 
 MERGEKIT_SCE_LIMIT = 1e-6  # below it mergekit's SCE gives every expert the same weight, without a word
 
@@ -29,11 +28,10 @@ class Survey:
         self.values = self.shared = self.conflicts = 0
 
     def count(self, shifts: Shifts) -> tuple:
-        """Raises NotFinite. A sum that is finite has finite terms; where it is not, the values are looked at."""
-        if not all(math.isfinite(float(row.sum())) for row in shifts.deltas.values()):
-            if not all(bool(torch.isfinite(stored).all()) for stored in shifts.raw.values()):
-                raise NotFinite(shifts.piece.name)
-        return [shifts.nonzero(Source(expert)) for expert in shifts.deltas], *sign_counts(list(shifts.deltas.values()))
+        """Raises NotFinite. A shift may be infinite where its terms are not: then the values are looked at."""
+        if not shifts.finite:
+            raise NotFinite(shifts.piece.name)
+        return shifts.changed.tolist(), shifts.shared, shifts.conflicts
 
     def add(self, piece: Piece, result: tuple) -> None:
         changed, shared, conflicts = result
@@ -66,19 +64,6 @@ class Tally:
         self.values = self.moved = self.lost = 0
         self.change = self.error = 0.0
 
-    @staticmethod
-    def count(base: Tensor, rounded: Tensor, merged: Tensor, out: Tensor) -> tuple[int, int, float, float]:
-        """base, merged: float32, what was and what is to be added; `out`: their sum in the output type; `rounded`:
-        the base as the output type has it, in float32 again.
-
-        The last number, the rounding error, is NaN or Inf where `out` holds one.
-        """
-        wide = out.to(torch.float32, copy=True)
-        moved = array(merged) != 0
-        lost = moved & (array(wide) == array(rounded))
-        error = wide.sub_(base).sub_(merged).abs_()
-        return count(moved), count(lost), float(merged.abs().sum()), float(error.sum())
-
     def add(self, piece: Piece, kept: Sequence[int], result: tuple[int, int, float, float]) -> None:
         for expert, more in zip(self.kept, kept, strict=True):
             self.kept[expert] += more
@@ -98,6 +83,81 @@ class Tally:
             "lost": _share(self.lost, self.moved),
             "rounding": self.error / self.change if self.change else 0.0,
         }
+
+
+def rounded(base: np.ndarray, shift: np.ndarray, wide: np.ndarray | None, code: str) -> tuple[np.ndarray, tuple]:
+    """(base + shift, or `wide` where that is given, in the output type; what `Tally.add` takes); float32 (P,).
+
+    The last number, the rounding error, is NaN or Inf where the output holds one.
+    """
+    sums = np.zeros(4)
+    if code == "BF16":
+        out = np.empty(len(base), DTYPES[code])
+        _round(base, shift, base if wide is None else wide, wide is None, out, sums)
+    else:
+        out = narrow(base + shift if wide is None else wide, code)
+        _compare(base, shift, out.astype(np.float32), narrow(base, code).astype(np.float32), sums)
+    return out, (int(sums[0]), int(sums[1]), float(sums[2]), float(sums[3]))
+
+
+@kernel
+def bfloat16(x):
+    """The bits of the bfloat16 nearest to a float32, of two the even one."""
+    bits = np.float32(x).view(np.uint32)
+    if x != x:
+        return np.uint32(0x7FC0)
+    even = (bits >> np.uint32(16)) & np.uint32(1)  # numba's sums of uint32 are uint64
+    return np.uint32(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+
+
+@kernel
+def _round(base, shift, wide, add, out, sums):
+    """out := base + shift (or wide) as bfloat16, uint16 (P,); the counts and sums of `_compare`."""
+    backs, helds = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    lanes = np.zeros((2, BLOCK))
+    for first in range(0, len(base), BLOCK):
+        here, moved, bits = base[first : first + BLOCK], shift[first : first + BLOCK], out[first : first + BLOCK]
+        given, back, held = wide[first : first + BLOCK], backs[: len(here)], helds[: len(here)]
+        for i in range(len(here)):
+            x = bfloat16(here[i] + moved[i] if add else given[i])
+            bits[i] = x
+            back[i] = np.uint32(x << np.uint32(16)).view(np.float32)
+            held[i] = np.uint32(bfloat16(here[i]) << np.uint32(16)).view(np.float32)
+        _count(here, moved, back, held, sums, lanes)
+    _collect(lanes, sums)
+
+
+@kernel
+def _compare(base, shift, back, held, sums):
+    """sums := weights moved, of these put back by rounding, sum of |shift|, sum of |rounding error|.
+
+    back, held: the merged weights and the base as the output type has them, in float32 again; all (P,).
+    """
+    lanes = np.zeros((2, BLOCK))
+    for first in range(0, len(base), BLOCK):
+        one = slice(first, first + BLOCK)
+        _count(base[one], shift[one], back[one], held[one], sums, lanes)
+    _collect(lanes, sums)
+
+
+@kernel
+def _count(base, shift, back, held, sums, lanes):
+    """One block. Float sums keep their order, so only sums side by side, `lanes` (2, BLOCK), are vectorised."""
+    changes, errors, moved, lost = lanes[0], lanes[1], np.int32(0), np.int32(0)
+    for i in range(len(base)):
+        moved = np.int32(moved + (shift[i] != 0))
+        lost = np.int32(lost + ((shift[i] != 0) & (back[i] == held[i])))
+        changes[i] += np.float64(abs(shift[i]))
+        errors[i] += np.float64(abs(back[i] - base[i] - shift[i]))
+    sums[0] += moved
+    sums[1] += lost
+
+
+@kernel
+def _collect(lanes, sums):
+    for i in range(BLOCK):
+        sums[2] += lanes[0, i]
+        sums[3] += lanes[1, i]
 
 
 def warnings(unchanged: Sequence[str], result: dict, squares: Sequence[Sequence[float]]) -> list[str]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from m2rl_core.merging.blend import Blend, Put, dtype_of
+from m2rl_core.merging.blend import Blend, Put
 from m2rl_core.merging.checkpoint import Digest, checksum
-from m2rl_core.merging.checks import check_device, check_recipes, check_shapes
+from m2rl_core.merging.checks import check_recipes, check_shapes
 from m2rl_core.merging.diagnosis import NotFinite, Survey, Tally, warnings
 from m2rl_core.merging.pieces import Piece, grid, groups, sample
 from m2rl_core.merging.pool import Pool
@@ -25,26 +23,24 @@ from m2rl_core.merging.statistics import STEPS, Needs, selection_of
 
 
 class Merger:
-    """Iterates over (name, one merged tensor a recipe) in the order of names; `diagnoses` is filled at the end.
+    """Merges a model by any number of recipes; `diagnoses` is filled at the end.
 
-    base, experts[name]: mappings from name to tensor (a `Checkpoint` or a plain dict). Tensors that are not
-    floating point are the base's. ValueError, naming model, tensor and count, for names or shapes that differ,
+    base, experts[name]: a `Checkpoint`, entered, or a `states.State`. ValueError, naming model, tensor and count, for names or shapes that differ,
     NaN or Inf and, unless `allow_identical`, an expert with the base's very weights.
     `report(what, done, total)` is called as tensors are done. With `digest`, `digests` has one for each model, made
-    on the way. `threads` 0: as many as torch takes.
+    on the way. `threads` 0: one a core.
     """
 
     def __init__(
-        self, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[Recipe],
-        *, allow_identical: bool = False, report: Callable[[str, int, int], None] | None = None,
-        threads: int = 0, device: str = "cpu", digest: bool = False,
+        self, base, experts: Mapping, recipes: Sequence[Recipe], *, allow_identical: bool = False,
+        report: Callable[[str, int, int], None] | None = None, threads: int = 0, digest: bool = False,
     ):
         check_recipes(recipes, experts)
         check_shapes(base, experts)
         self.recipes, self.allow_identical = list(recipes), allow_identical
         self.report = report or (lambda what, done, total: None)
         self.threads = threads
-        self.reader, self.known = Reader(base, experts, check_device(device)), {}
+        self.reader, self.known = Reader(base, experts), {}
         self.names = [list(recipe.experts or experts) for recipe in self.recipes]
         self.needs = Needs(self.recipes, tuple(experts), self.reader.sizes, self.known)
         self.survey, self._seen = Survey(list(experts)), set()
@@ -53,28 +49,13 @@ class Merger:
         self.tallies = [Tally(names) for names in self.names]
         self.diagnoses: list[dict] = []
 
-    def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
-        outs: dict[str, list[Tensor]] = {}
-
-        def begin(names: Sequence[str]) -> None:
-            for name in names:
-                dtype, shape = self.reader.meta[name]
-                outs[name] = [torch.empty(shape, dtype=dtype_of(recipe, dtype)) for recipe in self.recipes]
-
-        def put(r: int, piece: Piece, part: Tensor) -> None:
-            outs[piece.name][r].view(-1)[piece.first : piece.first + piece.count] = part
-
-        for name in self.merge(begin, put):
-            if self.reader.sizes[name] == 0:
-                outs[name] = [self.reader.base[name].to(out.dtype) for out in outs[name]]
-            yield name, outs.pop(name)
-
     def merge(self, begin: Callable[[Sequence[str]], None], put: Put) -> Iterator[str]:
         """The names, each when `put` has had all its pieces; before that, begin(names) is called.
 
         A tensor of size 0 in `reader.sizes` is left to the caller.
         """
-        blend = Blend(self.recipes, self.needs.inputs, self.known, self.tallies, put)
+        blend = Blend(self.recipes, self.needs.inputs, self.known, self.tallies,
+                      {name: code for name, (code, _) in self.reader.meta.items()}, put)
         with Pool(self.threads) as self.pool:
             self._find_global()
             done = 0
@@ -82,9 +63,7 @@ class Merger:
                 begin(group)
                 self._find(group)
                 self._pass(group, lambda name: [blend])
-                for name in group:
-                    self.known["masks"].forget(name)
-                    yield name
+                yield from group
                 done += len(group)
                 self.report("merge", done, len(self.reader.sizes))
             self._refuse_identical()
@@ -106,7 +85,7 @@ class Merger:
     def _firsts(self, name: str) -> list:
         """What is counted the first time that a tensor is read."""
         return [] if name in self._seen else [self.survey, *(
-            DigestCounter(model, digest) for model, digest in self.digests.items())]
+            DigestCounter(i, digest) for i, digest in enumerate(self.digests.values()))]
 
     def _read(self, pieces: Sequence[Piece], plan: Mapping[str, list]) -> None:
         def work(piece: Piece) -> list:
@@ -182,11 +161,11 @@ class Merger:
 class DigestCounter:
     """Digests one model on the way."""
 
-    def __init__(self, model: tuple[str, str], digest: Digest):
-        self.model, self.digest = model, digest
+    def __init__(self, index: int, digest: Digest):
+        self.index, self.digest = index, digest
 
     def count(self, shifts: Shifts) -> int:
-        return checksum(shifts.raw[self.model])
+        return checksum(shifts.raw[self.index])
 
     def add(self, piece: Piece, result: int) -> None:
         self.digest.add(piece.name, result)
@@ -199,7 +178,7 @@ class Taker:
         self.order, self.parts = order, []
 
     def count(self, shifts: Shifts) -> np.ndarray:
-        return self.order.rows(shifts).cpu().numpy().copy()
+        return np.abs(self.order.rows(shifts))
 
     def add(self, piece: Piece, result: np.ndarray) -> None:
         self.parts.append(result)

@@ -11,28 +11,28 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from m2rl_core.merging.blend import dtype_of
+from m2rl_core.merging.blend import code_of
 from m2rl_core.merging.checkpoint import SHARD_BYTES, Checkpoint, Digest, Writer, checksum, copy_sidecars, total_bytes
 from m2rl_core.merging.driver import Merger
 from m2rl_core.merging.pieces import Piece, grid
 from m2rl_core.merging.recipe import Recipe
 from m2rl_core.merging.shifts import BASE
+from m2rl_core.merging.stored import DTYPES, count_of
 
 Report = Callable[[str, int, int], None]
 
 
 def merge_folders(
     base: Path, experts: Mapping[str, Path], recipes: Mapping[Path, Recipe], *, allow_identical: bool = False,
-    shard_bytes: int = SHARD_BYTES, sha256: bool = False, report: Report | None = None, device: str = "cpu",
+    shard_bytes: int = SHARD_BYTES, sha256: bool = False, report: Report | None = None,
 ) -> dict[Path, dict]:
     """Merges `experts` ({name: folder}) on `base`, one output folder a recipe; returns each output's merge.json.
 
     Folders are written beside their names and renamed when all are complete. ValueError for inputs that do
     not fit (see Merger) and for an output that exists; whatever fails, no output is left behind. `sha256` adds
-    the digests of all files to merge.json; `device` is where the arithmetic is done.
+    the digests of all files to merge.json.
     """
     outs = [Path(out) for out in recipes]
     for out in outs:
@@ -47,7 +47,7 @@ def merge_folders(
             part.chmod(0o755)
             parts[part] = recipe
         results = write_models(base, experts, parts, allow_identical=allow_identical, shard_bytes=shard_bytes,
-                               sha256=sha256, report=report, device=device)
+                               sha256=sha256, report=report)
         for part, out in zip(parts, outs, strict=True):
             part.rename(out)
     return dict(zip(outs, results, strict=True))
@@ -55,16 +55,16 @@ def merge_folders(
 
 def write_models(
     base: Path, experts: Mapping[str, Path], recipes: Mapping[Path, Recipe], *, allow_identical: bool = False,
-    shard_bytes: int = SHARD_BYTES, sha256: bool = False, report: Report | None = None, device: str = "cpu",
+    shard_bytes: int = SHARD_BYTES, sha256: bool = False, report: Report | None = None,
 ) -> list[dict]:
     """The same straight into folders that exist: weights, the base's config and tokenizer, merge.json last."""
     with ExitStack() as stack:
         origin = stack.enter_context(Checkpoint(base))
         others = {name: stack.enter_context(Checkpoint(folder)) for name, folder in experts.items()}
         merger = Merger(origin, others, list(recipes.values()), allow_identical=allow_identical, report=report,
-                        device=device, digest=True)
-        metas = [{name: (dtype_of(recipe, dtype), shape)
-                  for name, (dtype, shape) in origin.meta.items()} for recipe in recipes.values()]
+                        digest=True)
+        metas = [{name: (code_of(recipe, code), shape)
+                  for name, (code, shape) in origin.meta.items()} for recipe in recipes.values()]
         check_room(recipes, sum(map(total_bytes, metas)))
         outputs = _merged(merger, origin, list(recipes), metas, shard_bytes)
         models = {BASE: origin, **{("expert", name): other for name, other in others.items()}}
@@ -77,8 +77,8 @@ def write_models(
         results.append({
             "recipe": asdict(recipe), "inputs": {name: inputs[model] for name, model in used.items()},
             "output": outputs[r], "diagnosis": merger.diagnoses[r],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "safetensors": version("safetensors")},
+            "versions": {"python": platform.python_version(), **{
+                package: version(package) for package in ("numpy", "numba", "safetensors")}},
         })
         if sha256:
             results[-1]["sha256"] = {name: files[model] for name, model in used.items()}
@@ -95,8 +95,7 @@ def _merged(merger: Merger, origin: Checkpoint, folders: Sequence[Path], metas: 
         writers = [stack.enter_context(Writer(folder, meta, shard_bytes))
                    for folder, meta in zip(folders, metas, strict=True)]
 
-        def put(r: int, piece: Piece, part: Tensor) -> None:
-            part = part.cpu()
+        def put(r: int, piece: Piece, part: np.ndarray) -> None:
             writers[r].put(piece.name, piece.first, part)
             sums[r, piece.name, piece.index] = checksum(part)
 
@@ -105,7 +104,10 @@ def _merged(merger: Merger, origin: Checkpoint, folders: Sequence[Path], metas: 
                 for piece in grid(name, merger.reader.sizes[name]):
                     digest.add(name, sums.pop((r, name, piece.index)))
                 if not merger.reader.sizes[name]:
-                    writers[r].put(name, 0, origin[name].reshape(-1).to(metas[r][name][0]))
+                    whole = np.empty(count_of(metas[r][name]), DTYPES[metas[r][name][0]])
+                    if len(whole):  # no floating point: the base's
+                        origin.read(name, 0, whole)
+                    writers[r].put(name, 0, whole)
     results = []
     for folder, digest in zip(folders, digests, strict=True):
         with Checkpoint(folder) as output:

@@ -1,22 +1,21 @@
 """A few threads that work on pieces; results come back in the order of the pieces, whichever is ready first."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Pool:
-    """Threads with one torch thread each: pieces are small enough to keep one core's cache busy and no more.
-
-    torch and numpy let other threads run while they compute. `threads` 0 means as many as torch would use.
-    """
+    """`threads` threads, 0 for one a core. Kernels and reads let other threads run."""
 
     def __init__(self, threads: int = 0):
-        self.threads = threads or torch.get_num_threads()
-        self._before = torch.get_num_threads()
-        self._workers = ThreadPoolExecutor(self.threads, "merge", initializer=torch.set_num_threads, initargs=(1,))
+        self._workers = ThreadPoolExecutor(threads or cores(), "merge")
 
     def map(self, work: Callable, pieces: Iterable) -> Iterator:
         """work(piece) for every piece, in order; the first that fails stops the rest and raises its error here."""
@@ -29,4 +28,3 @@ class Pool:
     def __exit__(self, *_) -> None:
         """Drops what has not begun and waits for what has."""
         self._workers.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._before)  # torch keeps one number for threads that are yet to come

@@ -1,69 +1,65 @@
-"""Reads one piece of the base and of every expert into buffers that each thread uses again and again."""
+"""Reads one piece of the base and of every expert into memory that each thread uses again and again."""
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from m2rl_core.merging.checkpoint import Checkpoint
-from m2rl_core.merging.pieces import PIECE, Piece
-from m2rl_core.merging.shifts import BASE, Shifts
+from m2rl_core.merging.pieces import PIECE, Piece, grid
+from m2rl_core.merging.shifts import Shifts
+from m2rl_core.merging.stored import DTYPES, FLOATS, as_float, count_of, not_finite
 
 WIDEST = 8  # bytes of a float64
 
 
 class Reader:
-    """base, experts[name]: a `Checkpoint`, entered, or a dict of tensors; all of one architecture (`check_shapes`).
+    """base, experts[name]: a `Checkpoint`, entered, or a `states.State`; all of one architecture (`check_shapes`).
 
     `sizes` has the number of values of each floating-point tensor and 0 for the others, by name.
     """
 
-    def __init__(self, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]],
-                 device: torch.device):
-        self.base, self.experts, self.device = base, experts, device
-        self.meta = meta_of(base)
-        self.sizes = {name: math.prod(shape) if dtype.is_floating_point else 0
-                      for name, (dtype, shape) in self.meta.items()}
+    def __init__(self, base, experts: Mapping):
+        self.base, self.experts, self.meta = base, experts, base.meta
+        self.sizes = {name: count_of(meta) if meta[0] in FLOATS else 0 for name, meta in self.meta.items()}
         self._own = threading.local()
 
     def load(self, piece: Piece, known: Mapping) -> Shifts:
         """The piece of every model, valid until this thread loads the next one."""
-        own = self._own
+        own, models = self._own, [self.base, *self.experts.values()]
         if not hasattr(own, "bytes"):
-            own.bytes = torch.empty(len(self.experts) + 1, PIECE * WIDEST, dtype=torch.uint8)
-            own.rows = torch.empty(len(self.experts) + 1, PIECE, device=self.device)
-        raw, wide = {}, []
-        models = {BASE: self.base} | {("expert", name): tensors for name, tensors in self.experts.items()}
-        for i, (model, tensors) in enumerate(models.items()):
-            raw[model] = stored = self._read(tensors, piece, own.bytes[i])
-            wide.append(own.rows[i, : piece.count].copy_(stored))
-        for row in wide[1:]:
-            row.sub_(wide[0])
-        return Shifts(piece, wide[0], dict(zip(self.experts, wide[1:], strict=True)), raw, known)
+            own.bytes = np.empty(len(models) * PIECE * WIDEST, np.uint8)
+            own.floats = np.empty((3, len(models) * PIECE), np.float32)
+        raw = self._raw([model.meta[piece.name][0] for model in models], piece.count, own.bytes)
+        for model, values in zip(models, raw, strict=True):
+            model.read(piece.name, piece.first, values)
+        stored = raw
+        if not isinstance(raw, np.ndarray) or raw.dtype == np.float16:  # of several types, or one that kernels lack
+            stored = own.floats[2, : len(models) * piece.count].reshape(len(models), -1)
+            for row, model, values in zip(stored, models, raw, strict=True):
+                row[:] = as_float(values, model.meta[piece.name][0])
+        shifts = Shifts(piece, list(self.experts), stored, own.floats[:2], known, raw)
+        if not shifts.finite:  # an infinite shift of finite weights, in float32, is not the input's fault
+            shifts.finite = not any(sum(not_finite(values, model.meta[piece.name][0]))
+                                    for model, values in zip(models, raw, strict=True))
+        return shifts
 
-    def _read(self, tensors: Mapping[str, Tensor], piece: Piece, buffer: Tensor) -> Tensor:
-        if isinstance(tensors, Checkpoint):
-            return tensors.read(piece.name, piece.first, piece.count, buffer)
-        return tensors[piece.name].reshape(-1)[piece.first : piece.first + piece.count]
+    def _raw(self, codes: Sequence[str], count: int, memory: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """Room for `count` values of each model: (models, P) where all are of one type, else a list of (P,)."""
+        dtypes = [DTYPES[code] for code in codes]
+        if len(set(codes)) == 1:
+            return memory[: len(codes) * count * dtypes[0].itemsize].view(dtypes[0]).reshape(len(codes), -1)
+        return [memory[i * count * WIDEST :][: count * dtype.itemsize].view(dtype) for i, dtype in enumerate(dtypes)]
 
     def refuse_nonfinite(self, name: str) -> None:
         """ValueError with the counts where the base or an expert holds NaN or Inf in this tensor; base first."""
-        for model, tensors in {"the base": self.base, **self.experts}.items():
-            nan = inf = 0
-            for first in range(0, self.sizes[name], PIECE):
-                piece = Piece(name, -1, first, min(PIECE, self.sizes[name] - first))
-                values = self._read(tensors, piece, torch.empty(PIECE * WIDEST, dtype=torch.uint8))
-                nan, inf = nan + int(values.isnan().sum()), inf + int(values.isinf().sum())
+        for label, model in {"the base": self.base, **self.experts}.items():
+            code, nan, inf = model.meta[name][0], 0, 0
+            for piece in grid(name, self.sizes[name]):
+                values = np.empty(piece.count, DTYPES[code])
+                model.read(name, piece.first, values)
+                more = not_finite(values, code)
+                nan, inf = nan + more[0], inf + more[1]
             if nan or inf:
-                raise ValueError(f"{model}: {name} holds {nan} NaN and {inf} Inf of {self.sizes[name]} values: "
+                raise ValueError(f"{label}: {name} holds {nan} NaN and {inf} Inf of {self.sizes[name]} values: "
                                  "nothing to merge")
-
-
-def meta_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """(dtype, shape) of every tensor, from the files' headers where it is a Checkpoint."""
-    if isinstance(tensors, Checkpoint):
-        return tensors.meta
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -7,24 +7,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from m2rl_core.merging.ties import divisor, elected, votes
+from m2rl_core.merging import ties
+from m2rl_core.merging.kernel import BLOCK, kernel
 
 
-def variance(deltas: Sequence[Tensor]) -> Tensor:
-    """The population variance over the experts of each coordinate; flat float32, computed in float64."""
-    stack = torch.stack(list(deltas)).double()  # (E, P)
-    stack -= stack.mean(0)
-    return stack.square_().mean(0).float()
+@kernel
+def variance(rows, out):
+    """out := the population variance over the experts, float32 (P,), computed in float64; rows: shifts (E, P)."""
+    means, squares = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    for first in range(0, rows.shape[1], BLOCK):
+        found = out[first : first + BLOCK]
+        mean, square = means[: len(found)], squares[: len(found)]
+        mean[:] = 0
+        square[:] = 0
+        for row in rows:
+            here = row[first : first + len(found)]
+            for i in range(len(here)):
+                mean[i] += np.float64(here[i])
+        for i in range(len(found)):
+            mean[i] /= len(rows)
+        for row in rows:
+            here = row[first : first + len(found)]
+            for i in range(len(here)):
+                square[i] += (np.float64(here[i]) - mean[i]) ** 2
+        for i in range(len(found)):
+            found[i] = np.float32(square[i] / len(rows))
 
 
 def selected_rank(n: int, zeros: int, select: float) -> int:
     """The rank (from 1) of the smallest of `n` variances that is selected; 0 for none. Share `select` of those
     above 0, multiplied in float32 as mergekit and SCE's authors do."""
-    keep = int(torch.tensor(n - zeros) * select)
+    keep = int(np.float32(n - zeros) * np.float32(select))
     return n - keep + 1 if keep else 0
+
+
+@kernel
+def add_squares(rows, sums):
+    """sums[e] += the squares of expert e's shifts, each in float32, added in float64; rows (E, P), sums (E,)."""
+    lanes = np.empty(BLOCK, np.float64)  # float sums keep their order, so only sums side by side are vectorised
+    for e in range(len(rows)):
+        lanes[:] = 0
+        for first in range(0, rows.shape[1], BLOCK):
+            row = rows[e, first : first + BLOCK]
+            for i in range(len(row)):
+                lanes[i] += np.float64(row[i] * row[i])
+        for lane in lanes:
+            sums[e] += lane
 
 
 def expert_weights(squares: Sequence[float], uniform_below: float) -> list[float]:
@@ -35,16 +65,12 @@ def expert_weights(squares: Sequence[float], uniform_below: float) -> list[float
     return [square / total for square in squares]
 
 
-def merge(deltas: Sequence[Tensor], *, weights: Sequence[float], divisor_floor: float) -> Tensor:
-    """Weighted mean of the shifts that agree with the sign of their sum (0 counts as +); flat float32.
+def merge(rows: np.ndarray, weights: Sequence[float], divisor_floor: float, out: np.ndarray) -> None:
+    """out := the weighted mean of the shifts that agree with the sign of their sum (0 counts as +).
 
-    The sum of the weights that it is divided by counts at least `divisor_floor`.
+    To erase minority signs is what TIES does to shifts that are not trimmed; rows float32 (E, P), out (P,). The
+    sum of the weights that it is divided by counts at least `divisor_floor`.
     """
-    sign = elected(votes(deltas, weights, "unweighted"), 1)
-    total, count, agreeing = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
-    for weight, delta in zip(weights, deltas, strict=True):
-        torch.mul(delta, sign, out=agreeing).clamp_min_(0)  # what has the elected sign, made positive
-        total += weight * agreeing
-        count += agreeing.sign_().mul_(weight)
-    total /= divisor(count, 1.0, divisor_floor)
-    return total.mul_(sign).add_(0.0)  # adding 0 turns -0 into 0
+    one, none = np.ones(len(rows), np.float32), np.zeros(len(rows), np.float32)
+    ties.merge(rows, none, one, np.array(weights, np.float32), False, ties.ONE, True, np.float32(divisor_floor), out,
+               np.zeros(len(rows), np.int64))

@@ -1,17 +1,19 @@
-"""What of one piece reaches the methods: the experts' shifts, after DARE and after TIES' trim, each computed once."""
+"""What of one piece reaches the methods: the experts' shifts, after DARE and with the cuts of TIES' trim."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+import numpy as np
 
 from m2rl_core.merging import dare, sce
-from m2rl_core.merging.counting import array, count
+from m2rl_core.merging.kernel import BLOCK, kernel
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
-from m2rl_core.merging.threshold import keep_large
+from m2rl_core.merging.stored import wide
+from m2rl_core.merging.threshold import at_least, keep_large
 
+LARGEST = np.finfo(np.float32).max
 
 BASE = ("base", "")  # the key of the base's stored values; an expert's is ("expert", name)
 
@@ -55,74 +57,119 @@ class CutKey(NamedTuple):
 
 
 class Shifts:
-    """One piece: `base` and `deltas` {expert: flat float32}, `raw` {BASE or ("expert", name): as stored}.
+    """One piece of all models: `base` float32 (P,), `deltas` float32 (E, P) in the order of `experts`.
 
-    `known` holds the statistics gathered so far (see `statistics`): {CutKey: Cut}, {(Selection, tensor): Cut},
-    {(Source or Trimmed, tensor): factor of the L1 rescale} and {"masks": dare.Masks}. Rows are shared:
-    nobody changes one in place.
+    stored: base and experts as the files have them (E+1, P), or as float32 where kernels lack the type; raw: the
+    same in the very types of the files. changed (E,): how many of each expert's shifts are not 0; shared: of the
+    weights those that two experts or more changed; conflicts: those with shifts of both signs. `known` holds the
+    statistics gathered so far (see `statistics`): {CutKey: Cut}, {(Selection, tensor): Cut} and {(Source or
+    Trimmed, tensor): factor of the L1 rescale}. All arrays are shared: nobody changes one in place.
     """
 
-    def __init__(self, piece: Piece, base: Tensor, deltas: Mapping[str, Tensor], raw: Mapping[str, Tensor],
-                 known: Mapping):
-        self.piece, self.base, self.deltas, self.raw, self.known = piece, base, deltas, raw, known
-        self._made: dict[tuple, Tensor] = {}
+    def __init__(self, piece: Piece, experts: Sequence[str], stored: np.ndarray, memory: np.ndarray, known: Mapping,
+                 raw: Sequence[np.ndarray]):
+        n, size = len(experts), piece.count
+        self.piece, self.experts, self.stored, self.known, self.raw = piece, list(experts), stored, known, raw
+        self.base = memory[0, :size]
+        self.deltas = memory[0, size : (n + 1) * size].reshape(n, size)
+        self.changed = np.zeros(n, np.int64)
+        self.shared, self.conflicts, bad = subtract(stored, self.base, self.deltas, self.changed)
+        self.finite = bad == 0
+        self._dropped = memory[1, : n * size].reshape(n, size)  # by DARE: of each expert, what was last asked for
+        self._held: dict[int, tuple[Source, float, int]] = {}
+        self._variance: tuple[Selection, np.ndarray] | None = None
 
-    def once(self, key, make: Callable[[], Tensor]):
-        """make(), at the first call for `key` only."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def row(self, source: Source, factor: float | None = None) -> tuple[np.ndarray, int]:
+        """(an expert's shifts after DARE, how many are not 0); `factor` in place of what rescales them."""
+        i = self.experts.index(source.expert)
+        if source.drop_rate == 0:
+            return self.deltas[i], int(self.changed[i])
+        if factor is None:
+            inverse = source.rescale == "inverse"
+            factor = dare.inverse(source.drop_rate) if inverse else self.known.get((source, self.piece.name), 1.0)
+        if self._held.get(i, ())[:2] != (source, factor):
+            start = dare.start_of(source.seed, source.expert, self.piece.name)
+            self._held[i] = source, factor, dare.drop(
+                self.deltas[i], source.drop_rate, factor, start, self.piece.first, self._dropped[i])
+        return self._dropped[i], self._held[i][2]
 
-    def of(self, want: Input) -> Tensor:
-        """A source or a trimmed one, rescaled."""
-        if isinstance(want, Source) and want.drop_rate == 0:
-            return self.deltas[want.expert]
-        return self.once(want, lambda: self._rescaled(want))
+    def rows(self, sources: Sequence[Source]) -> tuple[np.ndarray, list[int]]:
+        """(the same of several as (E, P), counts); no copy where they are all experts in order, or all dropped."""
+        found, counts = zip(*map(self.row, sources), strict=True)
+        if [source.expert for source in sources] == self.experts:
+            if all(source.drop_rate == 0 for source in sources):
+                return self.deltas, list(counts)
+            if all(source.drop_rate for source in sources):
+                return self._dropped, list(counts)
+        return np.stack(found), list(counts)
 
-    def _rescaled(self, want: Input) -> Tensor:
-        row = self.bare(want)
-        if want.rescale == "none":
-            return row
-        factor = dare.inverse(want.drop_rate) if want.rescale == "inverse" else self.known[want, self.piece.name]
-        return row if factor == 1 else row * factor
+    def trims(self, inputs: Sequence[Input]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows (E, P), cuts (E,), factors (E,)): an input is a row where it reaches its cut, times its factor."""
+        rows, _ = self.rows([want.source if isinstance(want, Trimmed) else want for want in inputs])
+        cuts, factors = np.zeros(len(inputs), np.float32), np.ones(len(inputs), np.float32)
+        for i, want in enumerate(inputs):
+            if isinstance(want, Trimmed):
+                cut = self.known[cut_key(want, self.piece.name)]
+                given = rows[i]
+                row, cuts[i] = at_least(given, cut.bits, cut.left(self.piece.name, self.piece.index))
+                if row is not given:
+                    rows = rows.copy()
+                    rows[i] = row
+                factors[i] = self.known.get((want, self.piece.name), 1.0)
+        return rows, cuts, factors
 
-    def bare(self, want: Input) -> Tensor:
-        """The same before it is rescaled."""
-        return self.once(("bare", want), lambda: self._bare(want))
+    def variance(self, selection: Selection) -> np.ndarray:
+        """Of the experts' shifts at each weight; float32 (P,)."""
+        if self._variance is None or self._variance[0] != selection:
+            out = np.empty(self.piece.count, np.float32)
+            sce.variance(self.rows([Source(expert) for expert in selection.experts])[0], out)
+            self._variance = selection, out
+        return self._variance[1]
 
-    def _bare(self, want: Input) -> Tensor:
-        name, first = self.piece.name, self.piece.first
-        if isinstance(want, Source):
-            return self.known["masks"].drop(self.deltas[want.expert], want.drop_rate, want.seed, want.expert, name,
-                                            first)
-        cut = self.known[cut_key(want, name)]
-        return keep_large(self.of(want.source), cut.bits, cut.left(name, self.piece.index))
-
-    def before(self, want: Input) -> Tensor:
-        """What is dropped from or trimmed."""
-        return self.deltas[want.expert] if isinstance(want, Source) else self.of(want.source)
-
-    def magnitudes(self, source: Source) -> Tensor:
-        return self.once(("magnitudes", source), lambda: self.of(source).abs())
-
-    def nonzero(self, want: Input) -> int:
-        """How many of its values are not 0."""
-        return self.once(("nonzero", want), lambda: count(array(self.of(want)) != 0))
-
-    def variance(self, selection: Selection) -> Tensor:
-        return self.once(selection, lambda: sce.variance([self.deltas[expert] for expert in selection.experts]))
-
-    def selected(self, selection: Selection) -> list[Tensor]:
-        """The experts' shifts where SCE selects and 0 elsewhere."""
+    def selected(self, selection: Selection) -> np.ndarray:
+        """The experts' shifts where SCE selects and 0 elsewhere; (E, P)."""
+        rows, _ = self.rows([Source(expert) for expert in selection.experts])
         if selection.select == 1:
-            return [self.deltas[expert] for expert in selection.experts]
-        return self.once(("selected", selection), lambda: self._selected(selection))
-
-    def _selected(self, selection: Selection) -> list[Tensor]:
+            return rows
         cut = self.known[selection, self.piece.name]
         kept = keep_large(self.variance(selection), cut.bits, cut.left(self.piece.name, self.piece.index))
-        mask = kept.sign()
-        return [self.deltas[expert] * mask for expert in selection.experts]
+        return rows * np.sign(kept)
+
+
+@kernel
+def subtract(stored, base, deltas, changed):
+    """base := stored[0], deltas := stored[1:] - base, in float32; changed[e] += shifts of expert e that are not 0.
+
+    stored (E+1, P), base (P,), deltas (E, P), changed (E,). Returns how many weights two experts or more changed,
+    how many were shifted both up and down, and how many shifts are not finite.
+    """
+    ups, downs = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
+    shared, conflicts, bad = 0, 0, 0
+    for first in range(0, len(base), BLOCK):
+        origin, given = base[first : first + BLOCK], stored[0, first : first + BLOCK]
+        up, down = ups[: len(origin)], downs[: len(origin)]
+        for i in range(len(origin)):
+            origin[i] = wide(given[i])
+            up[i] = down[i] = 0
+        for e in range(len(deltas)):
+            row, shift = stored[e + 1, first : first + BLOCK], deltas[e, first : first + BLOCK]
+            here = infinite = np.int32(0)
+            for i in range(len(row)):
+                x = wide(row[i]) - origin[i]
+                shift[i] = x
+                up[i] += x > 0
+                down[i] += x < 0
+                here = np.int32(here + (x != 0))
+                infinite = np.int32(infinite + (not abs(x) <= LARGEST))
+            changed[e] += here
+            bad += infinite
+        both = more = np.int32(0)
+        for i in range(len(origin)):
+            more = np.int32(more + (up[i] + down[i] > 1))
+            both = np.int32(both + ((up[i] > 0) & (down[i] > 0)))
+        shared += more
+        conflicts += both
+    return shared, conflicts, bad
 
 
 def cut_key(trimmed: Trimmed, tensor: str) -> CutKey:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
+import numpy as np
 
-from m2rl_core.merging import dare, sce, ties
-from m2rl_core.merging.counting import array, count, total
+from m2rl_core.merging import sce, ties
+from m2rl_core.merging.kernel import kernel
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
-from m2rl_core.merging.shifts import Input, Selection, Shifts, Trimmed, cut_key, inputs_of
+from m2rl_core.merging.shifts import Input, Selection, Shifts, Source, Trimmed, cut_key, inputs_of
 from m2rl_core.merging.threshold import Cut, Search, rank_of
 
+RUN = 64  # values added in float32
 STEPS = 3  # a statistic of one step may need those of the steps before
 
 
@@ -27,7 +28,14 @@ class L1:
         self.want, self.tensor, self.known, self.norms = want, tensor, known, [0.0, 0.0]
 
     def count(self, shifts: Shifts) -> list[float]:
-        return [total(row.abs()) for row in (shifts.before(self.want), shifts.bare(self.want))]
+        if isinstance(self.want, Source):
+            before, _ = shifts.row(Source(self.want.expert))
+            after, cut = shifts.row(self.want, factor=1.0)[0], np.float32(0)
+        else:
+            before, _ = shifts.row(self.want.source)
+            rows, cuts, _ = shifts.trims([self.want])
+            after, cut = rows[0], cuts[0]
+        return [l1_norm(before, np.float32(0)), l1_norm(after, cut)]
 
     def add(self, piece: Piece, result: list[float]) -> None:
         self.norms = [a + b for a, b in zip(self.norms, result, strict=True)]
@@ -38,10 +46,35 @@ class L1:
         return True
 
 
+@kernel
+def l1_norm(row, cut):
+    """The sum of the magnitudes that reach the cut; row float32 (P,).
+
+    Runs of 64 are added in float32, in the order of torch, which mergekit's sums follow; these in float64.
+    """
+    total, lanes = 0.0, np.empty(8, np.float32)
+    runs = len(row) // RUN
+    x = np.zeros(RUN, np.float32)
+    for r in range(runs):
+        run = row[r * RUN : (r + 1) * RUN]
+        for i in range(RUN):
+            x[i] = abs(run[i]) if abs(run[i]) >= cut else np.float32(0)
+        for i in range(8):
+            lanes[i] = (((x[i] + x[i + 32]) + (x[i + 8] + x[i + 40])) + (x[i + 16] + x[i + 48])) + (
+                x[i + 24] + x[i + 56])
+        here = np.float32(0)
+        for lane in lanes:
+            here += lane
+        total += np.float64(here)
+    for i in range(runs * RUN, len(row)):
+        total += np.float64(abs(row[i])) if abs(row[i]) >= cut else 0.0
+    return total
+
+
 class Order:
     """The cut of a trim (`key` a CutKey) or of SCE's selection, by a `Search` over the values that `rows` gives."""
 
-    def __init__(self, key, search: Search, rows: Callable[[Shifts], torch.Tensor], known: dict):
+    def __init__(self, key, search: Search, rows: Callable[[Shifts], np.ndarray], known: dict):
         self.key, self.search, self.rows, self.known = key, search, rows, known
 
     def count(self, shifts: Shifts) -> tuple:
@@ -64,7 +97,9 @@ class Squares:
         self.sums = [0.0] * len(selection.experts)
 
     def count(self, shifts: Shifts) -> list[float]:
-        return [float(row.square().sum(dtype=torch.float64)) for row in shifts.selected(self.selection)]
+        sums = np.zeros(len(self.sums))
+        sce.add_squares(shifts.selected(self.selection), sums)
+        return sums.tolist()
 
     def add(self, piece: Piece, result: list[float]) -> None:
         self.sums = [a + b for a, b in zip(self.sums, result, strict=True)]
@@ -80,6 +115,7 @@ class Balance:
     def __init__(self, recipe: Recipe, inputs: Sequence[Input], known: dict):
         self.inputs, self.vote, self.known, self.balance = tuple(inputs), recipe.parameters["vote"], known, 0
         self.weights = recipe.each("weight", len(inputs))
+        self.voting = np.array(self.weights if self.vote == "weighted" else [1.0] * len(inputs), np.float32)
 
     @property
     def key(self) -> tuple:
@@ -87,8 +123,7 @@ class Balance:
         return ("majority", self.inputs, self.vote, tuple(self.weights))
 
     def count(self, shifts: Shifts) -> int:
-        votes = array(ties.votes([shifts.of(want) for want in self.inputs], self.weights, self.vote))
-        return count(votes > 0) - count(votes < 0)
+        return ties.balance(*shifts.trims(self.inputs), self.voting)
 
     def add(self, piece: Piece, result: int) -> None:
         self.balance += result
@@ -113,8 +148,6 @@ class Needs:
         balances = [Balance(recipe, inputs, known) for recipe, inputs in zip(recipes, self.inputs, strict=True)
                     if recipe.parameters.get("zero_sign") == "majority"]
         self.balances = list({balance.key: balance for balance in balances}.values())
-        again = self.dropped or self.balances or self.trims  # masks are asked for in more than one pass
-        known["masks"] = dare.Masks(hold=bool(again))
 
     def of_tensor(self, name: str, step: int) -> list:
         """The statistics of one step of one tensor; none that is known."""
@@ -145,7 +178,7 @@ class Needs:
             self.known[key] = Cut(0)  # nothing is small enough to go
             return []
         search = Search(size, rank, quota=want.ties == "exact")
-        return [Order(key, search, lambda shifts: shifts.magnitudes(want.source), self.known)]
+        return [Order(key, search, lambda shifts: shifts.row(want.source)[0], self.known)]
 
     def _selected(self, selection: Selection, name: str, size: int) -> Order:
         search = Search(size, lambda zeros: sce.selected_rank(size, zeros, selection.select), quota=True)

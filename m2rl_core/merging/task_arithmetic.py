@@ -3,16 +3,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from m2rl_core.merging.average import weighted_sum
+from m2rl_core.merging.average import total_of, weighted_sum
 
 
-def merge(deltas: Sequence[Tensor], *, weights: Sequence[float], normalize: bool) -> Tensor:
-    """sum_i w_i delta_i, divided by sum_i w_i where `normalize`; flat float32. The driver multiplies by lambda.
+def merge(rows: np.ndarray, weights: Sequence[float], normalize: bool, out: np.ndarray) -> None:
+    """out := sum_i w_i row_i, divided by sum_i w_i where `normalize`; float32 (E, P) to (P,). The driver multiplies
+    by lambda.
 
     The paper adds (it does not average): lambda 1.0, weights 1, no division.
     """
-    mixed = weighted_sum(deltas, weights)
-    return mixed.div_(float(torch.tensor(weights).sum())) if normalize else mixed  # added in float32, as in mergekit
+    weighted_sum(rows, np.array(weights, np.float32), total_of(weights) if normalize else np.float32(1), out)

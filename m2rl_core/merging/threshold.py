@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from m2rl_core.merging.counting import array, count
+from m2rl_core.merging.kernel import BLOCK, kernel
 
 TOP = 0x7F800000  # infinity: nothing finite is above
+MAGNITUDE = np.int32(0x7FFFFFFF)  # the bits of a float32 but for its sign
 BUCKETS = 1 << 18
 MARGIN = 6.0  # half the bracket, in standard errors of the sample's rank; neighbours are alike, so more than usual
 
@@ -53,8 +51,8 @@ def rank_of(n: int, density: float, ties: str) -> int:
     return 0 if density >= 1 else n - max(1, int(density * n)) + 1
 
 
-def as_float(bits: int) -> float:
-    return float(np.int32(bits).view(np.float32))
+def as_float(bits: int) -> np.float32:
+    return np.int32(bits).view(np.float32)
 
 
 def as_bits(value: np.ndarray) -> np.ndarray:
@@ -62,17 +60,58 @@ def as_bits(value: np.ndarray) -> np.ndarray:
     return value.view(np.int32)
 
 
-def keep_large(x: Tensor, bits: int, quota: int | None = None) -> Tensor:
+def keep_large(x: np.ndarray, bits: int, quota: int | None = None) -> np.ndarray:
     """`x` with magnitudes below the cut set to 0; of those on it the first `quota` stay (None: all). Flat float32."""
-    if bits == 0:
-        return x
-    if quota is None:  # |x| >= cut is |x| > the number before it, which is what hardshrink keeps
-        return F.hardshrink(x, as_float(bits - 1))
-    kept = F.hardshrink(x, as_float(bits))
-    if quota:
-        equal = x.abs() == as_float(bits)
-        kept += x * (equal & (torch.cumsum(equal, 0) <= quota))
-    return kept
+    x, cut = at_least(x, bits, quota)
+    return np.where(np.abs(x) >= cut, x, np.float32(0))
+
+
+def at_least(x: np.ndarray, bits: int, quota: int | None) -> tuple[np.ndarray, np.float32]:
+    """(`x` or a copy, cut) so that the magnitudes that reach the cut are those that `keep_large` keeps."""
+    if quota == 0:
+        return x, as_float(bits + 1)
+    if quota is None or bits == 0:
+        return x, as_float(bits)
+    x, cut = x.copy(), as_float(bits)  # the one piece of a tensor, or of all, where the quota ends
+    x[np.flatnonzero(np.abs(x) == cut)[quota:]] = 0
+    return x, cut
+
+
+@kernel
+def count_around(patterns, low, high, counts, inside):
+    """counts += magnitudes < low, <= low, < high, <= high, = 0; inside := those between; returns how many these are.
+
+    patterns: int32 (P,), the bits of float32 values, of which the sign is not looked at.
+    """
+    found, span = 0, np.uint32(high - low - 1)
+    for first in range(0, len(patterns), BLOCK):
+        row = patterns[first : first + BLOCK]
+        less_low = upto_low = less_high = upto_high = zero = np.int32(0)
+        for i in range(len(row)):
+            x = row[i] & MAGNITUDE
+            less_low = np.int32(less_low + (x < low))
+            upto_low = np.int32(upto_low + (x <= low))
+            less_high = np.int32(less_high + (x < high))
+            upto_high = np.int32(upto_high + (x <= high))
+            zero = np.int32(zero + (x == 0))
+        counts[0] += less_low
+        counts[1] += upto_low
+        counts[2] += less_high
+        counts[3] += upto_high
+        counts[4] += zero
+        if less_high > upto_low:
+            for i in range(len(row)):  # without a branch, as which ones are inside is as good as random
+                x = np.int32(row[i] & MAGNITUDE)
+                inside[np.uint64(found)] = x
+                found += np.uint32(x - low - 1) < span  # low < x < high: what is below wraps around to the top
+    return found
+
+
+@kernel
+def into_buckets(inside, first, shift, buckets):
+    """buckets[(x - first) >> shift] += 1 for every pattern."""
+    for x in inside:
+        buckets[(x - first) >> shift] += 1
 
 
 class Search:
@@ -107,21 +146,11 @@ class Search:
         self.high = int(bits[high]) if high < size else TOP
         self._clear()
 
-    def count(self, x: Tensor) -> tuple:
-        """What one piece of magnitudes adds: zeros, the four counts and the values in between."""
-        values, low, high = array(x), as_float(self.low), as_float(self.high)
-        below = values < low
-        counts = [count(below), count(values <= low)]
-        inside = np.empty(0, np.float32)
-        if self.low < self.high:
-            under = values < high
-            counts += [count(under), count(values <= high)]
-            between = under & (values > low)
-            inside = values[between] if isinstance(values, np.ndarray) else values[between].cpu().numpy()
-        else:
-            counts += counts
-        zeros = 0 if isinstance(self.rank, int) else x.numel() - count(values != 0)
-        return zeros, counts, inside
+    def count(self, x: np.ndarray) -> tuple:
+        """What one piece adds: zeros, the four counts and the patterns in between; flat float32, of any sign."""
+        counts, inside = np.zeros(5, np.int64), np.empty(len(x), np.int32)
+        found = count_around(x.view(np.int32), np.int32(self.low), np.int32(self.high), counts, inside)
+        return int(counts[4]), counts[:4].tolist(), inside[:found].copy()
 
     def add(self, place: tuple[str, int], result: tuple) -> None:
         """Adds the result of the piece at (tensor, index)."""
@@ -133,7 +162,7 @@ class Search:
         if len(inside):
             if self.inside is None:
                 self.inside = np.zeros(((self.high - self.low - 2) >> self.shift) + 1, np.int64)
-            np.add.at(self.inside, (as_bits(inside) - (self.low + 1)) >> self.shift, 1)
+            into_buckets(inside, self.low + 1, self.shift, self.inside)
 
     def settled(self) -> bool:
         """After a whole pass: whether the cut is found; if not, the bracket is narrower and another pass is due."""
