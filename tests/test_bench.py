@@ -14,7 +14,8 @@ from m2rl_core.merging.checkpoint import Checkpoint
 def peer(tmp_path):
     """A program that is called like mergekit-yaml and leaves a folder."""
     path = tmp_path / "peer"
-    path.write_text(f"#!{sys.executable}\nimport os, sys\nx = bytearray(50_000_000)\nos.mkdir(sys.argv[2])\n")
+    path.write_text(f"#!{sys.executable}\nimport os, sys, time\nx = bytearray(50_000_000)\n"
+                    "time.sleep(0.5)  # long enough to be seen\nos.mkdir(sys.argv[2])\n")
     path.chmod(0o755)
     return path
 
