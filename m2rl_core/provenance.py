@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-RECORDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "pyarrow", "math-verify")
+RECORDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "pandas", "pyarrow", "math-verify")
 
 
 def provenance() -> dict:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from m2rl_core.merging import build, cli, dare, driver, merge_state, pieces, rea
 from m2rl_core.merging import recipe as recipes
 from m2rl_core.merging.checkpoint import Checkpoint
 from m2rl_core.merging.folders import merge_folders
+from m2rl_core.merging.kernel import kernel
 from m2rl_core.merging.states import StateMerger
 
 METHODS = list(recipes.METHODS)
@@ -654,6 +656,20 @@ def test_linear_without_a_base_takes_the_first_model_as_an_expert(models, tmp_pa
     states = [load_file(folder / "model.safetensors") for folder in models[1].values()]
     mean = {name: sum(state[name] for state in states) / 3 for name in states[0]}
     assert close(load_file(tmp_path / "out" / "model.safetensors"), mean, atol=1e-6)
+
+
+def test_the_command_needs_no_torch(models, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(mergekit(tmp_path, "dare_ties", {"density": 0.5})))
+    code = "import sys; sys.modules['torch'] = None\nfrom m2rl_core.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "merge.json").exists(), done.stderr
+
+
+def test_kernels_work_where_none_can_be_kept_on_disk(monkeypatch):
+    # an install that is read-only, for a user without a home: numba has no place to look at
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    assert kernel(lambda x: x + 1)(2) == 3
 
 
 def test_sha256_of_the_files_on_request(models, tmp_path, capsys):

@@ -28,6 +28,7 @@ SIDECARS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
             "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
             "chat_template.json")
 SHARD_BYTES = 5_000_000_000
+FLUSH_BYTES = 1 << 28  # sent to the disk at once, in the background, so that little is left for the end
 
 
 class Checkpoint(Mapping):
@@ -195,6 +196,7 @@ class Writer:
             shards[-1].append(name)
             used += size
         self.meta, self._place, self._files, self._lock = meta, {}, [], threading.Lock()
+        self._dirty, self._flushes, self._flusher = 0, [], ThreadPoolExecutor(1, "flush")
         self.left = {name: count_of(one) for name, one in meta.items()}
         for i, names in enumerate(shards, 1):
             path = folder / ("model.safetensors" if len(shards) == 1 else
@@ -236,16 +238,24 @@ class Writer:
             data, place = data[done:], place + done
         with self._lock:
             self.left[name] -= values.size
+            self._dirty += values.nbytes
+            if self._dirty >= FLUSH_BYTES:
+                self._dirty = 0
+                self._flushes.append(self._flusher.submit(os.fsync, file.fileno()))
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         """Flushes to the disk; ValueError where a planned tensor was not written whole."""
+        self._flusher.shutdown(cancel_futures=kind is not None)
         for file in self._files:
             if kind is None:
                 os.fsync(file.fileno())
             file.close()
+        if kind is None:
+            for flush in self._flushes:
+                flush.result()  # a disk reports a failed write once, and to whom it may be
         missing = sorted(name for name, count in self.left.items() if count)
         if kind is None and missing:
             raise ValueError(f"{len(missing)} tensors were not written whole, {missing[0]} first")

@@ -1,7 +1,8 @@
 """How loops over weights are compiled: by numba, to vector instructions, outside of Python's lock.
 
 No fast math: every operation is rounded by itself, in the order written, so that results have the same bits
-everywhere. Loops go block by block, so that what they keep for each weight stays in the nearest cache.
+everywhere. Loops go block by block, so that what they keep for each weight stays in the nearest cache. numba notices
+changes to a kernel's own file only: after one to what it takes from another file, remove __pycache__.
 """
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ class Reader:
             own.floats = np.empty((3, len(models) * PIECE), np.float32)
         raw = self._raw([model.meta[piece.name][0] for model in models], piece.count, own.bytes)
         for model, values in zip(models, raw, strict=True):
-            model.read(piece.name, piece.first, values)
+            for first, place in piece.places():
+                model.read(piece.name, first, values[place])
         stored = raw
         if not isinstance(raw, np.ndarray) or raw.dtype == np.float16:  # of several types, or one that kernels lack
             stored = own.floats[2, : len(models) * piece.count].reshape(len(models), -1)

@@ -14,6 +14,7 @@ from m2rl_core.merging.stored import wide
 from m2rl_core.merging.threshold import at_least, keep_large
 
 LARGEST = np.finfo(np.float32).max
+DOWN = np.int32(1 << 16)
 
 BASE = ("base", "")  # the key of the base's stored values; an expert's is ("expert", name)
 
@@ -89,8 +90,9 @@ class Shifts:
             factor = dare.inverse(source.drop_rate) if inverse else self.known.get((source, self.piece.name), 1.0)
         if self._held.get(i, ())[:2] != (source, factor):
             start = dare.start_of(source.seed, source.expert, self.piece.name)
-            self._held[i] = source, factor, dare.drop(
-                self.deltas[i], source.drop_rate, factor, start, self.piece.first, self._dropped[i])
+            self._held[i] = source, factor, sum(
+                dare.drop(self.deltas[i, place], source.drop_rate, factor, start, first, self._dropped[i, place])
+                for first, place in self.piece.places())
         return self._dropped[i], self._held[i][2]
 
     def rows(self, sources: Sequence[Source]) -> tuple[np.ndarray, list[int]]:
@@ -143,30 +145,30 @@ def subtract(stored, base, deltas, changed):
     stored (E+1, P), base (P,), deltas (E, P), changed (E,). Returns how many weights two experts or more changed,
     how many were shifted both up and down, and how many shifts are not finite.
     """
-    ups, downs = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
+    signs = np.empty(BLOCK, np.int32)  # of each weight: how many shifts go up, and DOWN times how many down
     shared, conflicts, bad = 0, 0, 0
     for first in range(0, len(base), BLOCK):
         origin, given = base[first : first + BLOCK], stored[0, first : first + BLOCK]
-        up, down = ups[: len(origin)], downs[: len(origin)]
+        sign = signs[: len(origin)]
         for i in range(len(origin)):
             origin[i] = wide(given[i])
-            up[i] = down[i] = 0
+            sign[i] = 0
         for e in range(len(deltas)):
             row, shift = stored[e + 1, first : first + BLOCK], deltas[e, first : first + BLOCK]
             here = infinite = np.int32(0)
             for i in range(len(row)):
                 x = wide(row[i]) - origin[i]
                 shift[i] = x
-                up[i] += x > 0
-                down[i] += x < 0
+                sign[i] += np.int32(x > 0) + DOWN * np.int32(x < 0)
                 here = np.int32(here + (x != 0))
                 infinite = np.int32(infinite + (not abs(x) <= LARGEST))
             changed[e] += here
             bad += infinite
         both = more = np.int32(0)
         for i in range(len(origin)):
-            more = np.int32(more + (up[i] + down[i] > 1))
-            both = np.int32(both + ((up[i] > 0) & (down[i] > 0)))
+            up, down = np.int32(sign[i] & (DOWN - 1)), np.int32(sign[i] >> 16)
+            more = np.int32(more + (np.int32(up + down) > 1))
+            both = np.int32(both + ((up > 0) & (down > 0)))
         shared += more
         conflicts += both
     return shared, conflicts, bad
