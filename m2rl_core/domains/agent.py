@@ -11,7 +11,7 @@ import random
 
 from m2rl_core.domains import Row, Verdict, is_held_out
 from m2rl_core.domains.agent_tasks import (
-    ID_SLOT, IDS, KINDS, MAX_TURNS, NAMES, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, notes, requests)
+    ID_SLOT, KINDS, MAX_TURNS, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, notes, plain, requests)
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
 from m2rl_core.domains.workplace import World, compact, signature
 
@@ -128,12 +128,6 @@ def _thought(calls: list[dict]) -> str:
     return f"need {calls[0]['name']}: listed" if len(calls) == 1 else f"need {len(calls)} calls"
 
 
-def _plain(gold: dict) -> dict:
-    """One call that a list of allowed values accepts; optional arguments are left out."""
-    return {"name": gold["name"],
-            "arguments": {key: values[0] for key, values in gold["arguments"].items() if "" not in values}}
-
-
 def _play(row: Row, calls: list[dict], worked: bool) -> list[dict]:
     """A whole multi-turn episode: a turn for each call with what the tool answered, then "Done."."""
     episode, messages, think = environment(row), [], f"need id: {calls[0]['name']}"
@@ -155,7 +149,7 @@ def respond(row: Row, worked: bool = True) -> list[dict]:
         return _play(row, golds, worked)
     if kind == "irrelevance":
         return [_say(f"need {', '.join(row.truth.get('needs', ['a tool']))}: not listed" if worked else "", REFUSAL)]
-    calls = [_plain(gold) for gold in golds]
+    calls = [plain(gold) for gold in golds]
     return [_say(_thought(calls) if worked else "", _write(calls))]
 
 
@@ -179,7 +173,7 @@ def spoil(row: Row, rng: random.Random) -> list[dict]:
     if kind == "multi_turn":
         *first, last = row.truth["calls"]
         return _play(row, first if first and short else [*first, _spoiled(last, rng)], worked)
-    calls = [_plain(gold) for gold in row.truth["calls"]]
+    calls = [plain(gold) for gold in row.truth["calls"]]
     think = _thought(calls) if worked else ""
     if short:
         return [_say(think, _write(calls[:-1]))] if len(calls) > 1 else [_say("", REFUSAL)]
@@ -197,7 +191,7 @@ def corpus(rng: random.Random) -> str:
     if kind == "calls":
         tools, asked = requests(rng, 3)
         return "\n".join([*(signature(tool) for tool in tools), *(
-            f"{text}\n{_write([_plain(call)])}" for text, call in asked)])
+            f"{text}\n{_write([plain(call)])}" for text, call in asked)])
     while True:
         row = make(rng, "multi_turn", "corpus")
         if not is_held_out(row.fingerprint):

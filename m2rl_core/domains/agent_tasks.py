@@ -136,17 +136,22 @@ def requests(rng: random.Random, n: int) -> tuple[tuple[dict, ...], list[tuple[s
     return tools, found
 
 
+def plain(gold: dict) -> dict:
+    """One call that a list of allowed values accepts; optional arguments are left out."""
+    return {"name": gold["name"],
+            "arguments": {key: values[0] for key, values in gold["arguments"].items() if "" not in values}}
+
+
 def notes(rng: random.Random, n: int) -> list[tuple[str, dict]]:
     """`n` requests, none held out, each with the values that it gives: plain practice in copying."""
     found = []
     while len(found) < n:
         if rng.random() < 0.5:
             drawn = _two_steps(rng, narrow=False)
-            kind, problem, said = "multi_turn", drawn["problem"], drawn["problem"][1]
-            text = drawn["text"]
+            text, kind, problem, said = drawn["text"], "multi_turn", drawn["problem"], drawn["problem"][1]
         else:
             text, call = _ask(rng, rng.choice(("find_contact", "send_mail", "add_task", "delete_event")))
-            kind, problem, said = "single", [call], {k: v[0] for k, v in call["arguments"].items() if "" not in v}
+            kind, problem, said = "single", [call], plain(call)["arguments"]
         if not is_held_out(fingerprint(kind, problem)):
             found.append((text, said))
     return found
