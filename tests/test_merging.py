@@ -2,6 +2,7 @@
 import hashlib
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -194,6 +195,19 @@ def test_lower_density_keeps_less_and_about_what_it_says():
     found = [d["density"]["e0"] for d in merger.diagnoses]
     # kept: the k-th itself survives, so at least the density and here (no ties) at most two weights more
     assert found == pytest.approx([0.05, 0.2, 0.8, 1.0], abs=2 / 4050) and found == sorted(found)
+
+
+@pytest.mark.parametrize("method", ["ties", "ties-dare"])
+@pytest.mark.parametrize("threshold", ["global", "tensor"])
+@pytest.mark.parametrize("ties", ["kept", "exact"])
+def test_density_counts_what_moves(method, threshold, ties):
+    # with one expert the merge moves just what survives; half of these densities reach into what did not change
+    base, experts = toy(experts=1, dtype=torch.bfloat16)
+    plans = [recipes.make(method, density=d, threshold=threshold, ties=ties) for d in (0.001, 0.05, 0.2, 0.6, 0.9999)]
+    merger = StateMerger(base, experts, plans)
+    list(merger)
+    for diagnosis in merger.diagnoses:
+        assert diagnosis["density"]["e0"] == diagnosis["moved"] > 0
 
 
 # Exact thresholds ---------------------------------------------------------------------------------------
@@ -664,6 +678,25 @@ def test_the_command_needs_no_torch(models, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")],
                           capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "out" / "merge.json").exists(), done.stderr
+
+
+def test_kept_kernels_are_made_anew_when_any_source_changes(tmp_path):
+    # `two` takes `one` from another file; numba by itself would go on with the old one
+    package = tmp_path / "m2rl_core" / "merging"
+    package.mkdir(parents=True)
+    shutil.copy(sys.modules[kernel.__module__].__file__, package / "kernel.py")
+    (package / "two.py").write_text("from one import one\nfrom kernel import kernel\n\n\n"
+                                    "@kernel\ndef two(x):\n    return one(x)\n\n\nprint(two(0), end='')\n")
+
+    def run():
+        return subprocess.run([sys.executable, "two.py"], cwd=package, capture_output=True, text=True, check=True).stdout
+
+    found = []
+    for number in (1, 1, 2):
+        (package / "one.py").write_text(f"from kernel import kernel\n\n\n@kernel\ndef one(x):\n    return {number}\n")
+        found.append(run())
+    assert found == ["1", "1", "2"]
+    assert list(package.glob("__pycache__/*.nbi"))
 
 
 def test_kernels_work_where_none_can_be_kept_on_disk(monkeypatch):

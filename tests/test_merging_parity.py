@@ -124,17 +124,18 @@ def sce(delta, sizes):
 
 
 @pytest.mark.parametrize("preset, rate", [("paper", 0.8), ("released-code", 0.2)])
+@pytest.mark.parametrize("experts", [5, 11])  # eleven are more than a kernel takes at once
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_the_papers_formulas(method, preset, rate):
+def test_the_papers_formulas(method, experts, preset, rate):
     g = torch.Generator().manual_seed(3)
     shapes = {"a": (70, 50), "b": (1500,), "c": (3,)}
-    names = [f"e{i}" for i in range(5)]
+    names = [f"e{i}" for i in range(experts)]
     base = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-    experts = {e: {name: x + (torch.rand(x.shape, generator=g) < 0.6) * 0.1 * torch.randn(x.shape, generator=g)
+    models = {e: {name: x + (torch.rand(x.shape, generator=g) < 0.6) * 0.1 * torch.randn(x.shape, generator=g)
                    for name, x in base.items()} for e in names}
-    merged = merge_state(base, experts, method, preset=preset, seed=4)
+    merged = merge_state(base, models, method, preset=preset, seed=4)
     sizes = [base[name].numel() for name in base]
-    delta = torch.stack([torch.cat([(experts[e][n] - base[n]).flatten() for n in base]) for e in names]).double()
+    delta = torch.stack([torch.cat([(models[e][n] - base[n]).flatten() for n in base]) for e in names]).double()
     if method.endswith("dare"):
         keep = torch.stack([torch.cat([torch.from_numpy(dare.keep_mask(
             dare.start_of(4, e, n), 0, base[n].numel(), rate)) for n in base]) for e in names])

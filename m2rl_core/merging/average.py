@@ -7,7 +7,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.merging.kernel import MOST, few, kernel, singles
 from m2rl_core.merging.stored import wide
 
 
@@ -18,7 +18,7 @@ def of_shifts(base: np.ndarray, rows: np.ndarray, weights: Sequence[float], norm
     the weighted mean of the shifts; otherwise the base itself counts sum_i w_i times, as in mergekit.
     """
     total = sum(weights)
-    weighted_sum(rows, np.array(weights, np.float32), np.float32(total if normalize else 1), out)
+    weighted_sum(rows, weights, total if normalize else 1.0, out)
     if not normalize:
         out += np.float32(total - 1.0) * base
 
@@ -30,7 +30,9 @@ def of_weights(models: np.ndarray, which: np.ndarray, weights: Sequence[float], 
     theta_i = models[which[i]], as stored. The same as `base + of_shifts` but for the last bit; the operations are
     mergekit's, so the bits are too.
     """
-    _of_weights(models, which, np.array(weights, np.float32), total_of(weights) if normalize else np.float32(1), out)
+    for some in few(len(which), MOST):
+        by = total_of(weights) if normalize and some.stop >= len(which) else np.float32(1)
+        _add_fused(tuple(models[i] for i in which[some]), singles(weights[some]), some.start > 0, by, out)
 
 
 def total_of(weights: Sequence[float]) -> np.float32:
@@ -53,18 +55,20 @@ def _by_fours(terms: np.ndarray):
     return sums[0] + sums[1] + sums[2] + sums[3]
 
 
+def weighted_sum(rows: np.ndarray, weights: Sequence[float], divisor: float, out: np.ndarray) -> None:
+    """out := sum_i w_i row_i / divisor, added in the order given; rows float32 (E, P), out (P,)."""
+    for some in few(len(rows), MOST):
+        by = divisor if some.stop >= len(rows) else 1
+        _add(tuple(rows[some]), singles(weights[some]), some.start > 0, np.float32(by), out)
+
+
 @kernel
-def weighted_sum(rows, weights, divisor, out):
-    """out := sum_i w_i row_i / divisor, added in the order given; rows float32 (E, P), weights (E,), out (P,)."""
-    for first in range(0, len(out), BLOCK):
-        mixed = out[first : first + BLOCK]
-        mixed[:] = np.float32(0)
+def _add(rows, weights, more, divisor, out):
+    for i in range(len(out)):
+        total = out[i] if more else np.float32(0)
         for e in range(len(rows)):
-            row, weight = rows[e, first : first + len(mixed)], weights[e]
-            for i in range(len(row)):
-                mixed[i] += weight * row[i]
-        for i in range(len(mixed)):
-            mixed[i] /= divisor
+            total += weights[e] * rows[e][i]
+        out[i] = total / divisor
 
 
 @intrinsic
@@ -74,13 +78,9 @@ def fused(_, a, b, c):
 
 
 @kernel
-def _of_weights(models, which, weights, divisor, out):
-    for first in range(0, len(out), BLOCK):
-        mixed = out[first : first + BLOCK]
-        mixed[:] = np.float32(0)
-        for e in range(len(which)):
-            row, weight = models[which[e], first : first + len(mixed)], weights[e]
-            for i in range(len(row)):
-                mixed[i] = fused(weight, wide(row[i]), mixed[i])
-        for i in range(len(mixed)):
-            mixed[i] /= divisor
+def _add_fused(models, weights, more, divisor, out):
+    for i in range(len(out)):
+        total = out[i] if more else np.float32(0)
+        for e in range(len(models)):
+            total = fused(weights[e], wide(models[e][i]), total)
+        out[i] = total / divisor

@@ -53,20 +53,19 @@ class Blend:
 
     def _merged(self, recipe: Recipe, inputs: Sequence[Input], shifts: Shifts) -> tuple:
         """(shift that the method gives before lambda, base + shift where that is what the method gives, how many
-        of each expert's shifts took part)."""
+        of each expert's shifts took part, but for those that `survivors` counts)."""
         p, base, out = recipe.parameters, shifts.base, np.empty(shifts.piece.count, np.float32)
         weights = recipe.each("weight", len(inputs)) if "weight" in p else []
         if recipe.method in ("ties", "ties-dare"):
             sign = 1
             if p["zero_sign"] == "majority":
                 sign = self.known["majority", tuple(inputs), p["vote"], tuple(weights)]
-            kept = np.zeros(len(inputs), np.int64)
-            ties.merge(*shifts.trims(inputs), np.array(weights, np.float32), p["vote"] == "weighted",
-                       np.float32(sign), p["normalize"], ties.ZERO, out, kept)
-            return out, None, kept.tolist()
+            trims, kept = shifts.trims(inputs)
+            ties.merge(trims, weights, p["vote"] == "weighted", sign, p["normalize"], 0.0, out)
+            return out, None, kept
         rows, kept = shifts.rows(inputs)
         if recipe.method == "average" and p["average_of"] == "weights":
-            which = np.array([1 + shifts.experts.index(want.expert) for want in inputs])
+            which = [1 + shifts.experts.index(want.expert) for want in inputs]
             average.of_weights(shifts.stored, which, weights, p["normalize"], out)
             return out - base, out, kept
         if recipe.method == "average":

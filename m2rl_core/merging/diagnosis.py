@@ -66,13 +66,16 @@ class Tally:
 
     def add(self, piece: Piece, kept: Sequence[int], result: tuple[int, int, float, float]) -> None:
         for expert, more in zip(self.kept, kept, strict=True):
-            self.kept[expert] += more
+            self.keep(expert, more)
         moved, lost, change, error = result
         self.values += piece.count
         self.moved += moved
         self.lost += lost
         self.change += change
         self.error += error
+
+    def keep(self, expert: str, more: int) -> None:
+        self.kept[expert] += more
 
     def result(self) -> dict:
         """density: share of weights each expert still moves; lost: of the weights the merge moves, those that rounding
@@ -112,18 +115,21 @@ def bfloat16(x):
 
 @kernel
 def _round(base, shift, wide, add, out, sums):
-    """out := base + shift (or wide) as bfloat16, uint16 (P,); the counts and sums of `_compare`."""
-    backs, helds = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    lanes = np.zeros((2, BLOCK))
-    for first in range(0, len(base), BLOCK):
-        here, moved, bits = base[first : first + BLOCK], shift[first : first + BLOCK], out[first : first + BLOCK]
-        given, back, held = wide[first : first + BLOCK], backs[: len(here)], helds[: len(here)]
+    """out := base + shift (or wide) as bfloat16, uint16 (P,); sums as in `_compare`."""
+    lanes = np.zeros(2 * BLOCK, np.float32)  # sums side by side, as a float sum keeps its order; in one array, which
+    for first in range(0, len(base), BLOCK):  # spares the loop the test that its arrays are apart
+        here, shifts = base[first : first + BLOCK], shift[first : first + BLOCK]
+        given, bits = wide[first : first + BLOCK], out[first : first + BLOCK]
+        moved = lost = np.int32(0)
         for i in range(len(here)):
-            x = bfloat16(here[i] + moved[i] if add else given[i])
+            x = bfloat16(here[i] + shifts[i] if add else given[i])
             bits[i] = x
-            back[i] = np.uint32(x << np.uint32(16)).view(np.float32)
-            held[i] = np.uint32(bfloat16(here[i]) << np.uint32(16)).view(np.float32)
-        _count(here, moved, back, held, sums, lanes)
+            moved = np.int32(moved + (shifts[i] != 0))
+            lost = np.int32(lost + ((shifts[i] != 0) & (x == bfloat16(here[i]))))
+            lanes[i] += abs(shifts[i])
+            lanes[BLOCK + i] += abs(np.uint32(x << np.uint32(16)).view(np.float32) - here[i] - shifts[i])
+        sums[0] += moved
+        sums[1] += lost
     _collect(lanes, sums)
 
 
@@ -133,31 +139,26 @@ def _compare(base, shift, back, held, sums):
 
     back, held: the merged weights and the base as the output type has them, in float32 again; all (P,).
     """
-    lanes = np.zeros((2, BLOCK))
+    lanes = np.zeros(2 * BLOCK, np.float32)
     for first in range(0, len(base), BLOCK):
-        one = slice(first, first + BLOCK)
-        _count(base[one], shift[one], back[one], held[one], sums, lanes)
+        here, shifts = base[first : first + BLOCK], shift[first : first + BLOCK]
+        merged, before = back[first : first + BLOCK], held[first : first + BLOCK]
+        moved = lost = np.int32(0)
+        for i in range(len(here)):
+            moved = np.int32(moved + (shifts[i] != 0))
+            lost = np.int32(lost + ((shifts[i] != 0) & (merged[i] == before[i])))
+            lanes[i] += abs(shifts[i])
+            lanes[BLOCK + i] += abs(merged[i] - here[i] - shifts[i])
+        sums[0] += moved
+        sums[1] += lost
     _collect(lanes, sums)
-
-
-@kernel
-def _count(base, shift, back, held, sums, lanes):
-    """One block. Float sums keep their order, so only sums side by side, `lanes` (2, BLOCK), are vectorised."""
-    changes, errors, moved, lost = lanes[0], lanes[1], np.int32(0), np.int32(0)
-    for i in range(len(base)):
-        moved = np.int32(moved + (shift[i] != 0))
-        lost = np.int32(lost + ((shift[i] != 0) & (back[i] == held[i])))
-        changes[i] += np.float64(abs(shift[i]))
-        errors[i] += np.float64(abs(back[i] - base[i] - shift[i]))
-    sums[0] += moved
-    sums[1] += lost
 
 
 @kernel
 def _collect(lanes, sums):
     for i in range(BLOCK):
-        sums[2] += lanes[0, i]
-        sums[3] += lanes[1, i]
+        sums[2] += lanes[i]
+        sums[3] += lanes[BLOCK + i]
 
 
 def warnings(unchanged: Sequence[str], result: dict, squares: Sequence[Sequence[float]]) -> list[str]:

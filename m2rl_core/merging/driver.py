@@ -19,7 +19,7 @@ from m2rl_core.merging.pool import Pool
 from m2rl_core.merging.reader import Reader
 from m2rl_core.merging.recipe import Recipe
 from m2rl_core.merging.shifts import BASE, Shifts
-from m2rl_core.merging.statistics import STEPS, Needs, selection_of
+from m2rl_core.merging.statistics import STEPS, Needs, selection_of, survivors
 
 
 class Merger:
@@ -68,6 +68,8 @@ class Merger:
                 self.report("merge", done, len(self.reader.sizes))
             self._refuse_identical()
         for r, (recipe, tally) in enumerate(zip(self.recipes, self.tallies, strict=True)):
+            for want in self.needs.inputs[r]:
+                tally.keep(getattr(want, "source", want).expert, survivors(want, self.reader.sizes, self.known))
             diagnosis = self.survey.result() | tally.result()
             squares = []
             if recipe.method == "sce":

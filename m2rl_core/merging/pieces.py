@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-PIECE = 1 << 17  # best of 2^15 .. 2^18 as measured: smaller ones cost Python's time, larger ones outgrow the caches
-GROUP = 1 << 23  # tensors are taken together up to this many values: fewer waits for the last piece
+PIECE = 1 << 18  # as good as any of 2^16 .. 2^20 measured: smaller ones cost Python's time, larger ones the caches
+GROUP = 1 << 24  # tensors are taken together up to this many values: fewer waits for the last piece
 RUN, RUNS = 2048, (32, 512)  # a sample: so many values in a row, from at least and at most so many places
 
 

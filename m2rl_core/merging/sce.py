@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from m2rl_core.merging import ties
-from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.merging.kernel import BLOCK, kernel, singles
 
 
 @kernel
@@ -71,6 +71,5 @@ def merge(rows: np.ndarray, weights: Sequence[float], divisor_floor: float, out:
     To erase minority signs is what TIES does to shifts that are not trimmed; rows float32 (E, P), out (P,). The
     sum of the weights that it is divided by counts at least `divisor_floor`.
     """
-    one, none = np.ones(len(rows), np.float32), np.zeros(len(rows), np.float32)
-    ties.merge(rows, none, one, np.array(weights, np.float32), False, ties.ONE, True, np.float32(divisor_floor), out,
-               np.zeros(len(rows), np.int64))
+    trims = tuple(rows), singles([0.0] * len(rows)), singles([1.0] * len(rows))
+    ties.merge(trims, weights, False, 1.0, True, divisor_floor, out)

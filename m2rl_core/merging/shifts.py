@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m2rl_core.merging import dare, sce
-from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.merging import dare, sce, ties
+from m2rl_core.merging.kernel import BLOCK, kernel, singles
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
 from m2rl_core.merging.stored import wide
@@ -105,20 +105,24 @@ class Shifts:
                 return self._dropped, list(counts)
         return np.stack(found), list(counts)
 
-    def trims(self, inputs: Sequence[Input]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows (E, P), cuts (E,), factors (E,)): an input is a row where it reaches its cut, times its factor."""
-        rows, _ = self.rows([want.source if isinstance(want, Trimmed) else want for want in inputs])
-        cuts, factors = np.zeros(len(inputs), np.float32), np.ones(len(inputs), np.float32)
-        for i, want in enumerate(inputs):
-            if isinstance(want, Trimmed):
-                cut = self.known[cut_key(want, self.piece.name)]
-                given = rows[i]
-                row, cuts[i] = at_least(given, cut.bits, cut.left(self.piece.name, self.piece.index))
-                if row is not given:
-                    rows = rows.copy()
-                    rows[i] = row
-                factors[i] = self.known.get((want, self.piece.name), 1.0)
-        return rows, cuts, factors
+    def trims(self, inputs: Sequence[Input]) -> tuple[ties.Trims, list[int]]:
+        """(what the kernels of `ties` take, how many of each input's shifts are above 0 and stay, as far as that
+        is not said by `Cut.survivors`)."""
+        rows, cuts, factors, counts = [], [], [], []
+        for want in inputs:
+            trim = isinstance(want, Trimmed)
+            row, count = self.row(want.source if trim else want)
+            cut, factor = np.float32(0), 1.0
+            if trim:
+                found = self.known[cut_key(want, self.piece.name)]
+                row, cut = at_least(row, found.bits, found.left(self.piece.name, self.piece.index))
+                factor = self.known.get((want, self.piece.name), 1.0)
+                count = count if found.survivors is None else 0
+            rows.append(row)
+            cuts.append(cut)
+            factors.append(factor)
+            counts.append(count)
+        return (tuple(rows), tuple(cuts), singles(factors)), counts
 
     def variance(self, selection: Selection) -> np.ndarray:
         """Of the experts' shifts at each weight; float32 (P,)."""

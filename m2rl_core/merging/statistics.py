@@ -33,8 +33,7 @@ class L1:
             after, cut = shifts.row(self.want, factor=1.0)[0], np.float32(0)
         else:
             before, _ = shifts.row(self.want.source)
-            rows, cuts, _ = shifts.trims([self.want])
-            after, cut = rows[0], cuts[0]
+            ((after,), (cut,), _), _ = shifts.trims([self.want])
         return [l1_norm(before, np.float32(0)), l1_norm(after, cut)]
 
     def add(self, piece: Piece, result: list[float]) -> None:
@@ -115,7 +114,6 @@ class Balance:
     def __init__(self, recipe: Recipe, inputs: Sequence[Input], known: dict):
         self.inputs, self.vote, self.known, self.balance = tuple(inputs), recipe.parameters["vote"], known, 0
         self.weights = recipe.each("weight", len(inputs))
-        self.voting = np.array(self.weights if self.vote == "weighted" else [1.0] * len(inputs), np.float32)
 
     @property
     def key(self) -> tuple:
@@ -123,7 +121,8 @@ class Balance:
         return ("majority", self.inputs, self.vote, tuple(self.weights))
 
     def count(self, shifts: Shifts) -> int:
-        return ties.balance(*shifts.trims(self.inputs), self.voting)
+        trims, _ = shifts.trims(self.inputs)
+        return ties.balance(trims, self.weights, self.vote == "weighted")
 
     def add(self, piece: Piece, result: int) -> None:
         self.balance += result
@@ -183,6 +182,13 @@ class Needs:
     def _selected(self, selection: Selection, name: str, size: int) -> Order:
         search = Search(size, lambda zeros: sce.selected_rank(size, zeros, selection.select), quota=True)
         return Order((selection, name), search, lambda shifts: shifts.variance(selection), self.known)
+
+
+def survivors(want: Input, sizes: Mapping[str, int], known: Mapping) -> int:
+    """How many shifts survive the cuts of an input, as the cuts know it; the rest is counted by `Shifts.trims`."""
+    if not isinstance(want, Trimmed):
+        return 0
+    return sum(known[key].survivors or 0 for key in {cut_key(want, name) for name, size in sizes.items() if size})
 
 
 def selection_of(recipe: Recipe, experts: Sequence[str]) -> Selection:

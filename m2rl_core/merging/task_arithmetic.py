@@ -14,4 +14,4 @@ def merge(rows: np.ndarray, weights: Sequence[float], normalize: bool, out: np.n
 
     The paper adds (it does not average): lambda 1.0, weights 1, no division.
     """
-    weighted_sum(rows, np.array(weights, np.float32), total_of(weights) if normalize else np.float32(1), out)
+    weighted_sum(rows, weights, total_of(weights) if normalize else 1.0, out)

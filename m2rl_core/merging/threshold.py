@@ -26,10 +26,12 @@ class Cut:
     """Keep magnitudes above the pattern `bits`; of the equal ones the first `quota` (None: all).
 
     equals[tensor, piece]: how many equal ones lie in earlier pieces, and in this one; only where there is a quota.
+    survivors: how many are kept, where all of these are above 0; None where everything above 0 is kept.
     """
 
     bits: int
     quota: int | None = None
+    survivors: int | None = None
     equals: Mapping[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def left(self, name: str, index: int) -> int | None:
@@ -169,7 +171,7 @@ class Search:
         rank = self.rank if isinstance(self.rank, int) else self.rank(self.zeros)
         less_low, upto_low, less_high, upto_high = (int(c) for c in self.below)
         if rank == 0:
-            self.cut = Cut(TOP + 1)
+            self.cut = Cut(TOP + 1, survivors=0)
         elif rank <= less_low:
             self._look(0, self.low - 1)
         elif rank <= upto_low:
@@ -196,7 +198,7 @@ class Search:
         """`upto` values are at most `bits`, `equal` are it; end: 0 or 1 where the bracket's low or high end is it."""
         quota = (self.n - rank + 1) - (self.n - upto)
         if not self.quota or quota == equal:
-            self.cut = Cut(bits)
+            self.cut = Cut(bits, survivors=self.n - upto + equal if bits else None)
         elif end is None:
             self._look(bits, bits)  # once more, to learn in which pieces the equal ones lie
         else:
@@ -204,4 +206,4 @@ class Search:
             for place, found in self.equals.items():
                 equals[place] = before, found[end]
                 before += found[end]
-            self.cut = Cut(bits, quota, equals)
+            self.cut = Cut(bits, quota, self.n - rank + 1 if bits else None, equals)

@@ -1,15 +1,19 @@
 """TIES (Yadav et al. 2023): trim small shifts, elect a sign, average the shifts that agree with it.
 
-The trim needs a cut, and a cut needs to have seen the whole tensor, or all of them: see `threshold`. All arrays are
-float32: `rows` (E, P) the experts' shifts, `cuts`, `factors`, `weights` (E,); P weights of one piece.
+The trim needs a cut, and a cut needs to have seen the whole tensor, or all of them: see `threshold`. Kernels take
+tuples of E: `rows` of arrays (P,), the experts' shifts of one piece, and `cuts`, `factors`, `weights` of numbers, all
+float32. They are compiled for each E, so that the loop over experts runs in registers; more than MOST go by a few.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.merging.kernel import BLOCK, MOST, few, kernel, singles
 
 ZERO, ONE = np.float32(0), np.float32(1)
+Trims = tuple[tuple[np.ndarray, ...], tuple[np.float32, ...], tuple[np.float32, ...]]  # rows, cuts and factors
 
 
 @kernel
@@ -30,60 +34,104 @@ def positive(x):
 
 
 @kernel
-def _add_votes(rows, first, cuts, factors, weights, votes, kept):
-    """votes := sum_i w_i trimmed_i from weight `first` on; kept[i] += how many trimmed shifts are not 0."""
-    votes[:] = ZERO
+def _vote(vote, rows, cuts, factors, voting, i):
+    """vote + sum_e v_e trimmed_e of weight i."""
     for e in range(len(rows)):
-        row, here = rows[e, first : first + len(votes)], np.int32(0)
-        cut, factor, weight = cuts[e], factors[e], weights[e]
-        for i in range(len(row)):
-            x = trimmed(row[i], cut, factor)
-            here = np.int32(here + (x != 0))
-            votes[i] += weight * x
-        kept[e] += here
+        vote += voting[e] * trimmed(rows[e][i], cuts[e], factors[e])
+    return vote
 
 
 @kernel
-def merge(rows, cuts, factors, weights, weighted, zero_sign, normalize, floor, out, kept):
+def _agreed(total, count, rows, cuts, factors, voting, after, weights, sign, i):
+    """(total + the magnitudes of weight i that agree with `sign`, each times its `after`, count + their weights)."""
+    for e in range(len(rows)):
+        agreeing = positive(voting[e] * trimmed(rows[e][i], cuts[e], factors[e]) * sign)
+        total += after[e] * agreeing
+        count += weights[e] if agreeing > 0 else ZERO
+    return total, count
+
+
+@kernel
+def _mean(total, count, sign, normalize, floor):
+    by = count if count > floor else floor if floor > 0 else count
+    by = by if normalize and by != 0 else ONE  # nothing agrees, or weights below 0 cancel
+    return total / by * sign + ZERO  # adding 0 turns -0 into 0
+
+
+@kernel
+def _merge(rows, cuts, factors, voting, after, weights, zero_sign, normalize, floor, out):
+    for i in range(len(out)):
+        sign = elected(_vote(ZERO, rows, cuts, factors, voting, i), zero_sign)
+        total, count = _agreed(ZERO, ZERO, rows, cuts, factors, voting, after, weights, sign, i)
+        out[i] = _mean(total, count, sign, normalize, floor)
+
+
+@kernel
+def _add_votes(rows, cuts, factors, voting, votes):
+    for i in range(len(votes)):
+        votes[i] = _vote(votes[i], rows, cuts, factors, voting, i)
+
+
+@kernel
+def _add_agreed(rows, cuts, factors, voting, after, weights, zero_sign, votes, sums):
+    """sums (2P,): the totals, then the counts; in one array, which spares the loop a test that they are apart."""
+    n = len(votes)
+    for i in range(n):
+        sums[i], sums[n + i] = _agreed(sums[i], sums[n + i], rows, cuts, factors, voting, after, weights,
+                                       elected(votes[i], zero_sign), i)
+
+
+@kernel
+def _divide(votes, sums, zero_sign, normalize, floor, out):
+    for i in range(len(out)):
+        out[i] = _mean(sums[i], sums[len(out) + i], elected(votes[i], zero_sign), normalize, floor)
+
+
+def merge(trims: Trims, weights: Sequence[float], weighted: bool, zero_sign: float, normalize: bool, floor: float,
+          out: np.ndarray) -> None:
     """out := the disjoint mean of the trimmed shifts; (P,). The driver multiplies by lambda.
 
     `weighted`: a shift votes, and has its sign, with its weight, as in mergekit. zero_sign is the sign of a weight
     whose vote is exactly 0. Without `normalize` the survivors are added, not averaged; the sum of their weights,
-    which divides, counts at least `floor`. A zero shift never counts in the mean. kept[i] += shifts i that stay.
+    which divides, counts at least `floor`. A zero shift never counts in the mean.
     """
-    voting = weights if weighted else np.ones_like(weights)
-    after = np.ones_like(weights) if weighted else weights
-    votes, counts = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for first in range(0, rows.shape[1], BLOCK):
-        total = out[first : first + BLOCK]
-        sign, count = votes[: len(total)], counts[: len(total)]
-        _add_votes(rows, first, cuts, factors, voting, sign, kept)
-        for i in range(len(total)):
-            sign[i] = elected(sign[i], zero_sign)
-        total[:] = ZERO
-        count[:] = ZERO
-        for e in range(len(rows)):
-            row, cut, factor = rows[e, first : first + len(total)], cuts[e], factors[e]
-            before, then, weight = voting[e], after[e], weights[e]
-            for i in range(len(row)):
-                agreeing = positive(before * trimmed(row[i], cut, factor) * sign[i])  # as a magnitude
-                total[i] += then * agreeing
-                count[i] += weight if agreeing > 0 else ZERO
-        for i in range(len(total)):
-            by = count[i] if count[i] > floor else floor if floor > 0 else count[i]
-            by = by if normalize and by != 0 else ONE  # nothing agrees, or weights below 0 cancel
-            total[i] = total[i] / by * sign[i] + ZERO  # adding 0 turns -0 into 0
+    own, same = singles(weights), singles([1.0] * len(weights))
+    voting, after = (own, same) if weighted else (same, own)
+    zero_sign, floor = np.float32(zero_sign), np.float32(floor)
+    if len(weights) <= MOST:
+        _merge(*trims, voting, after, own, zero_sign, normalize, floor, out)
+        return
+    votes, sums = _votes(trims, voting, len(out)), np.zeros(2 * len(out), np.float32)
+    for some in few(len(weights)):
+        _add_agreed(*(part[some] for part in (*trims, voting, after, own)), zero_sign, votes, sums)
+    _divide(votes, sums, zero_sign, normalize, floor, out)
+
+
+def _votes(trims: Trims, voting: tuple[np.float32, ...], size: int) -> np.ndarray:
+    votes = np.zeros(size, np.float32)
+    for some in few(len(voting)):
+        _add_votes(*(part[some] for part in (*trims, voting)), votes)
+    return votes
+
+
+def balance(trims: Trims, weights: Sequence[float], weighted: bool) -> int:
+    """How many votes are above 0, less those below."""
+    voting = singles(weights if weighted else [1.0] * len(weights))
+    if len(voting) > MOST:
+        votes = _votes(trims, voting, len(trims[0][0]))
+        return int((votes > 0).sum()) - int((votes < 0).sum())
+    return _balance(*trims, voting)
 
 
 @kernel
-def balance(rows, cuts, factors, voting):
-    """How many votes are above 0, less those below."""
-    votes, found, kept = np.empty(BLOCK, np.float32), 0, np.zeros(len(rows), np.int64)
-    for first in range(0, rows.shape[1], BLOCK):
-        here, up, down = votes[: rows.shape[1] - first], np.int32(0), np.int32(0)
-        _add_votes(rows, first, cuts, factors, voting, here, kept)
-        for i in range(len(here)):
-            up = np.int32(up + (here[i] > 0))
-            down = np.int32(down + (here[i] < 0))
+def _balance(rows, cuts, factors, voting):
+    found = 0
+    for first in range(0, len(rows[0]), BLOCK):
+        up = down = np.int32(0)
+        for j in range(min(BLOCK, len(rows[0]) - first)):
+            i = np.uint64(first) + np.uint64(j)  # unsigned, so never counted from the end
+            vote = _vote(ZERO, rows, cuts, factors, voting, i)
+            up = np.int32(up + (vote > 0))
+            down = np.int32(down + (vote < 0))
         found += up - down
     return found
