@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -61,6 +62,7 @@ class Watch:
     def __init__(self, ctx, spec):
         self.ctx, self.spec = ctx, spec
         self.items = items_of(ctx.profile.eval, ctx.profile.seed, spec.eval_items)
+        self.batch: tuple[list[Rollout], list[Verdict]] = [], []
         ctx.state.mkdir(parents=True, exist_ok=True)
 
     def observe(self, step: int, policy: Policy) -> None:
@@ -73,12 +75,19 @@ class Watch:
             self.ctx.state / f"along-{step:06d}.parquet", index=False)
 
     def keep_examples(self, step: int, rollouts: list[Rollout], verdicts: list[Verdict]) -> None:
-        """Keep the first rollouts of every tenth step as text."""
+        """Keep the first rollouts of every tenth step as text, and in memory the last batch."""
+        self.batch = rollouts, verdicts
         if step % 10 == 0:
             kept = [{"step": step + 1, "item": r.row.id, "domain": r.row.domain, "prompt": r.row.messages[-1]["content"],
                      "response": END_OF_TURN.join(r.turns), "score": v.score, "reason": v.reason}
                     for r, v in list(zip(rollouts, verdicts, strict=True))[:4]]
             (self.ctx.state / f"rollouts-{step:06d}.json").write_text(json.dumps(kept))
+
+    def keep_batch(self, path: Path) -> None:
+        """Write the last batch, a rollout a line, with what its loss is made of."""
+        write_lines(path, [{"item": r.row.id, "response": END_OF_TURN.join(r.turns), "score": v.score, "reason": v.reason,
+                            "prompt": r.prompt, "tokens": r.tokens, "sampled": r.sampled, "logprobs": r.logprobs}
+                           for r, v in zip(*self.batch, strict=True)])
 
     def finish(self) -> None:
         """Gather what was seen into `along.parquet` and `rollouts.jsonl` beside the weights."""

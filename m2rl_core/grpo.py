@@ -14,74 +14,44 @@ from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS, Row, Verdict, rewards
 from m2rl_core.evaluate import Watch
+from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import token_logprobs
-from m2rl_core.rollout import Rollout, micro_batches, response_hidden, sample
+from m2rl_core.rollout import Rollout, logprobs, micro_batches, response_hidden, sample
 from m2rl_core.trainer import Optimization, fit
 
 
-def advantages(scores: Tensor) -> Tensor:
-    """(r - mean) / (std + 1e-6) inside each group, std with n-1; scores (P, G) to advantages (P, G).
-
-    A group whose scores are all equal gets exactly zero, not the residue of rounding.
-    """
-    centred = scores - scores.mean(dim=1, keepdim=True)
-    found = centred / (scores.std(dim=1, keepdim=True) + 1e-6)
-    return torch.where((scores == scores[:, :1]).all(dim=1, keepdim=True), torch.zeros_like(found), found)
-
-
-def importance_weights(trainer: Tensor, sampler: Tensor, kind: str, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Token weights pi_trainer / pi_sampler and the tokens that count, both (N,).
-
-    "none": weight 1; "tis": the ratio truncated at `high`; "mis": the ratio inside [low, high], other tokens
-    leave the numerator and the denominator.
-    """
-    ratio = (trainer.detach() - sampler).clamp(-20, 20).exp()
-    if kind == "none":
-        return torch.ones_like(ratio), torch.ones_like(ratio, dtype=torch.bool)
-    if kind == "tis":
-        return ratio.clamp(max=high), torch.ones_like(ratio, dtype=torch.bool)
-    if kind == "mis":
-        return ratio, (ratio >= low) & (ratio <= high)
-    raise ValueError(f"is_correction {kind!r}: one of none, tis, mis")
-
-
-def policy_loss(logp: Tensor, old: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Clipped surrogate of each token, (N,): -min(rho A, clip(rho, 1 - low, 1 + high) A), rho = exp(logp - old)."""
-    rho = (logp - old).exp()
-    return -torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
-
-
-def sequence_mean(values: Tensor, counted: Tensor, owner: Tensor, sequences: int) -> Tensor:
-    """Mean over the counted tokens of each sequence, (sequences,); 0 for a sequence without any."""
-    zeros = torch.zeros(sequences, device=values.device)
-    total = zeros.index_add(0, owner, values * counted)
-    return total / zeros.index_add(0, owner, counted.float()).clamp(min=1)
-
-
-def backward(policy: Policy, rollouts: list[Rollout], token_advantage, spec, total: int) -> dict:
-    """Accumulate the gradient of the loss over `rollouts`, normalised by `total` sequences; returns statistics.
+def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Loss, totals: Totals,
+             reference: Policy | None = None) -> dict:
+    """Accumulate the gradient of the loss over `rollouts`, a part of the batch that `totals` describes; statistics.
 
     `token_advantage(part, logp, owner, tokens)` gives the advantage of each sampled token of a micro-batch,
-    (N,). Sequences that were skipped because their advantage is zero stay in `total`.
+    (N,). Rollouts that were left out because their advantage is zero stay in `totals`. `reference` is needed for a
+    KL term; its log-probs are of the loss's temperature, like the policy's.
     """
-    loss_sum, kept, entropy, count, off = 0.0, 0, 0.0, 0, 0.0
+    sums, off = dict.fromkeys(("loss", "kept", "entropy", *(("kl",) if loss.kl else ())), 0.0), 0.0
+    count = sum(r.length for r in rollouts)
     for batch in micro_batches(rollouts):
         part = [rollouts[i] for i in batch]
         hidden, tokens, owner = response_hidden(policy, part)
-        logp, entropies = token_logprobs(policy.weights, hidden, tokens, spec.temperature)
+        logp, entropy = token_logprobs(policy.weights, hidden, tokens, loss.temperature, entropy_grad=loss.entropy > 0)
         sampler = torch.tensor([p for r in part for p, s in zip(r.logprobs, r.sampled, strict=True) if s], device=logp.device)
-        weight, counted = importance_weights(logp, sampler, spec.is_correction, spec.is_low, spec.is_high)
+        weight, counted = importance_weights(logp, sampler, owner, loss)
         advantage = token_advantage(part, logp, owner, tokens)
-        values = weight * policy_loss(logp, logp.detach(), advantage, spec.clip_low, spec.clip_high)
-        loss = sequence_mean(values, counted, owner, len(part)).sum() / total
-        loss.backward()
-        loss_sum += float(loss.detach())
-        kept += int(counted.sum())
-        count += len(counted)
-        entropy += float(entropies.sum())
+        values = weight * policy_loss(logp, logp.detach(), advantage, loss.clip_low, loss.clip_high)
+        if loss.kl:
+            kl = kl_estimate(logp, torch.cat(logprobs(reference, part, loss.temperature)))
+            values = values + loss.kl * kl
+            sums["kl"] += float(kl.detach().sum()) / count
+        if loss.entropy:
+            values = values - loss.entropy * entropy
+        found = reduced(values, counted, owner, loss.loss, totals)
+        found.backward()
+        sums["loss"] += float(found.detach())
+        sums["kept"] += int(counted.sum())
+        sums["entropy"] += float(entropy.detach().sum())
         off = max(off, float((logp.detach() - sampler).abs().max()))
-    return {"loss": loss_sum, "kept": kept / max(1, count), "entropy": entropy / max(1, count), "mismatch": off}
+    return {**sums, "kept": sums["kept"] / max(1, count), "entropy": sums["entropy"] / max(1, count), "mismatch": off}
 
 
 def build(ctx) -> None:
@@ -91,22 +61,27 @@ def build(ctx) -> None:
     domains = DOMAINS if name == "multi" else (name,)
     policy = policies.load(ctx.inputs["sft"])
     rows = rl_rows(spec, domains, seed)
+    loss = Loss.of(spec)
+    reference = policies.load(ctx.inputs["sft"]) if spec.kl else None
     watch = Watch(ctx, spec)
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "rl")
         rollouts, verdicts, scores, seconds = collect(policy, prompts, spec, ctx.seed * 100_003 + step)
         start = time.perf_counter()
-        advantage = advantages(scores).flatten().tolist()
+        advantage = advantages(scores, spec.scale_rewards).flatten().tolist()
         of = {id(r): a for r, a in zip(rollouts, advantage, strict=True)}
-        used = [r for r, a in zip(rollouts, advantage, strict=True) if a != 0]  # zero-advantage groups add nothing
+        # groups without an advantage add nothing to the gradient, unless there is another term
+        used = [r for r in rollouts if of[id(r)] != 0 or loss.kl or loss.entropy]
         stats = backward(policy, used, lambda part, logp, owner, _: torch.tensor([of[id(r)] for r in part]).to(logp)[owner],
-                         spec, len(rollouts)) if used else {"loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
+                         loss, Totals.of(rollouts, spec.max_new_tokens), reference) if used else {
+                             "loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
         watch.keep_examples(step, rollouts, verdicts)
-        return {**summary(rollouts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
+        return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
     fit(policy, objective, Optimization(ctx.stage.settings["steps"], spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
-        checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe)
+        checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
+        watch.keep_batch)
     watch.finish()
 
 
@@ -121,7 +96,7 @@ def collect(policy: Policy, rows: list[Row], spec, seed: int) -> tuple[list[Roll
     return rollouts, verdicts, scores, {"seconds_sample": sampled - start, "seconds_verify": time.perf_counter() - sampled}
 
 
-def summary(rollouts: list[Rollout], scores: Tensor) -> dict:
+def summary(rollouts: list[Rollout], verdicts: list[Verdict], scores: Tensor) -> dict:
     """What a step's rollouts looked like: mean reward (all, and by domain), length, truncation, useless groups."""
     group = scores.shape[1]
     by_domain: dict[str, list[float]] = {}
@@ -134,4 +109,5 @@ def summary(rollouts: list[Rollout], scores: Tensor) -> dict:
         "response_tokens": sum(r.length for r in rollouts), "prompt_tokens": sum(len(r.prompt) for r in rollouts[::group]),
         "length": sum(r.length for r in rollouts) / len(rollouts),
         "truncated": sum(r.truncated for r in rollouts) / len(rollouts), "rollouts": len(rollouts),
+        **({"verifier_failures": failed} if (failed := sum(v.failed for v in verdicts)) else {}),
     }

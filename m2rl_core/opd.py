@@ -15,7 +15,8 @@ from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS
 from m2rl_core.evaluate import Watch
-from m2rl_core.grpo import backward, collect, sequence_mean, summary
+from m2rl_core.grpo import backward, collect, summary
+from m2rl_core.losses import Loss, Totals, reduced
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import head, token_logprobs
 from m2rl_core.rollout import Rollout, micro_batches, response_hidden
@@ -38,7 +39,8 @@ def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
     return routed
 
 
-def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], spec, total: int) -> dict:
+def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], loss: Loss,
+                  totals: Totals) -> dict:
     """Accumulate the gradient of the mean per-token reverse KL over the vocabulary."""
     loss_sum = 0.0
     for domain, routed in by_domain(rollouts).items():
@@ -47,14 +49,15 @@ def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[R
             with torch.no_grad():
                 teacher_hidden, _, _ = response_hidden(teachers[domain], part)
             hidden, _, owner = response_hidden(student, part)
-            kl = reverse_kl(student, teachers[domain], hidden, teacher_hidden, spec.temperature)
-            loss = sequence_mean(kl, torch.ones_like(owner, dtype=torch.bool), owner, len(part)).sum() / total
-            loss.backward()
-            loss_sum += float(loss.detach())
+            kl = reverse_kl(student, teachers[domain], hidden, teacher_hidden, loss.temperature)
+            found = reduced(kl, torch.ones_like(owner, dtype=torch.bool), owner, loss.loss, totals)
+            found.backward()
+            loss_sum += float(found.detach())
     return {"loss": loss_sum, "kept": 1.0, "reverse_kl": loss_sum}
 
 
-def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], spec, total: int) -> dict:
+def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], loss: Loss,
+                     totals: Totals) -> dict:
     """Accumulate the policy gradient with advantage log pi_teacher - log pi_student of each sampled token."""
     sums: dict[str, float] = {}
     gaps: list[Tensor] = []
@@ -62,10 +65,10 @@ def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: lis
         def gap(part, logp, owner, tokens, teacher=teachers[domain]):
             with torch.no_grad():
                 hidden, _, _ = response_hidden(teacher, part)
-                found = token_logprobs(teacher.weights, hidden, tokens, spec.temperature)[0] - logp.detach()
+                found = token_logprobs(teacher.weights, hidden, tokens, loss.temperature)[0] - logp.detach()
             gaps.append(found)
             return found
-        for key, value in backward(student, routed, gap, spec, total).items():
+        for key, value in backward(student, routed, gap, loss, totals).items():
             if key == "mismatch":
                 sums[key] = max(sums.get(key, 0.0), value)
             else:  # the loss is a sum over sequences already; the others are means
@@ -80,16 +83,17 @@ def build(ctx) -> None:
     teachers = {d: policies.load(ctx.inputs[f"rl-{d}"]) for d in DOMAINS}
     rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
     watch = Watch(ctx, ctx.profile.rl)
-    update = backward_full if spec.loss == "full" else backward_sampled
+    update, loss = backward_full if spec.loss == "full" else backward_sampled, Loss.of(spec, loss="grpo")
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
         rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
         start = time.perf_counter()  # scores are recorded, not trained on
-        stats = update(student, teachers, rollouts, spec, len(rollouts))
+        stats = update(student, teachers, rollouts, loss, Totals.of(rollouts, spec.max_new_tokens))
         watch.keep_examples(step, rollouts, verdicts)
-        return {**summary(rollouts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
+        return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
     fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
-        checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe)
+        checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
+        watch.keep_batch)
     watch.finish()

@@ -138,8 +138,9 @@ def _check(profile: Profile, path: Path) -> None:
         fail("seeds", f"{profile.seeds} seeds asked for; the study is run with one so far")
     if profile.model.heads % profile.model.kv_heads:
         fail("model.kv_heads", f"{profile.model.kv_heads} does not divide heads = {profile.model.heads}")
-    if profile.rl.kl:
-        fail("rl.kl", f"{profile.rl.kl}: there is no KL term, as in the paper; only 0 is possible")
+    for name in ("kl", "entropy"):
+        if getattr(profile.rl, name) < 0:
+            fail(f"rl.{name}", f"{getattr(profile.rl, name)}: a weight below 0 would push the wrong way; 0 leaves it out")
     if profile.rl.group < 2:
         fail("rl.group", "GRPO compares the rollouts of a group: at least 2 are needed")
     if not 0 < profile.merge.density <= 1:

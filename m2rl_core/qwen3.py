@@ -133,16 +133,16 @@ def head(w: Weights) -> Tensor:
     return w.get("lm_head.weight", w["model.embed_tokens.weight"])
 
 
-def token_logprobs(w: Weights, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
-                   chunk: int = 4096) -> tuple[Tensor, Tensor]:
+def token_logprobs(w: Weights, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 4096,
+                   entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and the entropy of its distribution, both (N,), from hidden (N, D).
 
-    Works `chunk` rows at a time, so that no (B, T, V) logits exist at once in the forward pass.
+    Only with `entropy_grad` has the entropy a gradient, which costs memory. Works `chunk` rows at a time, so that no (B, T, V) logits exist at once in the forward pass.
     """
     logps, entropies = [], []
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logp = F.log_softmax(F.linear(h, head(w)).float() / temperature, dim=-1)  # (n, V)
         logps.append(logp.gather(1, t[:, None])[:, 0])
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
             entropies.append(-(logp.exp() * logp).sum(-1))
     return torch.cat(logps), torch.cat(entropies)

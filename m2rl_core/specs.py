@@ -1,7 +1,7 @@
 """What a profile says, as frozen dataclasses; the values stand in params/<name>.yaml and nowhere else."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 
@@ -59,7 +59,11 @@ class SftSpec:
 
 @dataclass(frozen=True)
 class RlSpec:
-    """RLVR by GRPO (appendix A): `prompts` x `group` rollouts a step, one update each."""
+    """RLVR by GRPO (appendix A): `prompts` x `group` rollouts a step, one update each.
+
+    `kl` weighs a KL term to the SFT model and `entropy` a bonus; `is_level`: of what the ratio to the sampler is
+    taken; `scale_rewards`: what divides a centred reward, its group's standard deviation or nothing. See `losses`.
+    """
 
     rows: dict[str, int]
     prompts: int
@@ -75,7 +79,7 @@ class RlSpec:
     is_correction: Literal["none", "tis", "mis"]
     is_low: float
     is_high: float
-    loss: Literal["grpo"]
+    loss: Literal["grpo", "dapo", "dr_grpo"]
     kl: float
     temperature: float
     max_new_tokens: int
@@ -84,6 +88,9 @@ class RlSpec:
     eval_every: int
     eval_items: int
     eval_k: int
+    is_level: Literal["token", "sequence"] = "token"
+    entropy: float = 0.0
+    scale_rewards: Literal["group", "none"] = "group"
 
 
 @dataclass(frozen=True)
@@ -163,3 +170,9 @@ class Profile:
     analysis: AnalysisSpec
     engine: Literal["torch"] = "torch"
     seeds: int = 1
+
+
+def keyed(spec) -> dict:
+    """A spec as part of a stage's key: without what stands at its default, so that a new option makes nothing again."""
+    defaults = {field.name: field.default for field in fields(spec)}
+    return {name: value for name, value in asdict(spec).items() if value != defaults[name]}

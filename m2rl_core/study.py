@@ -14,6 +14,7 @@ from itertools import combinations
 
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import Profile
+from m2rl_core.specs import keyed
 
 # Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
 VERSION = {"base": 3, "sft": 2, "rl": 2, "opd": 2, "merge": 2, "eval": 2, "weights": 1, "kl": 2, "judge": 2, "sweep": 1}
@@ -93,7 +94,7 @@ def study(profile: Profile) -> dict[str, Stage]:
     """All stages of a profile by name, each after what it needs."""
     stages: dict[str, Stage] = {}
     seed = {"seed": profile.seed}
-    rl, opd, sampling = asdict(profile.rl), asdict(profile.opd), asdict(profile.eval)
+    rl, opd, sampling = keyed(profile.rl), keyed(profile.opd), keyed(profile.eval)
     multi_steps, rows = rl.pop("multi_steps"), rl.pop("rows")
     del rl["checkpoint_every"]
     rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}

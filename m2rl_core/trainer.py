@@ -48,12 +48,14 @@ def warmup_cosine(steps: int, warmup: int, floor: float = 0.0) -> Callable[[int]
 
 
 def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization, out: Path, state: Path, progress,
-        observe: Callable[[int, Policy], None] | None = None) -> None:
+        observe: Callable[[int, Policy], None] | None = None,
+        keep_batch: Callable[[Path], None] | None = None) -> None:
     """Train in place; writes `metrics.jsonl` (the same bytes on every run) and `timing.jsonl` (seconds) into `out`.
 
     `objective(step)` runs backward and returns a flat dict of numbers with at least `loss` (`seconds_...` go to the
     timing). `observe(step, policy)` is called before the first step and after each, before the checkpoint; what it
-    writes must be a function of the step. Checkpoints go to `state`, whole or not at all. Raises TrainingDiverged.
+    writes must be a function of the step. Checkpoints go to `state`, whole or not at all. Raises TrainingDiverged,
+    before the step, after `keep_batch` has written what the step was made of.
     """
     parameters = policy.requires_grad()
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
@@ -68,8 +70,12 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
         record = objective(step)
         norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], settings.grad_clip)
         if not math.isfinite(record["loss"]) or not torch.isfinite(norm):
+            batch = state / "diverged.jsonl"
+            if keep_batch is not None:
+                keep_batch(batch)
             raise TrainingDiverged(f"step {step + 1}: loss {record['loss']}, gradient norm {float(norm)}; the state "
-                                   f"before it is kept in {state}; lower the learning rate or look at the batch")
+                                   f"before it is kept in {state}; lower the learning rate or look at the batch"
+                                   + (f", {batch}" if keep_batch is not None else ""))
         optimizer.step()
         seconds = {k: round(v, 4) for k, v in record.items() if k.startswith("seconds_")}
         metrics.append({"step": step + 1, **{k: _rounded(v) for k, v in record.items() if k not in seconds},

@@ -131,6 +131,8 @@ def test_watch_looks_where_it_is_due(policy, tmp_path):
     row = Row("math/rl/1", "math", "", "", ({"role": "user", "content": "1+1"},), {})
     for step in range(12):
         watch.keep_examples(step, [Rollout(row, [1], [2], [True], [0.0], ["two"])] * 6, [Verdict(1.0, "right")] * 6)
+    watch.keep_batch(tmp_path / "batch.jsonl")
+    assert [json.loads(line)["tokens"] for line in (tmp_path / "batch.jsonl").read_text().splitlines()] == [[2]] * 6
     watch.finish()
     along = pd.read_parquet(ctx.out / "along.parquet")
     assert along.groupby("step").size().to_dict() == {2: 18, 4: 18, 5: 18}

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 import toy_policy
 
-
 from m2rl_core.domains import Row
 from m2rl_core.grpo import backward
+from m2rl_core.losses import Loss, Totals
 from m2rl_core.opd import backward_full, backward_sampled, by_domain
 from m2rl_core.policy import Policy
 from m2rl_core.profile import load_profile
@@ -22,7 +22,7 @@ from m2rl_core.qwen3 import head, hidden_states
 from m2rl_core.rollout import Rollout, logprobs
 
 WORDS, PROMPT, NEAR = 3, [0, 2, 1], 1e-6
-SPEC = load_profile("smoke").opd
+LOSS = Loss.of(load_profile("smoke").opd, loss="grpo")
 UPDATES = {"sampled": backward_sampled, "full": backward_full}
 
 
@@ -46,6 +46,10 @@ def distribution(policy: Policy, ids: list[int], temperature=1.0) -> torch.Tenso
     """Log-probs over the vocabulary of the token after `ids`; (V,)."""
     hidden, _ = hidden_states(policy.weights, policy.shape, torch.tensor([ids]), torch.arange(len(ids))[None])
     return F.log_softmax(F.linear(hidden[0, -1], head(policy.weights)) / temperature, dim=-1)
+
+
+def batch(sequences: int) -> Totals:
+    return Totals(sequences, tokens=0, longest=0)  # what "grpo" does not divide by
 
 
 def reverse_kl(student, teacher, ids, temperature=1.0):
@@ -96,9 +100,9 @@ def test_the_toy_is_not_trivial(student, teacher):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_expected_gradient_is_that_of_the_reverse_kl(student, teacher, form, temperature):
     """Faults: teacher and student exchanged (forward KL), a wrong sign, a gradient through the advantage."""
-    spec = dataclasses.replace(SPEC, temperature=temperature)
+    loss = dataclasses.replace(LOSS, temperature=temperature)
     wanted = gradient(student, lambda: reverse_kl(student, teacher, PROMPT, temperature).backward())
-    found = expected(student, 1, lambda r: UPDATES[form](student, {"math": teacher}, [r], spec, 1), temperature)
+    found = expected(student, 1, lambda r: UPDATES[form](student, {"math": teacher}, [r], loss, batch(1)), temperature)
     assert size(wanted) > 0.01
     assert toy_policy.furthest(found, wanted) < NEAR
 
@@ -111,7 +115,7 @@ def test_over_two_tokens_each_position_has_its_own_kl(student, teacher, form):
         for token, p in enumerate(distribution(student, PROMPT).detach().exp()):  # who comes here is not trained
             total = total + p * reverse_kl(student, teacher, [*PROMPT, token])
         (total / 2).backward()
-    found = expected(student, 2, lambda r: UPDATES[form](student, {"math": teacher}, [r], SPEC, 1))
+    found = expected(student, 2, lambda r: UPDATES[form](student, {"math": teacher}, [r], LOSS, batch(1)))
     assert toy_policy.furthest(found, gradient(student, wanted)) < NEAR
 
 
@@ -127,7 +131,7 @@ def test_full_form_has_the_value_and_gradient_of_the_enumerated_kl(student, teac
     values = []
     right = gradient(student, wanted)
     found = gradient(student, lambda: values.append(
-        backward_full(student, {"math": teacher}, rollouts, SPEC, 2)["loss"]))
+        backward_full(student, {"math": teacher}, rollouts, LOSS, batch(2))["loss"]))
     assert values[1] == pytest.approx(values[0], abs=1e-6)
     assert toy_policy.furthest(found, right) < NEAR
 
@@ -137,7 +141,7 @@ def test_a_teacher_like_the_student_teaches_nothing(student, form):
     """Fault: the gradient of something else (a reward, an entropy) rides along."""
     same = toy_policy.clone(student)
     rollouts = [response(student, tokens) for tokens in ((2, 0), (1, 1), (0,))]
-    found = gradient(student, lambda: UPDATES[form](student, {"math": same}, rollouts, SPEC, 3))
+    found = gradient(student, lambda: UPDATES[form](student, {"math": same}, rollouts, LOSS, batch(3)))
     assert size(found) < 1e-6
 
 
@@ -147,12 +151,12 @@ def test_each_row_learns_from_its_own_domains_teacher(student, teacher, form):
     third = toy_policy.few_words(WORDS, seed=3)
     math, code = response(student, (2, 0)), response(student, (1, 1), "coding")
     update, teachers = UPDATES[form], {"math": teacher, "coding": third}
-    both = gradient(student, lambda: update(student, teachers, [math, code, math], SPEC, 3))
-    parts = [gradient(student, lambda r=r, t=t: update(student, {r.row.domain: t}, [r], SPEC, 1))
+    both = gradient(student, lambda: update(student, teachers, [math, code, math], LOSS, batch(3)))
+    parts = [gradient(student, lambda r=r, t=t: update(student, {r.row.domain: t}, [r], LOSS, batch(1)))
              for r, t in ((math, teacher), (code, third))]
     assert toy_policy.furthest(both, {n: (2 * parts[0][n] + parts[1][n]) / 3 for n in both}) < NEAR
     swapped = {"math": third, "coding": teacher}
-    exchanged = gradient(student, lambda: update(student, swapped, [math, code, math], SPEC, 3))
+    exchanged = gradient(student, lambda: update(student, swapped, [math, code, math], LOSS, batch(3)))
     assert toy_policy.furthest(both, exchanged) > 1e-3
     routed = by_domain([math, code, math])
     assert {d: len(r) for d, r in routed.items()} == {"math": 2, "coding": 1}
@@ -166,12 +170,12 @@ def test_a_kl_used_as_an_advantage_would_teach_nothing_and_ours_is_none(student,
             with torch.no_grad():
                 found = -reverse_kl(student, teacher, PROMPT)
             return found.expand(len(tokens))
-        backward(student, [rollout], kl, SPEC, 1)
+        backward(student, [rollout], kl, LOSS, batch(1))
     one = next(responses(student, 1))[0]
     assert size(gradient(student, lambda: mistaken(one))) > 1e-2  # a single sample looks like learning
     assert size(expected(student, 1, mistaken)) < 1e-6
     for form in UPDATES.values():
-        assert size(expected(student, 1, lambda r, form=form: form(student, {"math": teacher}, [r], SPEC, 1))) > 1e-2
+        assert size(expected(student, 1, lambda r, form=form: form(student, {"math": teacher}, [r], LOSS, batch(1)))) > 1e-2
 
 
 def test_reported_kl_is_the_mean_log_ratio(student, teacher):
@@ -180,7 +184,7 @@ def test_reported_kl_is_the_mean_log_ratio(student, teacher):
     gaps = [a - b for r in rollouts for a, b in zip(r.logprobs, logprobs(teacher, [r])[0].tolist(), strict=True)]
     for w in student.weights.values():
         w.grad = None
-    found = backward_sampled(student, {"math": teacher}, rollouts, SPEC, 2)
+    found = backward_sampled(student, {"math": teacher}, rollouts, LOSS, batch(2))
     assert found["reverse_kl"] == pytest.approx(sum(gaps) / 4, abs=1e-6)
     assert found["kept"] == 1.0 and found["mismatch"] < 1e-6
 
@@ -189,5 +193,5 @@ def test_teachers_gather_no_gradient(student, teacher):
     """Fault: the teacher is trained, or its graph is kept in memory."""
     teacher.requires_grad()
     for update in UPDATES.values():
-        update(student, {"math": teacher}, [response(student, (2, 0))], SPEC, 1)
+        update(student, {"math": teacher}, [response(student, (2, 0))], LOSS, batch(1))
     assert all(w.grad is None for w in teacher.weights.values())

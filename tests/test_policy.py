@@ -202,6 +202,15 @@ def test_chat_template_to_the_letter(policy, messages, tools, prompt, wanted):
     assert found == wanted
 
 
+def test_a_prompt_is_wrapped_once(policy, toy_rows):
+    """Fault: the chat template's text goes through the template again as a user's message, or gets a second start."""
+    for row in toy_rows:
+        text = policy.tokenizer.decode(policies.encode_prompt(policy, row.messages, row.tools))
+        assert text.count("<|im_start|>") == len(row.messages) + bool(row.tools) + 1
+        assert text.count("<|im_end|>") == len(row.messages) + bool(row.tools)
+        assert text.endswith("<|im_start|>assistant\n") and text.count("<|im_start|>assistant") == 1
+
+
 def test_tool_reply_is_what_the_template_writes(policy, episodes):
     """Fault: a reply put into the running context that differs from the chat template's text of the same talk."""
     for row in episodes:

@@ -79,3 +79,14 @@ def test_a_merge_reads_exactly_what_its_method_takes():
     for name, (method, reads) in MERGES.items():
         taken = {key for key in ("density", "drop_rate", "scale") if key in PRESETS["paper"][method]}
         assert set(reads) == taken, name
+
+
+def test_an_option_at_its_default_is_in_no_key():
+    """Catches a new option that makes every trained model again for those who do not use it."""
+    profile = load_profile("smoke")
+    settings = study(profile)["rl-math"].settings
+    assert not {"is_level", "entropy", "scale_rewards"} & settings.keys() and "kl" in settings
+    for name, value in (("is_level", "sequence"), ("entropy", 0.01), ("scale_rewards", "none"), ("loss", "dapo")):
+        changed = study(replace(profile, rl=replace(profile.rl, **{name: value})))
+        assert changed["rl-math"].settings[name] == value and changed["rl-math"].key != study(profile)["rl-math"].key
+        assert changed["sft"].key == study(profile)["sft"].key

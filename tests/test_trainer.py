@@ -104,8 +104,10 @@ def test_a_loss_that_is_no_number_stops_before_the_step(policy, tmp_path, where)
             learner.weights["model.norm.weight"].grad[5] = math.inf
         return {**record, "loss": math.nan} if step == 3 and where == "loss" else record
 
-    with pytest.raises(TrainingDiverged, match="^step 4: loss .* lower the learning rate") as caught:
-        fit(learner, objective, optimization(), tmp_path / "out", tmp_path / "state", Progress("toy"))
+    with pytest.raises(TrainingDiverged, match="^step 4: loss .* lower the learning rate .*diverged.jsonl") as caught:
+        fit(learner, objective, optimization(), tmp_path / "out", tmp_path / "state", Progress("toy"),
+            keep_batch=lambda path: path.write_text("the batch"))
+    assert (tmp_path / "state" / "diverged.jsonl").read_text() == "the batch"
     assert "\n" not in str(caught.value) and str(tmp_path / "state") in str(caught.value)
     assert all(torch.equal(w.detach(), seen[3][n]) for n, w in learner.weights.items())
     kept = load_file(tmp_path / "state" / "step-000002" / "model.safetensors")

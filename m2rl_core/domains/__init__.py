@@ -56,10 +56,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A score in [0, 1] and the reason in one short phrase ("right", "no box", "wrong answer: 7")."""
+    """A score in [0, 1] and the reason in one short phrase ("right", "no box", "wrong answer: 7").
+
+    `failed`: the verifier broke down on this answer, which therefore scores 0.
+    """
 
     score: float
     reason: str = field(default="")
+    failed: bool = False
 
 
 def module(domain: str):
@@ -115,7 +119,7 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
 
     A transcript is the list of the assistant's turns as generated, without end-of-turn markers. Turns
     that miss `</think>` fail the format gate and score 0; all others go to the row's own verifier,
-    one batch a domain.
+    one batch a domain. An answer at which a verifier raises, or gives no number in [0, 1], scores 0 and is marked.
     """
     verdicts: list[Verdict | None] = [None] * len(rows)
     batches: dict[str, list[int]] = {}
@@ -128,7 +132,18 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
         else:
             batches.setdefault(row.domain, []).append(i)
     for domain, indices in batches.items():
-        found = module(domain).verify([rows[i] for i in indices], [answers[i] for i in indices])
+        found = _verified(module(domain).verify, [rows[i] for i in indices], [answers[i] for i in indices])
         for i, verdict in zip(indices, found, strict=True):
             verdicts[i] = verdict
     return verdicts
+
+
+def _verified(verify, rows: list[Row], answers: list[list[str]]) -> list[Verdict]:
+    try:
+        found = verify(rows, answers)
+    except Exception as error:  # whatever a verifier of one's own raises, it must not cost the step
+        if len(rows) == 1:
+            return [Verdict(0.0, " ".join(f"verifier failed: {type(error).__name__}: {error}".split())[:200], failed=True)]
+        return [_verified(verify, [row], [answer])[0] for row, answer in zip(rows, answers, strict=True)]
+    return [verdict if 0 <= verdict.score <= 1 else Verdict(0.0, f"verifier gave {verdict.score}", failed=True)
+            for verdict in found]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core import plots
-from m2rl_core.grpo import advantages, importance_weights, policy_loss
+from m2rl_core.losses import Loss, advantages, importance_weights, policy_loss
 from m2rl_core.merging import merge_state
 from m2rl_core.opd import reverse_kl
 from m2rl_core.policy import Policy
@@ -41,7 +41,8 @@ def importance_chart(low: float, high: float):
     gap = torch.linspace(-1.2, 1.2, 241)
     lines = []
     for kind in ("none", "tis", "mis"):
-        weight, counted = importance_weights(gap, torch.zeros_like(gap), kind, low, high)
+        loss = Loss("grpo", 1.0, *CLIP, kind, low, high)
+        weight, counted = importance_weights(gap, torch.zeros_like(gap), torch.arange(len(gap)), loss)
         lines.append(pd.DataFrame({"gap": gap.tolist(), "weight": (weight * counted).tolist(), "kind": kind}))
     chart = alt.Chart(pd.concat(lines)).mark_line(clip=True).encode(
         alt.X("gap:Q", title="log of the ratio trainer / sampler"), alt.Y("weight:Q", title="weight of the token"),
