@@ -225,7 +225,7 @@ def find(parts, search):
     """Runs a search over parts of a tensor until it is settled; returns (its cut, how many passes that took)."""
     for passes in range(1, 10):
         for i, part in enumerate(parts):
-            search.add(("w", i), search.count(part.numpy()))
+            search.add(("w", i), search.count(part.numpy(), part.numpy()))
         if search.settled():
             return search.cut, passes
     raise AssertionError("more than nine passes")
@@ -296,7 +296,7 @@ def test_what_is_dropped_is_0_and_the_rest_is_scaled():
     x = np.random.default_rng(0).standard_normal(3001, np.float32)
     x[5:900:7] = 0
     out = np.empty_like(x)
-    nonzero = dare.drop(x, 0.8, 5.0, 77, 64, out)
+    nonzero = dare.drop(x, x, 0.8, 5.0, 77, 64, out)
     keep = dare.keep_mask(77, 64, 3001, 0.8)
     assert np.array_equal(out, np.where(keep, x * np.float32(5), 0)) and nonzero == np.count_nonzero(out)
     assert nonzero in range(450, 650)
@@ -341,7 +341,7 @@ def test_merges_use_a_mask_of_its_own_for_each_tensor_and_expert():
 def test_drop_share_and_mean(rate):
     n = 200_000
     out = np.empty(n, np.float32)
-    dare.drop(np.ones(n, np.float32), rate, dare.inverse(rate), dare.start_of(0, "m", "t"), 0, out)
+    dare.drop(np.ones(n, np.float32), np.ones(n, np.float32), rate, dare.inverse(rate), dare.start_of(0, "m", "t"), 0, out)
     error = (rate * (1 - rate) / n) ** 0.5
     assert float((out == 0).mean()) == pytest.approx(rate, abs=4 * error)
     assert float(out.mean()) == pytest.approx(1, abs=4 * error / (1 - rate))

@@ -8,17 +8,18 @@ from numba import types
 from numba.extending import intrinsic
 
 from m2rl_core.merging.kernel import MOST, few, kernel, singles
-from m2rl_core.merging.stored import wide
+from m2rl_core.merging.stored import shift, wide
 
 
-def of_shifts(base: np.ndarray, rows: np.ndarray, weights: Sequence[float], normalize: bool, out: np.ndarray) -> None:
+def of_shifts(base: np.ndarray, rows: tuple[np.ndarray, ...], weights: Sequence[float], normalize: bool,
+              out: np.ndarray) -> None:
     """out := the shift from `base` to sum_i w_i theta_i, divided by sum_i w_i where `normalize`.
 
-    theta_i = base + row_i; base, out: float32 (P,), rows (E, P). Normalised, the base cancels and what is left is
+    theta_i = base + shift_i; base, out: float32 (P,). Normalised, the base cancels and what is left is
     the weighted mean of the shifts; otherwise the base itself counts sum_i w_i times, as in mergekit.
     """
     total = sum(weights)
-    weighted_sum(rows, weights, total if normalize else 1.0, out)
+    weighted_sum(base, rows, weights, total if normalize else 1.0, out)
     if not normalize:
         out += np.float32(total - 1.0) * base
 
@@ -55,19 +56,20 @@ def _by_fours(terms: np.ndarray):
     return sums[0] + sums[1] + sums[2] + sums[3]
 
 
-def weighted_sum(rows: np.ndarray, weights: Sequence[float], divisor: float, out: np.ndarray) -> None:
-    """out := sum_i w_i row_i / divisor, added in the order given; rows float32 (E, P), out (P,)."""
+def weighted_sum(base: np.ndarray, rows: tuple[np.ndarray, ...], weights: Sequence[float], divisor: float,
+                 out: np.ndarray) -> None:
+    """out := sum_i w_i shift_i / divisor, added in the order given; float32 (P,)."""
     for some in few(len(rows), MOST):
         by = divisor if some.stop >= len(rows) else 1
-        _add(tuple(rows[some]), singles(weights[some]), some.start > 0, np.float32(by), out)
+        _add(base, rows[some], singles(weights[some]), some.start > 0, np.float32(by), out)
 
 
 @kernel
-def _add(rows, weights, more, divisor, out):
+def _add(base, rows, weights, more, divisor, out):
     for i in range(len(out)):
         total = out[i] if more else np.float32(0)
         for e in range(len(rows)):
-            total += weights[e] * rows[e][i]
+            total += weights[e] * shift(rows[e][i], base[i])
         out[i] = total / divisor
 
 

@@ -53,7 +53,7 @@ class Blend:
 
     def _merged(self, recipe: Recipe, inputs: Sequence[Input], shifts: Shifts) -> tuple:
         """(shift that the method gives before lambda, base + shift where that is what the method gives, how many
-        of each expert's shifts took part, but for those that `survivors` counts)."""
+        of each expert's shifts took part, but for those that `statistics.survivors` counts)."""
         p, base, out = recipe.parameters, shifts.base, np.empty(shifts.piece.count, np.float32)
         weights = recipe.each("weight", len(inputs)) if "weight" in p else []
         if recipe.method in ("ties", "ties-dare"):
@@ -75,9 +75,9 @@ class Blend:
             weights = sce.expert_weights(self.known["squares", selection, shifts.piece.name], p["uniform_below"])
             if p["select_masks"] == "deltas":
                 rows = shifts.selected(selection)
-            sce.merge(rows, weights, p["divisor_floor"], out)
+            sce.merge(base, rows, weights, p["divisor_floor"], out)
         else:
-            ta.merge(rows, weights, p["normalize"], out)
+            ta.merge(base, rows, weights, p["normalize"], out)
         return out, None, kept
 
     def add(self, piece: Piece, result: list[tuple]) -> None:

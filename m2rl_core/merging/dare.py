@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.merging.stored import shift
 
 GAMMA = 0x9E3779B97F4A7C15
 MIX_1, MIX_2, STEP = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(GAMMA)
@@ -48,31 +49,56 @@ def _state(start: int, word: int) -> np.uint64:
 
 
 @kernel
-def _drop(delta, state, odd, limit, factor, out):
-    """out := factor * delta where the half word is at least `limit`, else 0; returns how many are not 0.
+def _drop(row, base, state, odd, limit, factor, out):
+    """out := factor * shift where the half word is at least `limit`, else 0; returns how many are not 0.
 
-    The first element goes by the half `odd` (0 or 1) of the word for `state`. delta, out: float32 (P,).
+    The first element goes by the half `odd` (0 or 1) of the word for `state`. row: see `shifts.Shifts`; out (P,).
     """
     drawn, nonzero = np.empty(BLOCK // 2 + 1, np.uint64), 0
-    for first in range(0, len(delta), BLOCK):
-        row, kept = delta[first : first + BLOCK], out[first : first + BLOCK]
+    for first in range(0, len(out), BLOCK):
+        here, origin, kept = row[first : first + BLOCK], base[first : first + BLOCK], out[first : first + BLOCK]
         _fill(state + np.uint64(first // 2) * STEP, drawn)
-        halves = drawn.view(np.uint32)[odd : odd + len(row)]
-        here = np.int32(0)
-        for i in range(len(row)):
-            x = row[i] * factor if (halves[i] & HALF) >= limit else np.float32(0)
+        halves = drawn.view(np.uint32)[odd : odd + len(kept)]
+        left = np.int32(0)
+        for i in range(len(kept)):
+            x = shift(here[i], origin[i]) * factor if (halves[i] & HALF) >= limit else np.float32(0)
             kept[i] = x
-            here = np.int32(here + (x != 0))
-        nonzero += here
+            left = np.int32(left + (x != 0))
+        nonzero += left
     return nonzero
 
 
-def drop(delta: np.ndarray, drop_rate: float, factor: float, start: int, first: int, out: np.ndarray) -> int:
-    """out := a piece of a tensor, each element dropped with chance `drop_rate` and the others times `factor`.
+def drop(row: np.ndarray, base: np.ndarray, drop_rate: float, factor: float, start: int, first: int,
+         out: np.ndarray) -> int:
+    """out := a row's shifts, each dropped with chance `drop_rate` and the others times `factor`; float32 (P,).
 
-    delta, out: float32 (P,), beginning at element `first` of the stream's tensor. Returns how many are not 0.
+    The row begins at element `first` of the stream's tensor. Returns how many are not 0.
     """
-    return _drop(delta, _state(start, first // 2), first % 2, np.uint32(_limit(drop_rate)), np.float32(factor), out)
+    return _drop(row, base, _state(start, first // 2), first % 2, np.uint32(_limit(drop_rate)), np.float32(factor), out)
+
+
+@kernel
+def _norms(row, base, state, odd, limit, sums):
+    """sums += the magnitudes of a row's shifts, and those of the shifts that `_drop` leaves; in float64 (2,)."""
+    drawn, lanes = np.empty(BLOCK // 2 + 1, np.uint64), np.zeros(2 * BLOCK)  # sums side by side: see `diagnosis._round`
+    for first in range(0, len(row), BLOCK):
+        here, origin = row[first : first + BLOCK], base[first : first + BLOCK]
+        _fill(state + np.uint64(first // 2) * STEP, drawn)
+        halves = drawn.view(np.uint32)[odd : odd + len(here)]
+        for i in range(len(here)):
+            x = abs(shift(here[i], origin[i]))
+            lanes[i] += np.float64(x)
+            lanes[BLOCK + i] += np.float64(x if (halves[i] & HALF) >= limit else np.float32(0))
+    for i in range(BLOCK):
+        sums[0] += lanes[i]
+        sums[1] += lanes[BLOCK + i]
+
+
+def norms(row: np.ndarray, base: np.ndarray, drop_rate: float, start: int, first: int) -> np.ndarray:
+    """The L1 norms of a row's shifts before and after dropping, without rescaling; float64 (2,)."""
+    sums = np.zeros(2)
+    _norms(row, base, _state(start, first // 2), first % 2, np.uint32(_limit(drop_rate)), sums)
+    return sums
 
 
 @lru_cache(maxsize=64)
@@ -84,7 +110,7 @@ def _limit(drop_rate: float) -> int:
 def keep_mask(start: int, first: int, count: int, drop_rate: float) -> np.ndarray:
     """Which of the elements first .. first+count-1 survive, each with chance 1 - drop_rate: bool (count,)."""
     out = np.ones(count, np.float32)
-    drop(out, drop_rate, 1.0, start, first, out)
+    drop(out, out, drop_rate, 1.0, start, first, out)
     return out != 0
 
 

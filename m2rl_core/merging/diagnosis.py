@@ -24,19 +24,21 @@ class Survey:
     """Counts over the experts' shifts before any method touches them; shared by all recipes of a run."""
 
     def __init__(self, experts: Sequence[str]):
-        self.changed = dict.fromkeys(experts, 0)
+        self.experts, self.changed_in = list(experts), {}  # {tensor: {expert: how many shifts are not 0}}
         self.values = self.shared = self.conflicts = 0
 
     def count(self, shifts: Shifts) -> tuple:
-        """Raises NotFinite. A shift may be infinite where its terms are not: then the values are looked at."""
-        if not shifts.finite:
+        """Raises NotFinite."""
+        *found, finite = shifts.survey()
+        if not finite:
             raise NotFinite(shifts.piece.name)
-        return shifts.changed.tolist(), shifts.shared, shifts.conflicts
+        return tuple(found)
 
     def add(self, piece: Piece, result: tuple) -> None:
         changed, shared, conflicts = result
-        for expert, more in zip(self.changed, changed, strict=True):
-            self.changed[expert] += more
+        here = self.changed_in.setdefault(piece.name, dict.fromkeys(self.experts, 0))
+        for expert, more in zip(self.experts, changed, strict=True):
+            here[expert] += more
         self.values += piece.count
         self.shared += shared
         self.conflicts += conflicts
@@ -44,14 +46,18 @@ class Survey:
     def settled(self) -> bool:
         return True
 
+    def changed(self) -> dict[str, int]:
+        """How many shifts of each expert are not 0."""
+        return {expert: sum(here[expert] for here in self.changed_in.values()) for expert in self.experts}
+
     def unchanged(self) -> list[str]:
-        return [expert for expert, n in self.changed.items() if n == 0]
+        return [expert for expert, n in self.changed().items() if n == 0]
 
     def result(self) -> dict:
         """Shares in [0, 1]: weights that each expert changed; of those that two or more changed, signs in conflict."""
         return {
             "weights": self.values,
-            "changed": {expert: _share(n, self.values) for expert, n in self.changed.items()},
+            "changed": {expert: _share(n, self.values) for expert, n in self.changed().items()},
             "sign_conflict": _share(self.conflicts, self.shared),
         }
 

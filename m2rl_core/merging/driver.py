@@ -28,7 +28,7 @@ class Merger:
     base, experts[name]: a `Checkpoint`, entered, or a `states.State`. ValueError, naming model, tensor and count, for names or shapes that differ,
     NaN or Inf and, unless `allow_identical`, an expert with the base's very weights.
     `report(what, done, total)` is called as tensors are done. With `digest`, `digests` has one for each model, made
-    on the way. `threads` 0: one a core.
+    on the way. `threads` 0: one a core, as far as memory goes.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Merger:
         """
         blend = Blend(self.recipes, self.needs.inputs, self.known, self.tallies,
                       {name: code for name, (code, _) in self.reader.meta.items()}, put)
-        with Pool(self.threads) as self.pool:
+        with Pool(self.threads or self.reader.threads()) as self.pool:
             self._find_global()
             done = 0
             for group in groups(self.reader.sizes):
@@ -69,7 +69,8 @@ class Merger:
             self._refuse_identical()
         for r, (recipe, tally) in enumerate(zip(self.recipes, self.tallies, strict=True)):
             for want in self.needs.inputs[r]:
-                tally.keep(getattr(want, "source", want).expert, survivors(want, self.reader.sizes, self.known))
+                tally.keep(getattr(want, "source", want).expert, survivors(
+                    want, self.reader.sizes, self.known, self.survey.changed_in))
             diagnosis = self.survey.result() | tally.result()
             squares = []
             if recipe.method == "sce":
@@ -180,7 +181,7 @@ class Taker:
         self.order, self.parts = order, []
 
     def count(self, shifts: Shifts) -> np.ndarray:
-        return np.abs(self.order.rows(shifts))
+        return np.abs(shifts.values(self.order.row(shifts)))
 
     def add(self, piece: Piece, result: np.ndarray) -> None:
         self.parts.append(result)

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 BLOCK = 1024  # weights; what a kernel keeps for each fits the first cache beside as many of five experts
-MOST, FEW = 8, 4  # experts that a loop takes at once where it writes one row, and two: no more fit the vector units
+MOST, FEW = 7, 4  # experts that a loop takes at once where it writes one row, and two: no more fit the vector units
 SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 

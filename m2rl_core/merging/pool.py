@@ -12,10 +12,10 @@ def cores() -> int:
 
 
 class Pool:
-    """`threads` threads, 0 for one a core. Kernels and reads let other threads run."""
+    """Some threads. Kernels and reads let other threads run."""
 
-    def __init__(self, threads: int = 0):
-        self._workers = ThreadPoolExecutor(threads or cores(), "merge")
+    def __init__(self, threads: int):
+        self._workers = ThreadPoolExecutor(threads, "merge")
 
     def map(self, work: Callable, pieces: Iterable) -> Iterator:
         """work(piece) for every piece, in order; the first that fails stops the rest and raises its error here."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from m2rl_core.merging.pieces import PIECE, Piece, grid
+from m2rl_core.merging.pool import cores
 from m2rl_core.merging.shifts import Shifts
 from m2rl_core.merging.stored import DTYPES, FLOATS, as_float, count_of, not_finite
 
 WIDEST = 8  # bytes of a float64
+ROOM = 3 << 28  # bytes that the pieces of all threads together may take
 
 
 class Reader:
@@ -24,26 +26,27 @@ class Reader:
         self.sizes = {name: count_of(meta) if meta[0] in FLOATS else 0 for name, meta in self.meta.items()}
         self._own = threading.local()
 
+    def threads(self) -> int:
+        """How many threads there is a core and room for; a piece of a model takes up to 14 bytes a value."""
+        return max(1, min(cores(), ROOM // (14 * PIECE * (1 + len(self.experts)))))
+
     def load(self, piece: Piece, known: Mapping) -> Shifts:
         """The piece of every model, valid until this thread loads the next one."""
         own, models = self._own, [self.base, *self.experts.values()]
         if not hasattr(own, "bytes"):
             own.bytes = np.empty(len(models) * PIECE * WIDEST, np.uint8)
             own.floats = np.empty((3, len(models) * PIECE), np.float32)
-        raw = self._raw([model.meta[piece.name][0] for model in models], piece.count, own.bytes)
+        codes = [model.meta[piece.name][0] for model in models]
+        raw = self._raw(codes, piece.count, own.bytes)
         for model, values in zip(models, raw, strict=True):
             for first, place in piece.places():
                 model.read(piece.name, first, values[place])
         stored = raw
         if not isinstance(raw, np.ndarray) or raw.dtype == np.float16:  # of several types, or one that kernels lack
             stored = own.floats[2, : len(models) * piece.count].reshape(len(models), -1)
-            for row, model, values in zip(stored, models, raw, strict=True):
-                row[:] = as_float(values, model.meta[piece.name][0])
-        shifts = Shifts(piece, list(self.experts), stored, own.floats[:2], known, raw)
-        if not shifts.finite:  # an infinite shift of finite weights, in float32, is not the input's fault
-            shifts.finite = not any(sum(not_finite(values, model.meta[piece.name][0]))
-                                    for model, values in zip(models, raw, strict=True))
-        return shifts
+            for row, code, values in zip(stored, codes, raw, strict=True):
+                row[:] = as_float(values, code)
+        return Shifts(piece, list(self.experts), stored, own.floats[:2], known, raw, codes)
 
     def _raw(self, codes: Sequence[str], count: int, memory: np.ndarray) -> np.ndarray | list[np.ndarray]:
         """Room for `count` values of each model: (models, P) where all are of one type, else a list of (P,)."""

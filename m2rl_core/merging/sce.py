@@ -11,27 +11,28 @@ import numpy as np
 
 from m2rl_core.merging import ties
 from m2rl_core.merging.kernel import BLOCK, kernel, singles
+from m2rl_core.merging.stored import shift
 
 
 @kernel
-def variance(rows, out):
-    """out := the population variance over the experts, float32 (P,), computed in float64; rows: shifts (E, P)."""
+def variance(rows, base, out):
+    """out := the population variance over the experts' shifts, float32 (P,), computed in float64; rows: E of (P,)."""
     means, squares = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
-    for first in range(0, rows.shape[1], BLOCK):
-        found = out[first : first + BLOCK]
+    for first in range(0, len(out), BLOCK):
+        found, origin = out[first : first + BLOCK], base[first : first + BLOCK]
         mean, square = means[: len(found)], squares[: len(found)]
         mean[:] = 0
         square[:] = 0
         for row in rows:
             here = row[first : first + len(found)]
             for i in range(len(here)):
-                mean[i] += np.float64(here[i])
+                mean[i] += np.float64(shift(here[i], origin[i]))
         for i in range(len(found)):
             mean[i] /= len(rows)
         for row in rows:
             here = row[first : first + len(found)]
             for i in range(len(here)):
-                square[i] += (np.float64(here[i]) - mean[i]) ** 2
+                square[i] += (np.float64(shift(here[i], origin[i])) - mean[i]) ** 2
         for i in range(len(found)):
             found[i] = np.float32(square[i] / len(rows))
 
@@ -44,17 +45,17 @@ def selected_rank(n: int, zeros: int, select: float) -> int:
 
 
 @kernel
-def add_squares(rows, sums):
-    """sums[e] += the squares of expert e's shifts, each in float32, added in float64; rows (E, P), sums (E,)."""
-    lanes = np.empty(BLOCK, np.float64)  # float sums keep their order, so only sums side by side are vectorised
-    for e in range(len(rows)):
-        lanes[:] = 0
-        for first in range(0, rows.shape[1], BLOCK):
-            row = rows[e, first : first + BLOCK]
-            for i in range(len(row)):
-                lanes[i] += np.float64(row[i] * row[i])
-        for lane in lanes:
-            sums[e] += lane
+def squares(row, base):
+    """The sum of the squares of a row's shifts, each in float32, added in float64."""
+    lanes, total = np.zeros(BLOCK), 0.0  # a float sum keeps its order: only sums side by side are vectorised
+    for first in range(0, len(base), BLOCK):
+        here, origin = row[first : first + BLOCK], base[first : first + BLOCK]
+        for i in range(len(here)):
+            x = shift(here[i], origin[i])
+            lanes[i] += np.float64(x * x)
+    for lane in lanes:
+        total += lane
+    return total
 
 
 def expert_weights(squares: Sequence[float], uniform_below: float) -> list[float]:
@@ -65,11 +66,12 @@ def expert_weights(squares: Sequence[float], uniform_below: float) -> list[float
     return [square / total for square in squares]
 
 
-def merge(rows: np.ndarray, weights: Sequence[float], divisor_floor: float, out: np.ndarray) -> None:
+def merge(base: np.ndarray, rows: tuple[np.ndarray, ...], weights: Sequence[float], divisor_floor: float,
+          out: np.ndarray) -> None:
     """out := the weighted mean of the shifts that agree with the sign of their sum (0 counts as +).
 
-    To erase minority signs is what TIES does to shifts that are not trimmed; rows float32 (E, P), out (P,). The
+    To erase minority signs is what TIES does to shifts that are not trimmed; out float32 (P,). The
     sum of the weights that it is divided by counts at least `divisor_floor`.
     """
-    trims = tuple(rows), singles([0.0] * len(rows)), singles([1.0] * len(rows))
+    trims = base, rows, singles([0.0] * len(rows)), singles([1.0] * len(rows))
     ties.merge(trims, weights, False, 1.0, True, divisor_floor, out)

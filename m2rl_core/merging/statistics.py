@@ -15,6 +15,7 @@ from m2rl_core.merging.kernel import kernel
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
 from m2rl_core.merging.shifts import Input, Selection, Shifts, Source, Trimmed, cut_key, inputs_of
+from m2rl_core.merging.stored import shift
 from m2rl_core.merging.threshold import Cut, Search, rank_of
 
 RUN = 64  # values added in float32
@@ -29,12 +30,10 @@ class L1:
 
     def count(self, shifts: Shifts) -> list[float]:
         if isinstance(self.want, Source):
-            before, _ = shifts.row(Source(self.want.expert))
-            after, cut = shifts.row(self.want, factor=1.0)[0], np.float32(0)
-        else:
-            before, _ = shifts.row(self.want.source)
-            ((after,), (cut,), _), _ = shifts.trims([self.want])
-        return [l1_norm(before, np.float32(0)), l1_norm(after, cut)]
+            return shifts.norms(self.want)
+        before, _ = shifts.row(self.want.source)
+        (_, (after,), (cut,), _), _ = shifts.trims([self.want])
+        return [l1_norm(before, shifts.base, np.float32(0)), l1_norm(after, shifts.base, cut)]
 
     def add(self, piece: Piece, result: list[float]) -> None:
         self.norms = [a + b for a, b in zip(self.norms, result, strict=True)]
@@ -46,8 +45,8 @@ class L1:
 
 
 @kernel
-def l1_norm(row, cut):
-    """The sum of the magnitudes that reach the cut; row float32 (P,).
+def l1_norm(row, base, cut):
+    """The sum of the magnitudes of a row's shifts that reach the cut.
 
     Runs of 64 are added in float32, in the order of torch, which mergekit's sums follow; these in float64.
     """
@@ -55,9 +54,10 @@ def l1_norm(row, cut):
     runs = len(row) // RUN
     x = np.zeros(RUN, np.float32)
     for r in range(runs):
-        run = row[r * RUN : (r + 1) * RUN]
+        run, origin = row[r * RUN : (r + 1) * RUN], base[r * RUN : (r + 1) * RUN]
         for i in range(RUN):
-            x[i] = abs(run[i]) if abs(run[i]) >= cut else np.float32(0)
+            magnitude = abs(shift(run[i], origin[i]))
+            x[i] = magnitude if magnitude >= cut else np.float32(0)
         for i in range(8):
             lanes[i] = (((x[i] + x[i + 32]) + (x[i + 8] + x[i + 40])) + (x[i + 16] + x[i + 48])) + (
                 x[i + 24] + x[i + 56])
@@ -66,18 +66,19 @@ def l1_norm(row, cut):
             here += lane
         total += np.float64(here)
     for i in range(runs * RUN, len(row)):
-        total += np.float64(abs(row[i])) if abs(row[i]) >= cut else 0.0
+        magnitude = abs(shift(row[i], base[i]))
+        total += np.float64(magnitude) if magnitude >= cut else 0.0
     return total
 
 
 class Order:
-    """The cut of a trim (`key` a CutKey) or of SCE's selection, by a `Search` over the values that `rows` gives."""
+    """The cut of a trim (`key` a CutKey) or of SCE's selection, by a `Search` over what `row` gives."""
 
-    def __init__(self, key, search: Search, rows: Callable[[Shifts], np.ndarray], known: dict):
-        self.key, self.search, self.rows, self.known = key, search, rows, known
+    def __init__(self, key, search: Search, row: Callable[[Shifts], np.ndarray], known: dict):
+        self.key, self.search, self.row, self.known = key, search, row, known
 
     def count(self, shifts: Shifts) -> tuple:
-        return self.search.count(self.rows(shifts))
+        return self.search.count(self.row(shifts), shifts.base)
 
     def add(self, piece: Piece, result: tuple) -> None:
         self.search.add((piece.name, piece.index), result)
@@ -96,9 +97,7 @@ class Squares:
         self.sums = [0.0] * len(selection.experts)
 
     def count(self, shifts: Shifts) -> list[float]:
-        sums = np.zeros(len(self.sums))
-        sce.add_squares(shifts.selected(self.selection), sums)
-        return sums.tolist()
+        return [sce.squares(row, shifts.base) for row in shifts.selected(self.selection)]
 
     def add(self, piece: Piece, result: list[float]) -> None:
         self.sums = [a + b for a, b in zip(self.sums, result, strict=True)]
@@ -184,11 +183,18 @@ class Needs:
         return Order((selection, name), search, lambda shifts: shifts.variance(selection), self.known)
 
 
-def survivors(want: Input, sizes: Mapping[str, int], known: Mapping) -> int:
-    """How many shifts survive the cuts of an input, as the cuts know it; the rest is counted by `Shifts.trims`."""
-    if not isinstance(want, Trimmed):
-        return 0
-    return sum(known[key].survivors or 0 for key in {cut_key(want, name) for name, size in sizes.items() if size})
+def survivors(want: Input, sizes: Mapping[str, int], known: Mapping, changed: Mapping[str, Mapping[str, int]]) -> int:
+    """How many shifts of an input stay, as far as no piece needs to be looked at: `Shifts.trims` counts the others.
+
+    changed[tensor][expert]: how many of an expert's shifts are not 0, as `Survey` counts them.
+    """
+    source, names = getattr(want, "source", want), [name for name, size in sizes.items() if size]
+    cuts = {}  # of each cut, the tensors that it concerns
+    for name in names if isinstance(want, Trimmed) else ():
+        cuts.setdefault(cut_key(want, name), []).append(name)
+    counted = sum(known[key].survivors or 0 for key in cuts)
+    whole = [name for key, group in cuts.items() if known[key].survivors is None for name in group] if cuts else names
+    return counted + (0 if source.drop_rate else sum(changed[name][source.expert] for name in whole))
 
 
 def selection_of(recipe: Recipe, experts: Sequence[str]) -> Selection:

@@ -37,6 +37,19 @@ def _wide(x):
     return lambda x: np.float32(x)
 
 
+def shift(x, base):
+    """Within a kernel: what was learned, in float32, from a stored bfloat16 and the base's weight; other types are
+    shifts already (see `shifts.Shifts.row`)."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(shift)
+def _shift(x, base):
+    if x == types.uint16:
+        return lambda x, base: wide(x) - base
+    return lambda x, base: x
+
+
 def narrow(values: np.ndarray, code: str) -> np.ndarray:
     """Values in another type but bfloat16, to the nearest (of two, the even one), or infinity beyond it."""
     with np.errstate(over="ignore"):  # the caller counts the infinities and refuses them by name

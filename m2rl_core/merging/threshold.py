@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.merging.stored import shift
 
 TOP = 0x7F800000  # infinity: nothing finite is above
 MAGNITUDE = np.int32(0x7FFFFFFF)  # the bits of a float32 but for its sign
@@ -80,17 +81,21 @@ def at_least(x: np.ndarray, bits: int, quota: int | None) -> tuple[np.ndarray, n
 
 
 @kernel
-def count_around(patterns, low, high, counts, inside):
+def count_around(rows, base, low, high, counts, inside):
     """counts += magnitudes < low, <= low, < high, <= high, = 0; inside := those between; returns how many these are.
 
-    patterns: int32 (P,), the bits of float32 values, of which the sign is not looked at.
+    Of the shifts of a row, as bits of float32, of which the sign is not looked at.
     """
     found, span = 0, np.uint32(high - low - 1)
-    for first in range(0, len(patterns), BLOCK):
-        row = patterns[first : first + BLOCK]
+    magnitudes = np.empty(BLOCK, np.int32)
+    for first in range(0, len(base), BLOCK):
+        here, origin = rows[first : first + BLOCK], base[first : first + BLOCK]
+        row = magnitudes[: len(here)]
+        for i in range(len(row)):
+            row[i] = np.float32(shift(here[i], origin[i])).view(np.int32) & MAGNITUDE
         less_low = upto_low = less_high = upto_high = zero = np.int32(0)
         for i in range(len(row)):
-            x = row[i] & MAGNITUDE
+            x = row[i]
             less_low = np.int32(less_low + (x < low))
             upto_low = np.int32(upto_low + (x <= low))
             less_high = np.int32(less_high + (x < high))
@@ -103,7 +108,7 @@ def count_around(patterns, low, high, counts, inside):
         counts[4] += zero
         if less_high > upto_low:
             for i in range(len(row)):  # without a branch, as which ones are inside is as good as random
-                x = np.int32(row[i] & MAGNITUDE)
+                x = row[i]
                 inside[np.uint64(found)] = x
                 found += np.uint32(x - low - 1) < span  # low < x < high: what is below wraps around to the top
     return found
@@ -148,10 +153,10 @@ class Search:
         self.high = int(bits[high]) if high < size else TOP
         self._clear()
 
-    def count(self, x: np.ndarray) -> tuple:
-        """What one piece adds: zeros, the four counts and the patterns in between; flat float32, of any sign."""
-        counts, inside = np.zeros(5, np.int64), np.empty(len(x), np.int32)
-        found = count_around(x.view(np.int32), np.int32(self.low), np.int32(self.high), counts, inside)
+    def count(self, row: np.ndarray, base: np.ndarray) -> tuple:
+        """What one piece adds: zeros, the four counts and the patterns in between; of a row's shifts, of any sign."""
+        counts, inside = np.zeros(5, np.int64), np.empty(len(row), np.int32)
+        found = count_around(row, base, np.int32(self.low), np.int32(self.high), counts, inside)
         return int(counts[4]), counts[:4].tolist(), inside[:found].copy()
 
     def add(self, place: tuple[str, int], result: tuple) -> None:

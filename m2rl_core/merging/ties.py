@@ -1,8 +1,8 @@
 """TIES (Yadav et al. 2023): trim small shifts, elect a sign, average the shifts that agree with it.
 
 The trim needs a cut, and a cut needs to have seen the whole tensor, or all of them: see `threshold`. Kernels take
-tuples of E: `rows` of arrays (P,), the experts' shifts of one piece, and `cuts`, `factors`, `weights` of numbers, all
-float32. They are compiled for each E, so that the loop over experts runs in registers; more than MOST go by a few.
+tuples of E: `rows` (P,) of one piece, as in `shifts.Shifts`, and `cuts`, `factors`, `weights` of numbers, float32.
+They are compiled for each E, so that the loop over experts runs in registers; more than MOST go by a few.
 """
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from m2rl_core.merging.kernel import BLOCK, MOST, few, kernel, singles
+from m2rl_core.merging.stored import shift
 
 ZERO, ONE = np.float32(0), np.float32(1)
-Trims = tuple[tuple[np.ndarray, ...], tuple[np.float32, ...], tuple[np.float32, ...]]  # rows, cuts and factors
+# base, rows, cuts, factors
+Trims = tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.float32, ...], tuple[np.float32, ...]]
 
 
 @kernel
@@ -34,18 +36,18 @@ def positive(x):
 
 
 @kernel
-def _vote(vote, rows, cuts, factors, voting, i):
+def _vote(vote, base, rows, cuts, factors, voting, i):
     """vote + sum_e v_e trimmed_e of weight i."""
     for e in range(len(rows)):
-        vote += voting[e] * trimmed(rows[e][i], cuts[e], factors[e])
+        vote += voting[e] * trimmed(shift(rows[e][i], base[i]), cuts[e], factors[e])
     return vote
 
 
 @kernel
-def _agreed(total, count, rows, cuts, factors, voting, after, weights, sign, i):
+def _agreed(total, count, base, rows, cuts, factors, voting, after, weights, sign, i):
     """(total + the magnitudes of weight i that agree with `sign`, each times its `after`, count + their weights)."""
     for e in range(len(rows)):
-        agreeing = positive(voting[e] * trimmed(rows[e][i], cuts[e], factors[e]) * sign)
+        agreeing = positive(voting[e] * trimmed(shift(rows[e][i], base[i]), cuts[e], factors[e]) * sign)
         total += after[e] * agreeing
         count += weights[e] if agreeing > 0 else ZERO
     return total, count
@@ -59,25 +61,25 @@ def _mean(total, count, sign, normalize, floor):
 
 
 @kernel
-def _merge(rows, cuts, factors, voting, after, weights, zero_sign, normalize, floor, out):
+def _merge(base, rows, cuts, factors, voting, after, weights, zero_sign, normalize, floor, out):
     for i in range(len(out)):
-        sign = elected(_vote(ZERO, rows, cuts, factors, voting, i), zero_sign)
-        total, count = _agreed(ZERO, ZERO, rows, cuts, factors, voting, after, weights, sign, i)
+        sign = elected(_vote(ZERO, base, rows, cuts, factors, voting, i), zero_sign)
+        total, count = _agreed(ZERO, ZERO, base, rows, cuts, factors, voting, after, weights, sign, i)
         out[i] = _mean(total, count, sign, normalize, floor)
 
 
 @kernel
-def _add_votes(rows, cuts, factors, voting, votes):
+def _add_votes(base, rows, cuts, factors, voting, votes):
     for i in range(len(votes)):
-        votes[i] = _vote(votes[i], rows, cuts, factors, voting, i)
+        votes[i] = _vote(votes[i], base, rows, cuts, factors, voting, i)
 
 
 @kernel
-def _add_agreed(rows, cuts, factors, voting, after, weights, zero_sign, votes, sums):
+def _add_agreed(base, rows, cuts, factors, voting, after, weights, zero_sign, votes, sums):
     """sums (2P,): the totals, then the counts; in one array, which spares the loop a test that they are apart."""
     n = len(votes)
     for i in range(n):
-        sums[i], sums[n + i] = _agreed(sums[i], sums[n + i], rows, cuts, factors, voting, after, weights,
+        sums[i], sums[n + i] = _agreed(sums[i], sums[n + i], base, rows, cuts, factors, voting, after, weights,
                                        elected(votes[i], zero_sign), i)
 
 
@@ -103,14 +105,14 @@ def merge(trims: Trims, weights: Sequence[float], weighted: bool, zero_sign: flo
         return
     votes, sums = _votes(trims, voting, len(out)), np.zeros(2 * len(out), np.float32)
     for some in few(len(weights)):
-        _add_agreed(*(part[some] for part in (*trims, voting, after, own)), zero_sign, votes, sums)
+        _add_agreed(trims[0], *(part[some] for part in (*trims[1:], voting, after, own)), zero_sign, votes, sums)
     _divide(votes, sums, zero_sign, normalize, floor, out)
 
 
 def _votes(trims: Trims, voting: tuple[np.float32, ...], size: int) -> np.ndarray:
     votes = np.zeros(size, np.float32)
     for some in few(len(voting)):
-        _add_votes(*(part[some] for part in (*trims, voting)), votes)
+        _add_votes(trims[0], *(part[some] for part in (*trims[1:], voting)), votes)
     return votes
 
 
@@ -118,19 +120,19 @@ def balance(trims: Trims, weights: Sequence[float], weighted: bool) -> int:
     """How many votes are above 0, less those below."""
     voting = singles(weights if weighted else [1.0] * len(weights))
     if len(voting) > MOST:
-        votes = _votes(trims, voting, len(trims[0][0]))
+        votes = _votes(trims, voting, len(trims[0]))
         return int((votes > 0).sum()) - int((votes < 0).sum())
     return _balance(*trims, voting)
 
 
 @kernel
-def _balance(rows, cuts, factors, voting):
+def _balance(base, rows, cuts, factors, voting):
     found = 0
-    for first in range(0, len(rows[0]), BLOCK):
+    for first in range(0, len(base), BLOCK):
         up = down = np.int32(0)
-        for j in range(min(BLOCK, len(rows[0]) - first)):
+        for j in range(min(BLOCK, len(base) - first)):
             i = np.uint64(first) + np.uint64(j)  # unsigned, so never counted from the end
-            vote = _vote(ZERO, rows, cuts, factors, voting, i)
+            vote = _vote(ZERO, base, rows, cuts, factors, voting, i)
             up = np.int32(up + (vote > 0))
             down = np.int32(down + (vote < 0))
         found += up - down
