@@ -65,10 +65,10 @@ why: setup ## why a notebook or a stage would run again (NB=3.3 or NB=rl-math)
 estimate: setup ## what PROFILE costs: steps, rollouts, tokens and measured seconds
 	$(M2RL) estimate --profile "$(PROFILE)"
 
-bench: setup $(PEERS)/.ready ## measure merging against mergekit (NB=merge PAIRS=5; hours, goes on where it stopped)
-	@test "$(NB)" = merge || { echo "usage: make bench NB=merge PAIRS=5"; exit 2; }
-	$(PEERS)/bin/python tests/golden/make_mergekit.py --check
-	$(M2RL) bench merge --pairs $(PAIRS)
+bench: setup $(PEERS)/.ready ## measure against other tools (NB=merge or engine, PAIRS=5; goes on where it stopped)
+	@test "$(NB)" = merge -o "$(NB)" = engine || { echo "usage: make bench NB=merge PAIRS=5   (or NB=engine)"; exit 2; }
+	$(PEERS)/bin/python tests/golden/make_$(if $(filter merge,$(NB)),mergekit,trl).py --check
+	$(M2RL) bench $(NB) --pairs $(PAIRS)
 
 $(PEERS)/.ready: requirements-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

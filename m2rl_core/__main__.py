@@ -5,6 +5,7 @@ Every error that a user can cause ends in one line and exit code 2; a report wit
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import sys
@@ -166,18 +167,17 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
             command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")
             command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
-    commands.add_parser("bench", help="measure merging against mergekit (bench merge --help)", add_help=False)
+    commands.add_parser("bench", help="measure merging or the engine against other tools (bench merge --help)", add_help=False)
     commands.add_parser("merge", help="merge checkpoints of your own (merge --help)", add_help=False)
     return top
 
 
 def _bench(argv: list[str]) -> int:
     """Runs one bench by its name."""
-    if argv[:1] != ["merge"]:
-        print(f"error: no bench {' '.join(argv[:1]) or '(none)'}; there is: merge", file=sys.stderr)
+    if argv[:1] not in (["merge"], ["engine"]):
+        print(f"error: no bench {' '.join(argv[:1]) or '(none)'}; there are: merge, engine", file=sys.stderr)
         return 2
-    from m2rl_core.bench import merge
-    return merge.main(argv[1:])
+    return importlib.import_module(f"m2rl_core.bench.{argv[0]}").main(argv[1:])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS, Row, Verdict, rewards
 from m2rl_core.evaluate import Watch
 from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced
+from m2rl_core.metrics.interference import Interference
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import token_logprobs
 from m2rl_core.rollout import Rollout, logprobs, micro_batches, response_hidden, sample
@@ -63,7 +64,7 @@ def build(ctx) -> None:
     rows = rl_rows(spec, domains, seed)
     loss = Loss.of(spec)
     reference = policies.load(ctx.inputs["sft"]) if spec.kl else None
-    watch = Watch(ctx, spec)
+    watch, interference = Watch(ctx, spec), Interference(ctx, spec.interference_every, domains)
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "rl")
@@ -71,11 +72,18 @@ def build(ctx) -> None:
         start = time.perf_counter()
         advantage = advantages(scores, spec.scale_rewards).flatten().tolist()
         of = {id(r): a for r, a in zip(rollouts, advantage, strict=True)}
+        totals = Totals.of(rollouts, spec.max_new_tokens)
+
+        def each(part, logp, owner, tokens):
+            return torch.tensor([of[id(r)] for r in part]).to(logp)[owner]
+
+        def update(part):
+            return backward(policy, part, each, loss, totals, reference)
+
         # groups without an advantage add nothing to the gradient, unless there is another term
         used = [r for r in rollouts if of[id(r)] != 0 or loss.kl or loss.entropy]
-        stats = backward(policy, used, lambda part, logp, owner, _: torch.tensor([of[id(r)] for r in part]).to(logp)[owner],
-                         loss, Totals.of(rollouts, spec.max_new_tokens), reference) if used else {
-                             "loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
+        interference.look(step, policy, used, update)
+        stats = update(used) if used else {"loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
@@ -83,6 +91,7 @@ def build(ctx) -> None:
         checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
         watch.keep_batch)
     watch.finish()
+    interference.finish()
 
 
 def collect(policy: Policy, rows: list[Row], spec, seed: int) -> tuple[list[Rollout], list[Verdict], Tensor, dict]:

@@ -38,7 +38,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Totals:
-    """The whole batch of a step, on all processes: its rollouts, their sampled tokens, and the most that one may have."""
+    """The whole batch of a step, on all processes: rollouts, their sampled tokens, and the most that one may have."""
 
     sequences: int
     tokens: int
@@ -88,9 +88,13 @@ def policy_loss(logp: Tensor, old: Tensor, advantage: Tensor, clip_low: float, c
 
 
 def kl_estimate(logp: Tensor, reference: Tensor) -> Tensor:
-    """An unbiased estimate of KL(policy || reference) that is never below 0, (N,): r - 1 - log r, r = pi_ref / pi."""
+    """An estimate of KL(policy || reference) that is never below 0, (N,): r - 1 - log r, with r = pi_ref / pi.
+
+    Over tokens that the policy drew, its mean is the KL and the mean of its gradient is the KL's. The second needs
+    the factor pi / pi, which is 1: without it the gradient is that of the KL the other way round.
+    """
     gap = reference - logp
-    return gap.exp() - gap - 1
+    return (gap.exp() - gap - 1) * (logp - logp.detach()).exp()
 
 
 def sequence_mean(values: Tensor, counted: Tensor, owner: Tensor, sequences: int) -> Tensor:

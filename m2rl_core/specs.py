@@ -63,6 +63,7 @@ class RlSpec:
 
     `kl` weighs a KL term to the SFT model and `entropy` a bonus; `is_level`: of what the ratio to the sampler is
     taken; `scale_rewards`: what divides a centred reward, its group's standard deviation or nothing. See `losses`.
+    `interference_every`: at every so many steps of rl-multi the domains' gradients are compared; 0 for never.
     """
 
     rows: dict[str, int]
@@ -91,6 +92,7 @@ class RlSpec:
     is_level: Literal["token", "sequence"] = "token"
     entropy: float = 0.0
     scale_rewards: Literal["group", "none"] = "group"
+    interference_every: int = 0
 
 
 @dataclass(frozen=True)

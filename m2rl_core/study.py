@@ -97,6 +97,7 @@ def study(profile: Profile) -> dict[str, Stage]:
     rl, opd, sampling = keyed(profile.rl), keyed(profile.opd), keyed(profile.eval)
     multi_steps, rows = rl.pop("multi_steps"), rl.pop("rows")
     del rl["checkpoint_every"]
+    mixed = {name: rl.pop(name) for name in ("interference_every",) if name in rl}  # concerns rl-multi alone
     rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}
     rl["along"] |= {name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")}
 
@@ -115,7 +116,7 @@ def study(profile: Profile) -> dict[str, Stage]:
     add("sft", "sft", ("base",), {**sft, **seed})
     for domain, name in zip(DOMAINS, EXPERTS, strict=True):
         add(name, "rl", ("sft",), {**rl, "rows": {domain: rows[domain]}, "engine": profile.engine, **seed})
-    add("rl-multi", "rl", ("sft",), {**rl, "rows": rows, "steps": multi_steps, "engine": profile.engine, **seed})
+    add("rl-multi", "rl", ("sft",), {**rl, **mixed, "rows": rows, "steps": multi_steps, "engine": profile.engine, **seed})
     for name, (method, reads) in MERGES.items():
         add_merge(name, method, EXPERTS, reads)
     add("mt-opd", "opd", ("sft", *EXPERTS), {

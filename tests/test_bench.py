@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2rl_core.bench import measure, merge, models
+from m2rl_core.bench import engine, measure, merge, models
 from m2rl_core.merging.checkpoint import Checkpoint
 
 
@@ -58,3 +58,22 @@ def test_the_peer_is_pinned_with_the_torch_of_both_sides():
     assert pins[0].startswith("torch==") and pins[0] in ours and f"mergekit=={merge.PEER.split()[1]}" in pins
     makefile = (root / "Makefile").read_text()
     assert makefile.index("requirements-peers.txt)") < makefile.index("-r requirements-peers.txt")
+
+
+def test_the_engine_bench_gives_all_sides_the_same_work(tmp_path, capsys):
+    peer = tmp_path / "python"
+    peer.write_text(f"#!{sys.executable}\nimport json, time\ntime.sleep(0.3)\n"
+                    "print(json.dumps({'seconds': [2.0, 4.0, 3.0], 'tokens': [10, 10, 10]}))\n")
+    peer.chmod(0o755)
+    arguments = ["--scratch", str(tmp_path / "s"), "--out", str(tmp_path / "engine.json"), "--peer", str(peer),
+                 "--prompts", "2", "--new-tokens", "4"]
+    assert engine.main([*arguments, "--pairs", "1"]) == 0
+    assert engine.main([*arguments, "--pairs", "1"]) == 0
+    assert capsys.readouterr().out.count("run 1") == 5, "measured again"
+    sampling, step = json.loads((tmp_path / "engine.json").read_text())
+    assert (sampling["peer_name"], step["peer_name"]) == ("generate", "trl")
+    assert step["peer"] == 3.0 and step["peer_tokens_per_second"] == 3 and step["floor"] > 0
+    runs = json.loads((tmp_path / "s" / "2-4" / "runs.json").read_text())
+    sampled = {side: runs[side][0]["tokens"] for side in ("sample", "generate", "step")}
+    assert all(16 <= n <= 64 for tokens in sampled.values() for n in tokens)  # two prompts, eight rollouts, four tokens
+    assert engine.main([*arguments[:5], str(tmp_path / "none")]) == 2 and "make bench NB=engine" in capsys.readouterr().err

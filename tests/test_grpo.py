@@ -159,16 +159,23 @@ def test_advantages_without_a_divisor():
     assert found.tolist() == [[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]]
 
 
-def test_kl_estimate_has_the_mean_of_the_kl():
-    """Faults: policy and reference exchanged; a gradient that points away from the reference."""
+def test_kl_estimate_has_the_mean_of_the_kl_and_of_its_gradient():
+    """Faults: policy and reference exchanged; the gradient of r - 1 - log r alone, whose mean is that of the forward
+    KL (GRPO as first published)."""
     logits = torch.tensor([0.3, -0.2, 1.0], requires_grad=True)
-    logp, reference = torch.log_softmax(logits, 0), torch.log_softmax(torch.tensor([1.0, 0.5, -0.3]), 0)
-    exact = (logp.exp() * (logp - reference)).sum()
-    mean = (logp.detach().exp() * kl_estimate(logp, reference)).sum()
-    assert float(mean.detach()) == pytest.approx(float(exact.detach()), rel=1e-5)
-    assert (kl_estimate(logp, reference) > 0).all() and float(kl_estimate(logp, logp).detach().abs().max()) == 0
-    (slope,) = torch.autograd.grad(kl_estimate(logp[0], reference[0]), logits)
-    assert (slope[0] < 0) == bool(reference[0] > logp[0])
+    reference = torch.log_softmax(torch.tensor([1.0, 0.5, -0.3]), 0)
+
+    def slope(value):
+        return torch.autograd.grad(value(torch.log_softmax(logits, 0)), logits)[0]
+    found = slope(lambda logp: (logp.detach().exp() * kl_estimate(logp, reference)).sum())
+    assert torch.allclose(found, slope(lambda logp: (logp.exp() * (logp - reference)).sum()), atol=1e-6)
+    naive = slope(lambda logp: (logp.detach().exp() * ((reference - logp).exp() - (reference - logp) - 1)).sum())
+    assert torch.allclose(naive, slope(lambda logp: (reference.exp() * (reference - logp)).sum()), atol=1e-6)
+    assert float((naive - found).abs().max()) > 0.01
+    logp = torch.log_softmax(logits.detach(), 0)
+    exact = float((logp.exp() * (logp - reference)).sum())
+    assert float((logp.exp() * kl_estimate(logp, reference)).sum()) == pytest.approx(exact, rel=1e-5)
+    assert (kl_estimate(logp, reference) > 0).all() and float(kl_estimate(logp, logp).abs().max()) == 0
 
 
 def test_three_tokens_by_hand():
@@ -308,7 +315,8 @@ def test_kl_and_entropy_terms_are_those_of_plain_autograd(policy, learner, playe
         logp = every.gather(1, ids)[:, 0]
         kl = (ref - logp).exp() - (ref - logp) - 1
         kls.append(kl.detach())
-        values = -a * (logp - logp.detach()).exp() + 0.3 * kl + 0.2 * (every.exp() * every).sum(-1)
+        ratio = (logp - logp.detach()).exp()
+        values = -a * ratio + 0.3 * ratio * kl + 0.2 * (every.exp() * every).sum(-1)
         by = {"grpo": rollout.length * len(played), "dapo": tokens, "dr_grpo": len(played) * LONGEST}[reduction]
         (values.sum() / by).backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if name != "lm_head.weight"}

@@ -162,7 +162,7 @@ def test_each_row_learns_from_its_own_domains_teacher(student, teacher, form):
     assert {d: len(r) for d, r in routed.items()} == {"math": 2, "coding": 1}
 
 
-def test_a_kl_used_as_an_advantage_would_teach_nothing_and_ours_is_none(student, teacher):
+def test_a_kl_used_as_an_advantage_teaches_nothing(student, teacher):
     """Fault: the known one of several trainers: the KL over the (top-k) vocabulary is the same number whatever was
     sampled, and an advantage that does not depend on the action has an expected gradient of zero."""
     def mistaken(rollout):

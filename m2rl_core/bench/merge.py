@@ -6,9 +6,7 @@ at once: a bench that is stopped goes on where it was. mergekit's TIES takes min
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +14,9 @@ from pathlib import Path
 import yaml
 
 from m2rl_core.bench import measure, models
+from m2rl_core.bench.runs import Runs, write
 from m2rl_core.merging.checkpoint import SHARD_BYTES, Checkpoint, total_bytes
 from m2rl_core.profile import repo_root
-from m2rl_core.provenance import machine
 
 PEER = "mergekit 0.1.5"
 AGAINST = {  # name: (mergekit's method, each expert's parameters, how many times as fast we mean to be)
@@ -61,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Bench:
-    """Models, recipes and measured runs in one folder; `runs` is {label: [one dict a run]}, saved after each."""
+    """Models, recipes and measured runs in one folder."""
 
     def __init__(self, folder: Path, peer: Path, layers: int, vocab: int):
         self.folder, self.peer = folder, peer
@@ -71,8 +69,7 @@ class Bench:
             shutil.rmtree(part, ignore_errors=True)
             models.make(part, layers, vocab)
             part.rename(self.home)
-        self.saved = folder / f"runs-{layers}-{vocab}.json"
-        self.runs: dict[str, list[dict]] = json.loads(self.saved.read_text()) if self.saved.exists() else {}
+        self.runs = Runs(folder / f"runs-{layers}-{vocab}.json")
         self.inputs = [self.home / "base", *(self.home / f"e{i}" for i in range(models.EXPERTS))]
         self.files = [path for model in self.inputs for path in sorted(model.glob("*.safetensors"))]
         self.out_bytes = total_bytes(Checkpoint(self.home / "base").meta)
@@ -103,12 +100,12 @@ class Bench:
                 str(self.peer), recipe, str(self.folder / "out"), "--async-write", "--no-copy-tokenizer",
                 "--out-shard-size", str(SHARD_BYTES)]}
         for label, command in sorted(jobs.items(), reverse=index % 2 == 1):
-            if len(self.runs.get(label, ())) <= index:
+            if self.runs.due(label, index):
                 self._measure(label, command)
-        if len(self.runs.get("floor", ())) <= index:
+        if self.runs.due("floor", index):
             measure.warm(self.files)
             seconds = measure.copy_floor(self.files, self.folder / "floor.bin", self.out_bytes)
-            self._keep("floor", {"seconds": seconds})
+            self.runs.keep("floor", {"seconds": seconds})
 
     def _ours(self, recipes: list[str]) -> list[str]:
         return [sys.executable, "-m", "m2rl_core", "merge", *recipes, str(self.folder / "out")]
@@ -118,46 +115,16 @@ class Bench:
         measure.warm(self.files)
         found = measure.run(command, self.folder / "log.txt")
         shutil.rmtree(self.folder / "out")
-        self._keep(label, found)
-
-    def _keep(self, label: str, found: dict) -> None:
-        self.runs.setdefault(label, []).append(found)
-        self.saved.write_text(json.dumps(self.runs, indent=1) + "\n")
-        print(f"{label}, run {len(self.runs[label])}: {found['seconds']:.1f} s", flush=True)
+        self.runs.keep(label, found)
 
     def rows(self) -> list[dict]:
         """One row for each comparison that has a pair: medians of seconds, peaks of memory in MB."""
-        floor, found = self._median("floor"), []
+        floor, found = self.runs.median("floor"), []
         for name, (_, _, bar) in AGAINST.items():
-            found += self._row(name, f"{name} ours", f"{name} peer", PEER, bar, floor)
+            found += self.runs.row(name, f"{name} ours", f"{name} peer", PEER, bar, floor)
         alone = [f"paper-{method}" for method in ROWS if f"paper-{method}" in self.runs]
         if TOGETHER in self.runs and alone:
-            slowest = max(alone, key=self._median)
+            slowest = max(alone, key=self.runs.median)
             name = f"the slowest of the six alone, {slowest.removeprefix('paper-')}"
-            found += self._row(TOGETHER, TOGETHER, slowest, name, 1 / SLOWEST, floor)
+            found += self.runs.row(TOGETHER, TOGETHER, slowest, name, 1 / SLOWEST, floor)
         return found
-
-    def _row(self, name: str, ours: str, peer: str, peer_name: str, bar: float, floor: float) -> list[dict]:
-        if ours not in self.runs or peer not in self.runs:
-            return []
-        pairs = min(len(self.runs[ours]), len(self.runs[peer]))
-        mine, other = self._median(ours), self._median(peer)
-        row = {"name": name, "ours": round(mine, 2), "peer": round(other, 2), "peer_name": peer_name, "unit": "s",
-               "ratio": round(other / mine, 2), "bar": round(bar, 3), "pairs": pairs,
-               "floor": round(floor, 2), "floor_multiple": round(mine / floor, 2)}
-        for side, label in (("ours", ours), ("peer", peer)):
-            for kind in ("anonymous_mb", "resident_mb"):
-                row[f"{side}_{kind}"] = max(one[kind] for one in self.runs[label])
-            row[f"{side}_runs"] = [round(one["seconds"], 2) for one in self.runs[label]]
-        return [row | {"machine": machine()}]
-
-    def _median(self, label: str) -> float:
-        return statistics.median(one["seconds"] for one in self.runs[label])
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """The report's data, replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(rows, indent=2) + "\n")
-    part.rename(path)

@@ -25,8 +25,10 @@ def sentence(found: pd.DataFrame, name: str) -> Markdown:
     here = found["machine"].iloc[0]
     missed = found[found["ratio"] < found["bar"]]["name"]
     held = f"{len(found) - len(missed)} of {len(found)} comparisons reach their bar"
+    least, most = found["pairs"].min(), found["pairs"].max()
+    pairs = f"{least}" if least == most else f"{least} to {most}"
     return Markdown(f"Measured on {here['cores']} cores and {here['memory_gb']} GB of memory, interleaved, "
-                    f"{found['pairs'].min()} to {found['pairs'].max()} pairs, medians. {held}"
+                    f"{pairs} pairs, medians. {held}"
                     + (f"; not {', '.join(missed)}." if len(missed) else "."))
 
 
@@ -34,7 +36,9 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
     """The rows for the eye: medians with the spread of the runs."""
     def runs(r, side):
         times = r[f"{side}_runs"]
-        return f"{r[side]:,.1f}\n{min(times):,.1f} to {max(times):,.1f}"
+        speed = r.get(f"{side}_tokens_per_second")
+        return (f"{_seconds(r[side])}\n{_seconds(min(times))} to {_seconds(max(times))}"
+                + (f"\n{speed:,.0f} tokens/s" if speed else ""))
 
     return pd.DataFrame([{
         "what": r["name"], "ours (s)": runs(r, "ours"), "other (s)": runs(r, "peer"), "other is": r["peer_name"],
@@ -42,6 +46,10 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
         "our memory (MB)": f"{r['ours_anonymous_mb']:,.0f}", "other's (MB)": f"{r['peer_anonymous_mb']:,.0f}",
         "pairs": r["pairs"],
     } for r in found.to_dict("records")])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def drawn(found: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,116 @@
+"""One side of the engine bench, a process of its own: `python -m m2rl_core.bench.engine_side SIDE FOLDER`.
+
+Prints one line of JSON: seconds and sampled tokens of each repetition, the first left out. `work.json` in FOLDER says
+what is done; `sample`, `generate` and `step` do the same work, `floor` its arithmetic alone.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from m2rl_core import policy as policies
+from m2rl_core.bench.work import Work, parameters
+from m2rl_core.domains import Row
+from m2rl_core.grpo import backward
+from m2rl_core.losses import Loss, Totals, advantages
+from m2rl_core.policy import Policy
+from m2rl_core.rollout import Rollout, sample
+
+
+def rows_of(work: Work) -> list[Row]:
+    return [Row(str(i), "", "bench", "", ({"role": "user", "content": text},), {}) for i, text in enumerate(work.prompts)]
+
+
+def reward(text: str) -> float:
+    """0 or 1, by a hash: costs nothing and leaves hardly a group without an advantage."""
+    return float(hashlib.sha256(text.encode()).digest()[0] % 2)
+
+
+def sampling(policy: Policy, work: Work) -> Callable[[int], int]:
+    """Our sampler: one call is one repetition and returns the tokens that were sampled."""
+    def run(i: int) -> int:
+        rollouts = sample(policy, rows_of(work), work.group, generator=torch.Generator().manual_seed(i),
+                          temperature=work.temperature, max_new_tokens=work.new_tokens)
+        return sum(r.length for r in rollouts)
+    return run
+
+
+def generating(folder: Path, work: Work) -> Callable[[int], int]:
+    """Hugging Face's `generate` on the same prompts, left-padded, its key-value cache on."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    policy = policies.load(folder / "model")
+    prompts = [policies.encode_prompt(policy, row.messages) for row in rows_of(work) for _ in range(work.group)]
+    widest = max(map(len, prompts))
+    ids = torch.tensor([[policy.stop_ids[1]] * (widest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (widest - len(p)) + [1] * len(p) for p in prompts])
+
+    @torch.no_grad()
+    def run(i: int) -> int:
+        torch.manual_seed(i)
+        found = model.generate(ids, attention_mask=mask, do_sample=True, temperature=work.temperature, top_k=0, top_p=1.0,
+                               max_new_tokens=work.new_tokens, eos_token_id=list(policy.stop_ids),
+                               pad_token_id=policy.stop_ids[1])[:, widest:]
+        ended = torch.isin(found, torch.tensor(policy.stop_ids)).int().cumsum(1).cumsum(1) > 1
+        return int((~ended).sum())
+    return run
+
+
+def stepping(policy: Policy, work: Work) -> Callable[[int], int]:
+    """A whole step of GRPO: rollouts, rewards, gradient, clipping, AdamW."""
+    optimizer = torch.optim.AdamW(policy.requires_grad(), lr=work.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    loss = Loss("grpo", work.temperature, 0.2, 0.28, "none", 0.0, 0.0)
+
+    def run(i: int) -> int:
+        rollouts = sample(policy, rows_of(work), work.group, generator=torch.Generator().manual_seed(i),
+                          temperature=work.temperature, max_new_tokens=work.new_tokens)
+        scores = torch.tensor([reward(r.turns[0]) for r in rollouts]).view(-1, work.group)
+        of = dict(zip(map(id, rollouts), advantages(scores).flatten().tolist(), strict=True))
+        used = [r for r in rollouts if of[id(r)] != 0]
+
+        def each(part: list[Rollout], logp, owner, tokens):
+            return torch.tensor([of[id(r)] for r in part])[owner]
+        optimizer.zero_grad(set_to_none=True)
+        backward(policy, used, each, loss, Totals.of(rollouts, work.new_tokens))
+        torch.nn.utils.clip_grad_norm_([w for w in policy.weights.values() if w.grad is not None], 1.0)
+        optimizer.step()
+        return sum(r.length for r in rollouts)
+    return run
+
+
+def multiplying(work: Work) -> Callable[[int], int]:
+    """The arithmetic of sampling alone, as matrix products of the model's shapes; counts operations in 1000s."""
+    rows, width, inner = work.group * len(work.prompts), 128, 384
+    x, w, v = torch.randn(rows, width), torch.randn(inner, width), torch.randn(width, inner)
+
+    def run(i: int) -> int:
+        for _ in range(200):
+            torch.nn.functional.linear(torch.nn.functional.linear(x, w), v)
+        return 200 * 4 * rows * width * inner // 1000
+    return run
+
+
+def main(argv: list[str]) -> int:
+    side, folder = argv[0], Path(argv[1])
+    work = Work.load(folder)
+    torch.set_num_threads(work.threads)
+    policy = policies.load(folder / "model")
+    run = {"sample": lambda: sampling(policy, work), "generate": lambda: generating(folder, work),
+           "step": lambda: stepping(policy, work), "floor": lambda: multiplying(work)}[side]()
+    seconds, tokens = [], []
+    for i in range(work.repetitions + 1):
+        start = time.perf_counter()
+        tokens.append(run(i))
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": seconds[1:], "tokens": tokens[1:], "parameters": parameters(policy)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""Do the domains of one batch pull the weights the same way? Cosines between their gradients (section 3.3).
+
+The paper says that domains interfere little and shows experts' weights; this looks at the mix while it trains. The
+gradient of a batch is the sum over its domains, so each domain's part is one backward pass over its rollouts.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from m2rl_core.policy import Policy
+from m2rl_core.rollout import Rollout
+
+WHOLE = "all weights"
+THIRDS = ("first third", "middle third", "last third")
+
+
+def group_of(name: str, layers: int) -> str:
+    """The group that a weight belongs to: the embedding, or attention, MLP or norms of a third of the layers."""
+    found = re.match(r"model\.layers\.(\d+)\.(self_attn|mlp)?", name)
+    if found is None:
+        return "last norm" if name == "model.norm.weight" else "embedding"
+    kind = "norms" if name.endswith("norm.weight") else {"self_attn": "attention", "mlp": "MLP"}[found[2]]
+    return f"{kind}, {THIRDS[int(found[1]) * 3 // layers]}"
+
+
+def cosines(gradients: dict[str, dict[str, Tensor]], layers: int) -> pd.DataFrame:
+    """Every pair of domains in every group of weights: group, a, b, cosine, norm_a, norm_b; NaN without a gradient.
+
+    gradients[domain]: {name: gradient}, the same names for each; missing entries of a domain are zeros.
+    """
+    dots: dict[tuple[str, str, str], float] = {}
+    for name in sorted({name for of in gradients.values() for name in of}):
+        flat = {domain: of[name].double().flatten() for domain, of in gradients.items() if name in of}
+        for a, b in [*combinations(sorted(flat), 2), *((d, d) for d in flat)]:
+            for group in (group_of(name, layers), WHOLE):
+                dots[group, a, b] = dots.get((group, a, b), 0.0) + float(flat[a] @ flat[b])
+    rows = []
+    for group in dict.fromkeys(group for group, _, _ in dots):
+        for a, b in combinations(sorted(gradients), 2):
+            norms = [dots.get((group, d, d), 0.0) ** 0.5 for d in (a, b)]
+            cosine = dots.get((group, a, b), 0.0) / (norms[0] * norms[1]) if all(norms) else float("nan")
+            rows.append({"group": group, "a": a, "b": b, "cosine": cosine, "norm_a": norms[0], "norm_b": norms[1]})
+    return pd.DataFrame(rows, columns=["group", "a", "b", "cosine", "norm_a", "norm_b"])
+
+
+def measure(policy: Policy, rollouts: Sequence[Rollout], domains: Iterable[str],
+            backward: Callable[[list[Rollout]], object]) -> pd.DataFrame:
+    """`cosines` of the domains of a batch; `backward(part)` leaves the gradient of a part on the policy's weights.
+
+    Leaves no gradient behind. Holds one copy of the gradient for each domain.
+    """
+    gradients = {}
+    for domain in domains:
+        _clear(policy)
+        part = [r for r in rollouts if r.row.domain == domain]
+        if part:
+            backward(part)
+        gradients[domain] = {n: w.grad.clone() for n, w in policy.weights.items() if w.grad is not None}
+    _clear(policy)
+    return cosines(gradients, policy.shape.layers)
+
+
+def _clear(policy: Policy) -> None:
+    for weight in policy.weights.values():
+        weight.grad = None
+
+
+class Interference:
+    """Measures every few steps of a run on several domains; what it writes is a function of the step."""
+
+    def __init__(self, ctx, every: int, domains: Sequence[str]):
+        self.ctx, self.every, self.domains = ctx, every if len(domains) > 1 else 0, domains
+        ctx.state.mkdir(parents=True, exist_ok=True)
+
+    def look(self, step: int, policy: Policy, rollouts: Sequence[Rollout], backward: Callable) -> None:
+        """Before the update of `step` (0-based), where it is due: the gradients of each domain's rollouts."""
+        if self.every and step % self.every == 0:
+            with torch.enable_grad():
+                found = measure(policy, rollouts, self.domains, backward)
+            found.assign(step=step + 1).to_parquet(self.ctx.state / f"interference-{step:06d}.parquet", index=False)
+
+    def finish(self) -> None:
+        """Gather what was seen into `interference.parquet` beside the weights."""
+        found = sorted(self.ctx.state.glob("interference-*.parquet"))
+        if found:
+            gathered = pd.concat([pd.read_parquet(p) for p in found])
+            gathered.to_parquet(self.ctx.out / "interference.parquet", index=False)
