@@ -210,6 +210,23 @@ def test_density_counts_what_moves(method, threshold, ties):
         assert diagnosis["density"]["e0"] == diagnosis["moved"] > 0
 
 
+@pytest.mark.parametrize("types", [
+    ["bfloat16"] * 4, ["float16"] * 4, ["float32"] * 4, ["float32", "bfloat16", "float16", "float32"],
+    ["bfloat16", "bfloat16", "float32", "bfloat16"]], ids="-".join)
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_of_any_type_merge_as_their_values_do(method, types):
+    # kernels take bfloat16 as it is stored and other types as shifts in float32: the same bits either way
+    base, experts = toy()
+    states = [{name: x.to(getattr(torch, kind)) for name, x in state.items()}
+              for kind, state in zip(types, (base, *experts.values()), strict=True)]
+    wide = [{name: x.float() for name, x in state.items()} for state in states]
+    extra = {"sce": {"select": 0.5}, "ties": {"threshold": "tensor", "ties": "exact", "trim_rescale": "l1"}}
+    for parameters in ({}, extra.get(method, {})):
+        found, expected = (merge_state(first, dict(zip(experts, others, strict=True)), method, out_dtype="float32",
+                                       **parameters) for first, *others in (states, wide))
+        assert equal(found, expected)
+
+
 # Exact thresholds ---------------------------------------------------------------------------------------
 
 
