@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from m2rl_core.errors import StudyError
+
 UID = 61234  # whom root becomes to start it: limits on processes do nothing for root
 WALL_FACTOR, WALL_LEAST, GRACE, START = 10, 10.0, 20.0, 30.0  # seconds but for the first
 CHOICES = ("auto", "bubblewrap", "interpreter")
@@ -56,7 +58,7 @@ class Limits:
     threads: int = 16
 
 
-class SandboxUnavailable(RuntimeError):
+class SandboxUnavailable(StudyError):
     """No bubblewrap here; the message says why and how to mend it."""
 
 
@@ -236,7 +238,7 @@ def _find(limits: Limits):
 
     choice = os.environ.get("M2RL_SANDBOX", "auto")
     if choice not in CHOICES:
-        raise ValueError(f"M2RL_SANDBOX={choice!r}: one of {', '.join(CHOICES)}")
+        raise StudyError(f"M2RL_SANDBOX={choice!r}: one of {', '.join(CHOICES)}")
     if choice == "interpreter":
         return Interpreter("M2RL_SANDBOX=interpreter asks for it")
     try:

@@ -8,6 +8,9 @@ import pytest
 
 from m2rl_core import domains
 from m2rl_core.domains import Row, Verdict, rewards
+from m2rl_core.domains.checkers import MissingData
+from m2rl_core.errors import StudyError
+from m2rl_core.sandbox import SandboxUnavailable
 
 
 def row(i, domain="math"):
@@ -39,6 +42,17 @@ def test_a_verifier_that_raises_costs_its_own_answer_only(one_breaks):
     assert [v.failed for v in found] == [False, True, False]
     assert found[1].reason == "verifier failed: ZeroDivisionError: division by zero"
     assert one_breaks == [["0", "1", "2"], ["0"], ["1"], ["2"]]
+
+
+@pytest.mark.parametrize("error", [
+    StudyError("no pixie dust"), SandboxUnavailable("no bwrap"), MissingData("no words"), ImportError("no checkers")])
+def test_a_verifier_that_cannot_work_here_stops_the_run(monkeypatch, error):
+    """Fault: a machine without the sandbox, where every program would silently score 0 for the whole training."""
+    def verify(rows, answers):
+        raise error
+    monkeypatch.setattr(domains, "module", lambda domain: SimpleNamespace(verify=verify))
+    with pytest.raises(type(error), match=str(error)):
+        rewards([row(0), row(1)], [["</think>fine"]] * 2)
 
 
 @pytest.mark.parametrize(("answer", "said"), [("nan", "nan"), ("two", "2.0"), ("minus", "-0.5")])

@@ -119,7 +119,8 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
 
     A transcript is the list of the assistant's turns as generated, without end-of-turn markers. Turns
     that miss `</think>` fail the format gate and score 0; all others go to the row's own verifier,
-    one batch a domain. An answer at which a verifier raises, or gives no number in [0, 1], scores 0 and is marked.
+    one batch a domain. An answer at which a verifier raises, or gives no number in [0, 1], scores 0 and is marked;
+    StudyError and ImportError say that it cannot work here at all, and go on up.
     """
     verdicts: list[Verdict | None] = [None] * len(rows)
     batches: dict[str, list[int]] = {}
@@ -141,6 +142,8 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
 def _verified(verify, rows: list[Row], answers: list[list[str]]) -> list[Verdict]:
     try:
         found = verify(rows, answers)
+    except (StudyError, ImportError):
+        raise
     except Exception as error:  # whatever a verifier of one's own raises, it must not cost the step
         if len(rows) == 1:
             return [Verdict(0.0, " ".join(f"verifier failed: {type(error).__name__}: {error}".split())[:200], failed=True)]

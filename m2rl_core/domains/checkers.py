@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from m2rl_core.errors import StudyError
 from m2rl_core.slim import without
 
 BENCHMARKS = ("ifeval", "ifbench")
@@ -31,7 +32,7 @@ NLTK_FOLDERS = {"stopwords": "corpora", "averaged_perceptron_tagger_eng": "tagge
 BAD_TEXT = (IndexError, RecursionError, TimeoutError, csv.Error, re.error)
 
 
-class MissingData(RuntimeError):
+class MissingData(StudyError):
     """A checker needs NLTK data that this machine lacks; says which, and how to get it."""
 
 
@@ -75,6 +76,8 @@ def _build(instruction_id, kwargs, prompt):
         checker.build_description(**given)
         if "prompt" in (checker.get_instruction_args() or {}):
             checker.build_description(prompt=prompt)
+    except MissingData:
+        raise
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"instruction {instruction_id!r} refuses the parameters {given}: {error}") from error
     return checker

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import threading
 
+from m2rl_core.errors import StudyError
+
 LIMIT, START_LIMIT = 3, 120  # seconds of wall time: for one comparison, for the start
 MEMORY = 2 * 1024**3  # bytes of address space that the worker may take (Linux)
 
@@ -27,7 +29,7 @@ _worker: tuple[int, subprocess.Popen] | None = None  # (process id of its owner,
 def ask(gold: str, prediction: str) -> str:
     """"right", "wrong answer" or, where the comparison killed the worker, "too slow or too large to compare".
 
-    Both are what stands inside a box. Raises RuntimeError where the worker cannot start.
+    Both are what stands inside a box. Raises StudyError where the worker cannot start.
     """
     global _worker
     with _lock:
@@ -54,8 +56,8 @@ def _start() -> subprocess.Popen:
                                stdout=subprocess.PIPE)
     if process.stdout.readline() != "ready\n":
         _end(process)
-        raise RuntimeError("the math-verify worker did not start (its own message stands above): "
-                           "pip install 'math-verify[antlr4-13-2]==0.9.0'")
+        raise StudyError("the math-verify worker did not start (its own message stands above): "
+                         "pip install 'math-verify[antlr4-13-2]==0.9.0'")
     return process
 
 
