@@ -6,6 +6,7 @@ code: importance sampling is masked (MIS) as the paper says, not truncated; the 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
     """
     sums, off = dict.fromkeys(("loss", "kept", "entropy", *(("kl",) if loss.kl else ())), 0.0), 0.0
     count = sum(r.length for r in rollouts)
+    if not rollouts:
+        return sums | {"kept": 1.0, "mismatch": off}
     for batch in micro_batches(rollouts):
         part = [rollouts[i] for i in batch]
         hidden, tokens, owner = response_hidden(policy, part)
@@ -52,7 +55,23 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
         sums["kept"] += int(counted.sum())
         sums["entropy"] += float(entropy.detach().sum())
         off = max(off, float((logp.detach() - sampler).abs().max()))
-    return {**sums, "kept": sums["kept"] / max(1, count), "entropy": sums["entropy"] / max(1, count), "mismatch": off}
+    return sums | {"kept": sums["kept"] / count, "entropy": sums["entropy"] / count, "mismatch": off}
+
+
+def learner(policy: Policy, rollouts: list[Rollout], advantage: Tensor, loss: Loss, longest: int,
+            reference: Policy | None = None) -> tuple[list[Rollout], Callable[[list[Rollout]], dict]]:
+    """(the rollouts of a batch that have a gradient, `backward` for any part of them); advantage (P, G)."""
+    of = dict(zip(map(id, rollouts), advantage.flatten().tolist(), strict=True))
+    totals = Totals.of(rollouts, longest)
+
+    def each(part, logp, owner, tokens):
+        return torch.tensor([of[id(r)] for r in part]).to(logp)[owner]
+
+    def update(part: list[Rollout]) -> dict:
+        return backward(policy, part, each, loss, totals, reference)
+
+    # groups without an advantage add nothing to the gradient, unless there is another term
+    return [r for r in rollouts if of[id(r)] != 0 or loss.kl or loss.entropy], update
 
 
 def build(ctx) -> None:
@@ -70,20 +89,9 @@ def build(ctx) -> None:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "rl")
         rollouts, verdicts, scores, seconds = collect(policy, prompts, spec, ctx.seed * 100_003 + step)
         start = time.perf_counter()
-        advantage = advantages(scores, spec.scale_rewards).flatten().tolist()
-        of = {id(r): a for r, a in zip(rollouts, advantage, strict=True)}
-        totals = Totals.of(rollouts, spec.max_new_tokens)
-
-        def each(part, logp, owner, tokens):
-            return torch.tensor([of[id(r)] for r in part]).to(logp)[owner]
-
-        def update(part):
-            return backward(policy, part, each, loss, totals, reference)
-
-        # groups without an advantage add nothing to the gradient, unless there is another term
-        used = [r for r in rollouts if of[id(r)] != 0 or loss.kl or loss.entropy]
+        used, update = learner(policy, rollouts, advantages(scores, spec.scale_rewards), loss, spec.max_new_tokens, reference)
         interference.look(step, policy, used, update)
-        stats = update(used) if used else {"loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
+        stats = update(used)
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 

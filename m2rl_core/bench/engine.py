@@ -90,8 +90,6 @@ class Bench:
 
         2 operations a weight for a sampled token; in a step, 6 more for a trained one. Attention is left out.
         """
-        if "floor" not in self.runs or side not in self.runs:
-            return float("nan")
         speed = statistics.median(1000 * t / s for run in self.runs.found["floor"]
                                   for s, t in zip(run["times"], run["tokens"], strict=True))
         tokens = statistics.median(t for run in self.runs.found[side] for t in run["tokens"])

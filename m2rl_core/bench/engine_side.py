@@ -17,8 +17,8 @@ import torch
 from m2rl_core import policy as policies
 from m2rl_core.bench.work import Work, parameters
 from m2rl_core.domains import Row
-from m2rl_core.grpo import backward
-from m2rl_core.losses import Loss, Totals, advantages
+from m2rl_core.grpo import learner
+from m2rl_core.losses import Loss, advantages
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout, sample
 
@@ -32,13 +32,14 @@ def reward(text: str) -> float:
     return float(hashlib.sha256(text.encode()).digest()[0] % 2)
 
 
+def drawn(policy: Policy, work: Work, seed: int) -> list[Rollout]:
+    return sample(policy, rows_of(work), work.group, generator=torch.Generator().manual_seed(seed),
+                  temperature=work.temperature, max_new_tokens=work.new_tokens)
+
+
 def sampling(policy: Policy, work: Work) -> Callable[[int], int]:
     """Our sampler: one call is one repetition and returns the tokens that were sampled."""
-    def run(i: int) -> int:
-        rollouts = sample(policy, rows_of(work), work.group, generator=torch.Generator().manual_seed(i),
-                          temperature=work.temperature, max_new_tokens=work.new_tokens)
-        return sum(r.length for r in rollouts)
-    return run
+    return lambda i: sum(r.length for r in drawn(policy, work, i))
 
 
 def generating(folder: Path, work: Work) -> Callable[[int], int]:
@@ -68,25 +69,20 @@ def stepping(policy: Policy, work: Work) -> Callable[[int], int]:
     loss = Loss("grpo", work.temperature, 0.2, 0.28, "none", 0.0, 0.0)
 
     def run(i: int) -> int:
-        rollouts = sample(policy, rows_of(work), work.group, generator=torch.Generator().manual_seed(i),
-                          temperature=work.temperature, max_new_tokens=work.new_tokens)
+        rollouts = drawn(policy, work, i)
         scores = torch.tensor([reward(r.turns[0]) for r in rollouts]).view(-1, work.group)
-        of = dict(zip(map(id, rollouts), advantages(scores).flatten().tolist(), strict=True))
-        used = [r for r in rollouts if of[id(r)] != 0]
-
-        def each(part: list[Rollout], logp, owner, tokens):
-            return torch.tensor([of[id(r)] for r in part])[owner]
+        used, update = learner(policy, rollouts, advantages(scores), loss, work.new_tokens)
         optimizer.zero_grad(set_to_none=True)
-        backward(policy, used, each, loss, Totals.of(rollouts, work.new_tokens))
+        update(used)
         torch.nn.utils.clip_grad_norm_([w for w in policy.weights.values() if w.grad is not None], 1.0)
         optimizer.step()
         return sum(r.length for r in rollouts)
     return run
 
 
-def multiplying(work: Work) -> Callable[[int], int]:
+def multiplying(policy: Policy, work: Work) -> Callable[[int], int]:
     """The arithmetic of sampling alone, as matrix products of the model's shapes; counts operations in 1000s."""
-    rows, width, inner = work.group * len(work.prompts), 128, 384
+    rows, width, inner = work.group * len(work.prompts), policy.config.hidden_size, policy.config.intermediate_size
     x, w, v = torch.randn(rows, width), torch.randn(inner, width), torch.randn(width, inner)
 
     def run(i: int) -> int:
@@ -102,7 +98,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(work.threads)
     policy = policies.load(folder / "model")
     run = {"sample": lambda: sampling(policy, work), "generate": lambda: generating(folder, work),
-           "step": lambda: stepping(policy, work), "floor": lambda: multiplying(work)}[side]()
+           "step": lambda: stepping(policy, work), "floor": lambda: multiplying(policy, work)}[side]()
     seconds, tokens = [], []
     for i in range(work.repetitions + 1):
         start = time.perf_counter()

@@ -24,7 +24,7 @@ def of_shifts(base: np.ndarray, rows: tuple[np.ndarray, ...], weights: Sequence[
         out += np.float32(total - 1.0) * base
 
 
-def of_weights(models: np.ndarray, which: np.ndarray, weights: Sequence[float], normalize: bool,
+def of_weights(models: np.ndarray, which: Sequence[int], weights: Sequence[float], normalize: bool,
                out: np.ndarray) -> None:
     """out := sum_i w_i theta_i, divided by sum_i w_i where `normalize`, straight from the formula; float32 (P,).
 

@@ -87,6 +87,9 @@ class Shifts:
             subtract(row, self.base, out)
         return self._memory
 
+    def delta(self, expert: str) -> np.ndarray:
+        return self.deltas[self.experts.index(expert)]
+
     def values(self, row: np.ndarray) -> np.ndarray:
         """The shifts of a row, or what else is float32; (P,)."""
         if row.dtype == np.float32:
@@ -134,7 +137,7 @@ class Shifts:
         """(the rows of several, their counts)."""
         found, counts = zip(*map(self.row, sources), strict=True)
         if len({row.dtype for row in found}) > 1:  # some are dropped: kernels take rows of one kind
-            found = [row if row.dtype == np.float32 else self.deltas[self.experts.index(source.expert)]
+            found = [row if row.dtype == np.float32 else self.delta(source.expert)
                      for row, source in zip(found, sources, strict=True)]
         return tuple(found), list(counts)
 
@@ -149,7 +152,7 @@ class Shifts:
                 cut = self.known[cut_key(want, self.piece.name)]
                 left = cut.left(self.piece.name, self.piece.index)
                 if left and cut.bits and rows[i].dtype != np.float32:  # the quota ends here: some rows change
-                    rows = [self.deltas[self.experts.index(source.expert)] for source in sources]
+                    rows = [self.delta(source.expert) for source in sources]
                 rows[i], cuts[i] = at_least(rows[i], cut.bits, left)
                 factors[i] = self.known.get((want, self.piece.name), 1.0)
                 counts[i] = counts[i] if cut.survivors is None else 0
@@ -170,7 +173,7 @@ class Shifts:
         cut = self.known[selection, self.piece.name]
         kept = keep_large(self.variance(selection), cut.bits, cut.left(self.piece.name, self.piece.index))
         signs = np.sign(kept)
-        return tuple(self.deltas[self.experts.index(expert)] * signs for expert in selection.experts)
+        return tuple(self.delta(expert) * signs for expert in selection.experts)
 
 
 @kernel

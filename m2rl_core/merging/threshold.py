@@ -81,7 +81,7 @@ def at_least(x: np.ndarray, bits: int, quota: int | None) -> tuple[np.ndarray, n
 
 
 @kernel
-def count_around(rows, base, low, high, counts, inside):
+def count_around(row, base, low, high, counts, inside):
     """counts += magnitudes < low, <= low, < high, <= high, = 0; inside := those between; returns how many these are.
 
     Of the shifts of a row, as bits of float32, of which the sign is not looked at.
@@ -89,13 +89,13 @@ def count_around(rows, base, low, high, counts, inside):
     found, span = 0, np.uint32(high - low - 1)
     magnitudes = np.empty(BLOCK, np.int32)
     for first in range(0, len(base), BLOCK):
-        here, origin = rows[first : first + BLOCK], base[first : first + BLOCK]
-        row = magnitudes[: len(here)]
-        for i in range(len(row)):
-            row[i] = np.float32(shift(here[i], origin[i])).view(np.int32) & MAGNITUDE
+        here, origin = row[first : first + BLOCK], base[first : first + BLOCK]
+        bits = magnitudes[: len(here)]
+        for i in range(len(bits)):
+            bits[i] = np.float32(shift(here[i], origin[i])).view(np.int32) & MAGNITUDE
         less_low = upto_low = less_high = upto_high = zero = np.int32(0)
-        for i in range(len(row)):
-            x = row[i]
+        for i in range(len(bits)):
+            x = bits[i]
             less_low = np.int32(less_low + (x < low))
             upto_low = np.int32(upto_low + (x <= low))
             less_high = np.int32(less_high + (x < high))
@@ -107,8 +107,8 @@ def count_around(rows, base, low, high, counts, inside):
         counts[3] += upto_high
         counts[4] += zero
         if less_high > upto_low:
-            for i in range(len(row)):  # without a branch, as which ones are inside is as good as random
-                x = row[i]
+            for i in range(len(bits)):  # without a branch, as which ones are inside is as good as random
+                x = bits[i]
                 inside[np.uint64(found)] = x
                 found += np.uint32(x - low - 1) < span  # low < x < high: what is below wraps around to the top
     return found

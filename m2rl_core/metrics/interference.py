@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from m2rl_core.policy import Policy
@@ -81,8 +80,7 @@ class Interference:
     def look(self, step: int, policy: Policy, rollouts: Sequence[Rollout], backward: Callable) -> None:
         """Before the update of `step` (0-based), where it is due: the gradients of each domain's rollouts."""
         if self.every and step % self.every == 0:
-            with torch.enable_grad():
-                found = measure(policy, rollouts, self.domains, backward)
+            found = measure(policy, rollouts, self.domains, backward)
             found.assign(step=step + 1).to_parquet(self.ctx.state / f"interference-{step:06d}.parquet", index=False)
 
     def finish(self) -> None:
