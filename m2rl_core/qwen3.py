@@ -1,19 +1,21 @@
 """Qwen3's forward pass over a plain dict of Hugging Face weights, for sampling and for training alike.
 
-One function computes both, so the sampler's and the trainer's log-probs are the same numbers. Equal to
-`transformers`' Qwen3ForCausalLM to float32 rounding (tests/test_policy.py); dense models only.
-Departure: keys and values of a prompt are computed once and shared by all responses of its group.
+Tokens lie one after the other, (N,), without padding; what each of them sees is the business of `attention.py`.
+Sampler and trainer run the same code, so their log-probs are the same numbers. Equal to `transformers`'
+Qwen3ForCausalLM to rounding (tests/test_policy.py); dense models only.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Weights = dict[str, Tensor]
-KV = list[tuple[Tensor, Tensor]]  # per layer: keys, values, each (B, KVH, S, d)
+CHUNK = 2**24  # logits that are held at once
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,58 @@ class Shape:
                      config.head_dim, config.rms_norm_eps, float(theta))
 
 
-def rope(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables for `positions` (B, T): each (B, 1, T, d)."""
-    steps = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None].float() * shape.rope_theta ** (-steps / shape.head_dim)  # (B, T, d/2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+class Layer(NamedTuple):
+    """A layer's weights as they are multiplied: what reads the same input is one matrix, with the norm before it inside."""
+
+    qkv: Tensor  # ((H + 2 KVH) d, D)
+    qk_norm: Tensor  # (H + KVH, d)
+    out: Tensor  # (D, H d)
+    gate_up: Tensor  # (2 F, D)
+    down: Tensor  # (D, F)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * w over the last dimension, with half the passes over memory that torch's composite form takes."""
+class Model(NamedTuple):
+    """The weights as the forward pass takes them; made from the present ones, with their gradients, by `prepare`."""
+
+    shape: Shape
+    embed: Tensor  # (V, D)
+    layers: list[Layer]
+    norm: Tensor  # (D,)
+
+
+def prepare(w: Weights, shape: Shape) -> Model:
+    """Join the matrices of each layer: a copy of the weights, to be made again when they have changed."""
+    layers = []
+    for i in range(shape.layers):
+        own = {name: w[f"model.layers.{i}.{name}.weight"] for name in (
+            "input_layernorm", "post_attention_layernorm", *(f"self_attn.{n}_proj" for n in "qkvo"),
+            "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+        layers.append(Layer(
+            torch.cat([own[f"self_attn.{n}_proj"] for n in "qkv"]) * own["input_layernorm"],
+            torch.cat((own["self_attn.q_norm"].expand(shape.heads, -1), own["self_attn.k_norm"].expand(shape.kv_heads, -1))),
+            own["self_attn.o_proj"],
+            torch.cat((own["mlp.gate_proj"], own["mlp.up_proj"])) * own["post_attention_layernorm"],
+            own["mlp.down_proj"]))
+    return Model(shape, w["model.embed_tokens.weight"], layers, w["model.norm.weight"])
+
+
+class _Normalize(torch.autograd.Function):
+    """x / rms(x) over the last dimension, with half the passes over memory that torch's composite form takes."""
 
     @staticmethod
-    def forward(ctx, x, w, eps):
-        wide = x.float()
-        scale = (torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps).rsqrt_()[..., None]
+    def forward(ctx, x, eps):
+        wide, n = x.float(), x.shape[-1]
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(n).add_(eps).rsqrt_()
         unit = wide * scale
-        ctx.save_for_backward(unit, scale, w)
-        return unit.to(x.dtype) * w
+        ctx.save_for_backward(unit, scale)
+        return unit.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        unit, scale, w = ctx.saved_tensors
-        along = grad * unit
-        mean = (along @ w.float() / w.numel())[..., None]
-        inner = torch.addcmul((grad * w).float(), unit, mean, value=-1).mul_(scale)
-        return inner.to(grad.dtype), along.flatten(0, -2).sum(0).to(w.dtype), None
+        unit, scale = ctx.saved_tensors
+        wide = grad.float()
+        mean = (torch.linalg.vecdot(wide, unit) / unit.shape[-1])[..., None]
+        return torch.addcmul(wide, unit, mean, value=-1).mul_(scale).to(grad.dtype), None
 
 
 class _Rotate(torch.autograd.Function):
@@ -78,54 +106,61 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     half = x.shape[-1] // 2
-    y, sin = x * cos, sin[..., :half]
+    y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin, value=-way)
     y[..., half:].addcmul_(x[..., :half], sin, value=way)
     return y
 
 
-rms_norm, rotate = _RMSNorm.apply, _Rotate.apply
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of both in one tensor (N, 2 F), (N, F); its gradient is written into one tensor, too."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        opened = F.silu(gate)
+        ctx.save_for_backward(gate_up, opened)
+        return opened * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, opened = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        found = torch.empty_like(gate_up)
+        of_gate, of_up = found.chunk(2, -1)
+        torch.mul(grad, opened, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+        return found
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention: q (B, H, T, d), k and v (B, KVH, S, d), mask (B, 1, T, S) of bools or None for causal."""
-    B, H, T, d = q.shape
-    if T == 1 and mask is not None:  # the heads of a group as positions: each key is read once, not once a head
-        return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, d), k, v, attn_mask=mask).view(B, H, 1, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+normalize, rotate, swiglu = _Normalize.apply, _Rotate.apply, _SwiGLU.apply
 
 
-def hidden_states(w: Weights, shape: Shape, tokens: Tensor, positions: Tensor, past: KV | None = None,
-                  mask: Tensor | None = None, write=None) -> tuple[Tensor, KV]:
-    """Final hidden states (B, T, D) of `tokens` (B, T), and the keys and values that this call computed.
+def rope(positions: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines (N, 1, d) and sines (N, 1, d/2) of `positions` (N,)."""
+    steps = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = (positions[:, None].float() * shape.rope_theta ** (-steps / shape.head_dim))[:, None]  # (N, 1, d/2)
+    cos = angles.cos()
+    return torch.cat((cos, cos), dim=-1).to(dtype), angles.sin().to(dtype)
 
-    `past` holds earlier keys and values to attend to (put before the new ones); `mask` (B, 1, T, S) says which
-    of them each token sees, None means plain causal attention without a past. `write(layer, k, v)`, where
-    given, stores the new keys and values and returns those to attend to (the sampler's cache).
+
+def hidden_states(model: Model, tokens: Tensor, positions: Tensor,
+                  attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Final hidden states (N, D) of `tokens` (N,) at `positions` (N,).
+
+    `attend(layer, q, k, v)` gives what each token gathers, (N, H d), from q (N, H, d) and k, v (N, KVH, d).
     """
-    cos, sin = rope(positions, shape)
-    x = F.embedding(tokens, w["model.embed_tokens.weight"])  # (B, T, D)
-    B, T, D = x.shape
-    new: KV = []
-    for i in range(shape.layers):
-        at = f"model.layers.{i}."
-        h = rms_norm(x, w[at + "input_layernorm.weight"], shape.eps)
-        q, k, v = (F.linear(h, w[f"{at}self_attn.{n}_proj.weight"]).view(B, T, -1, shape.head_dim) for n in "qkv")
-        q = rms_norm(q, w[at + "self_attn.q_norm.weight"], shape.eps).transpose(1, 2)
-        k = rms_norm(k, w[at + "self_attn.k_norm.weight"], shape.eps).transpose(1, 2)
-        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.transpose(1, 2)
-        if write is not None:
-            k, v = write(i, k, v)
-        else:
-            new.append((k, v))
-            if past is not None:
-                k, v = torch.cat((past[i][0], k), dim=2), torch.cat((past[i][1], v), dim=2)
-        y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)
-        x = x + F.linear(y, w[at + "self_attn.o_proj.weight"])
-        h = rms_norm(x, w[at + "post_attention_layernorm.weight"], shape.eps)
-        h = F.silu(F.linear(h, w[at + "mlp.gate_proj.weight"])) * F.linear(h, w[at + "mlp.up_proj.weight"])
-        x = x + F.linear(h, w[at + "mlp.down_proj.weight"])
-    return rms_norm(x, w["model.norm.weight"], shape.eps), new
+    shape = model.shape
+    heads = shape.heads, shape.kv_heads
+    x = F.embedding(tokens, model.embed)  # (N, D)
+    cos, sin = rope(positions, shape, x.dtype)
+    for i, layer in enumerate(model.layers):
+        qkv = F.linear(normalize(x, shape.eps), layer.qkv).view(len(x), -1, shape.head_dim)
+        qk, v = qkv.split((sum(heads), shape.kv_heads), dim=1)
+        q, k = rotate(normalize(qk, shape.eps) * layer.qk_norm, cos, sin).split(heads, dim=1)
+        x = x + F.linear(attend(i, q, k, v), layer.out)
+        x = x + F.linear(swiglu(F.linear(normalize(x, shape.eps), layer.gate_up)), layer.down)
+    return normalize(x, shape.eps) * model.norm
 
 
 def head(w: Weights) -> Tensor:
@@ -133,16 +168,61 @@ def head(w: Weights) -> Tensor:
     return w.get("lm_head.weight", w["model.embed_tokens.weight"])
 
 
-def token_logprobs(w: Weights, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 4096,
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-prob of each target and entropy, with no more logits than `CHUNK` at once, in the backward pass neither."""
+
+    @staticmethod
+    def forward(ctx, hidden, output, targets, temperature, rows, entropy_grad):
+        ctx.rows, ctx.temperature = rows, temperature
+        logps, entropies, masses = [], [], []
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logp = _log_softmax(h, output, temperature)
+            mass = logp.exp()
+            logps.append(logp.gather(1, t[:, None])[:, 0])
+            entropies.append(-torch.linalg.vecdot(mass, logp))
+            masses.append(mass)
+        # one chunk is kept for the backward pass, several are computed again there
+        kept = masses if len(masses) == 1 and not entropy_grad else []
+        ctx.save_for_backward(hidden, output, targets, *kept)
+        found = torch.cat(logps), torch.cat(entropies)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(found[1])
+        ctx.entropy_grad = entropy_grad
+        return found
+
+    @staticmethod
+    def backward(ctx, of_logp, of_entropy):
+        hidden, output, targets, *kept = ctx.saved_tensors
+        of_hidden, of_output = torch.empty_like(hidden), torch.zeros_like(output)
+        for at in range(0, len(hidden), ctx.rows):
+            part = slice(at, at + ctx.rows)
+            h, g = hidden[part], of_logp[part, None]
+            if kept:
+                found = kept[0] * -g
+            else:
+                logp = _log_softmax(h, output, ctx.temperature)
+                mass = logp.exp()
+                found = mass * -g
+                if ctx.entropy_grad:
+                    entropy = -torch.linalg.vecdot(mass, logp)[:, None]
+                    found -= mass * (logp + entropy) * of_entropy[part, None]
+            found.scatter_add_(1, targets[part, None], g)
+            found = found.div_(ctx.temperature).to(h.dtype)
+            torch.mm(found, output, out=of_hidden[part])
+            of_output.addmm_(found.T, h)
+        return of_hidden, of_output, None, None, None, None
+
+
+def _log_softmax(hidden: Tensor, output: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(F.linear(hidden, output).float() / temperature, dim=-1)
+
+
+def token_logprobs(w: Weights, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None,
                    entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and the entropy of its distribution, both (N,), from hidden (N, D).
 
-    Only with `entropy_grad` has the entropy a gradient, which costs memory. Works `chunk` rows at a time, so that no (B, T, V) logits exist at once in the forward pass.
+    Only with `entropy_grad` has the entropy a gradient. Works `chunk` rows at a time, as many as `CHUNK` logits
+    allow, so that no (N, V) logits exist at once.
     """
-    logps, entropies = [], []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logp = F.log_softmax(F.linear(h, head(w)).float() / temperature, dim=-1)  # (n, V)
-        logps.append(logp.gather(1, t[:, None])[:, 0])
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropies.append(-(logp.exp() * logp).sum(-1))
-    return torch.cat(logps), torch.cat(entropies)
+    output = head(w)
+    return _TokenLogprobs.apply(hidden, output, targets, temperature, chunk or max(1, CHUNK // len(output)), entropy_grad)

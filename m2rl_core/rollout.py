@@ -1,8 +1,8 @@
 """Sampling and scoring with the torch engine: `sample` and `logprobs`.
 
-A prompt is prefilled once for its whole group; finished rows are retired and the batch is compacted. In
-multi-turn rollouts the keys and values of earlier turns stay, and tool results are appended as tokens: what
-was sampled is never tokenised again. Draw t of rollout r uses its own uniform number, so batching changes nothing.
+A prompt is prefilled once for its whole group, which shares its keys and values; finished rows are retired and the
+batch is compacted. In multi-turn rollouts the keys and values of earlier turns stay, and tool results are appended as
+tokens: what was sampled is never tokenised again. Draw t of rollout r uses its own uniform number, so batching changes nothing.
 """
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2rl_core.attention import Cache, Causal, Grouped, Replies
 from m2rl_core.domains import MODULES, Row, answer_of, module
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
-from m2rl_core.qwen3 import head, hidden_states, token_logprobs
+from m2rl_core.qwen3 import head, hidden_states, prepare, token_logprobs
 
 BATCH = 256  # rollouts in flight
-BLOCK = 64  # the cache grows by this many positions
 COMPACT = 0.75  # retire finished rows when fewer than this share are live
 
 
@@ -71,7 +71,7 @@ class _Wave:
     """One batch of rollouts in flight: a cache row each, compacted as they finish."""
 
     def __init__(self, policy, rollouts, uniform, n, temperature, max_turns):
-        self.policy, self.rollouts = policy, rollouts
+        self.policy, self.rollouts, self.model = policy, rollouts, prepare(policy.weights, policy.shape)
         self.temperature, self.max_turns, self.budget = temperature, max_turns, uniform.shape[1]
         device = policy.device
         self.stops = torch.tensor(policy.stop_ids, device=device)
@@ -92,15 +92,13 @@ class _Wave:
         self._prefill(n)
 
     def _prefill(self, n):
-        """Run every different prompt once and give each of its `n` rollouts a copy of the keys and values."""
+        """Run every different prompt once; its keys and values are those of all its `n` rollouts."""
         prompts = [r.prompt for r in self.rollouts[::n]]
-        tokens, lengths = pad(prompts, self.policy.device)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        hidden, kv = hidden_states(self.policy.weights, self.policy.shape, tokens, positions)
-        last = hidden[torch.arange(len(prompts)), lengths - 1]
-        self.logits = F.linear(last, head(self.policy.weights)).repeat_interleave(n, 0)
-        self.lengths = lengths.repeat_interleave(n)
-        self.cache = [[F.pad(x.repeat_interleave(n, 0), (0, 0, 0, BLOCK)) for x in layer] for layer in kv]
+        tokens, lengths = flat(prompts, self.policy.device)
+        attend = Causal([len(p) for p in prompts], tokens.device, keep=True)
+        hidden = hidden_states(self.model, tokens, places(lengths), attend)
+        self.cache = Cache(attend, torch.arange(len(prompts), device=tokens.device).repeat_interleave(n))
+        self.logits = self._logits(hidden[lengths.cumsum(0) - 1]).repeat_interleave(n, 0)
 
     def run(self):
         """All turns: rows whose tools have answered wait until every row has ended its turn, then go on together."""
@@ -115,14 +113,16 @@ class _Wave:
                         keep = self.live.nonzero()[:, 0]
                         tokens = tokens[keep]
                         self._keep(keep)
-                    self.logits = self._forward(tokens[:, None])
+                    hidden = hidden_states(self.model, tokens, self.cache.positions, self.cache)
+                    self.cache.advance()
+                    self.logits = self._logits(hidden)
             if not self.parked:
                 break
             self._go_on()
 
     def _draw(self) -> Tensor:
         """Sample one token for each live row from its own uniform number; (b,)."""
-        logp = F.log_softmax(self.logits.float() / self.temperature, dim=-1)  # (b, V)
+        logp = F.log_softmax(self.logits / self.temperature, dim=-1)  # (b, V)
         u = self.uniform[self.alive, self.count]
         mass = logp.exp().cumsum(-1)
         tokens = torch.searchsorted(mass, (u * mass[:, -1])[:, None], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
@@ -131,57 +131,25 @@ class _Wave:
         self.count += self.live
         return tokens
 
-    def _forward(self, tokens: Tensor) -> Tensor:
-        """Append one token to each cache row and return its logits; (b, V)."""
-        lengths, row = self.lengths, torch.arange(len(self.alive), device=tokens.device)
-        span = int(lengths.max()) + 1
-        self._grow(span)
-        mask = (torch.arange(span, device=tokens.device) <= lengths[:, None])[:, None, None]
-
-        def write(layer, k, v):
-            keys, values = self.cache[layer]
-            keys[row, :, lengths] = k[:, :, 0]
-            values[row, :, lengths] = v[:, :, 0]
-            return keys[:, :, :span], values[:, :, :span]
-
-        hidden, _ = hidden_states(self.policy.weights, self.policy.shape, tokens, lengths[:, None], mask=mask, write=write)
-        self.lengths = lengths + self.live
-        return F.linear(hidden[:, -1], head(self.policy.weights))
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, head(self.policy.weights)).float()
 
     def _park(self, rows: list[int], replies: list[list[int]]):
         """Set rows aside with their keys and values, and the tokens that they go on with."""
         at = torch.tensor(rows, device=self.policy.device)
-        span = int(self.lengths[at].max())
-        cache = [[x[at, :, :span] for x in layer] for layer in self.cache]
-        self.parked.append((self.alive[at], self.count[at], self.lengths[at], cache, replies))
+        self.parked.append((self.alive[at], self.count[at], self.cache.take(at), replies))
 
     def _go_on(self):
         """Take the parked rows as the batch and run the tools' replies of all of them in one forward pass."""
-        alive, count, lengths, caches, replies = zip(*self.parked, strict=True)
+        alive, count, caches, replies = zip(*self.parked, strict=True)
         self.parked = []
-        self.alive, self.count, start = torch.cat(alive), torch.cat(count), torch.cat(lengths)
-        self.live = torch.ones(len(start), dtype=torch.bool, device=start.device)
-        tokens, sizes = pad([ids for part in replies for ids in part], start.device)
-        span = int(start.max()) + tokens.shape[1]
-        self.cache = [[torch.cat([F.pad(part[layer][i], (0, 0, 0, span - part[layer][i].shape[2])) for part in caches])
-                       for i in range(2)] for layer in range(len(caches[0]))]
-        row, positions = torch.arange(len(start), device=start.device), start[:, None] + torch.arange(
-            tokens.shape[1], device=start.device)  # (b, T)
-        mask = (torch.arange(span, device=start.device) <= positions[..., None])[:, None]  # (b, 1, T, S)
-
-        def write(layer, k, v):
-            for cached, x in zip(self.cache[layer], (k, v), strict=True):
-                cached[row[:, None], :, positions] = x.transpose(1, 2)
-            return self.cache[layer]
-
-        hidden, _ = hidden_states(self.policy.weights, self.policy.shape, tokens, positions, mask=mask, write=write)
-        self.logits = F.linear(hidden[row, sizes - 1], head(self.policy.weights))
-        self.lengths = start + sizes
-
-    def _grow(self, span: int):
-        if span > self.cache[0][0].shape[2]:
-            extra = -(-(span - self.cache[0][0].shape[2]) // BLOCK) * BLOCK
-            self.cache = [[F.pad(x, (0, 0, 0, extra)) for x in layer] for layer in self.cache]
+        self.alive, self.count = torch.cat(alive), torch.cat(count)
+        self.live = torch.ones(len(self.alive), dtype=torch.bool, device=self.alive.device)
+        tokens, sizes = flat([ids for part in replies for ids in part], self.alive.device)
+        attend = Replies(caches, sizes)
+        hidden = hidden_states(self.model, tokens, attend.positions, attend)
+        self.cache = attend.cache
+        self.logits = self._logits(hidden[attend.last])
 
     def _end_turns(self, over: Tensor, tokens: Tensor):
         """Close the turns that ended; rows to which the environment replies are parked."""
@@ -225,10 +193,8 @@ class _Wave:
 
     def _keep(self, rows: Tensor):
         """Compact the batch to these cache rows."""
-        self.alive, self.count, self.lengths, self.logits, self.live = (
-            x[rows] for x in (self.alive, self.count, self.lengths, self.logits, self.live))
-        span = int(self.lengths.max())
-        self.cache = [[F.pad(x[rows, :, :span], (0, 0, 0, BLOCK)) for x in layer] for layer in self.cache]
+        self.alive, self.count, self.logits, self.live = (x[rows] for x in (self.alive, self.count, self.logits, self.live))
+        self.cache = self.cache.take(rows)
 
 
 def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
@@ -238,13 +204,16 @@ def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
     return policy.tokenizer.encode(text, add_special_tokens=False)
 
 
-def pad(sequences: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
-    """Right-pad with zeros: tokens (B, T) and lengths (B,)."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
-    for row, ids in zip(tokens, sequences, strict=True):
-        row[:len(ids)] = torch.tensor(ids)
-    return tokens.to(device), lengths.to(device)
+def flat(sequences: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
+    """One after the other: tokens (N,) and lengths (B,)."""
+    return (torch.tensor([i for ids in sequences for i in ids], dtype=torch.long, device=device),
+            torch.tensor([len(ids) for ids in sequences], device=device))
+
+
+def places(lengths: Tensor) -> Tensor:
+    """The place of each token in its sequence, (N,), from the lengths (B,)."""
+    begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return torch.arange(len(begins), device=lengths.device) - begins
 
 
 def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,45 +221,38 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
 
     Neighbouring rollouts with one prompt share its forward pass (and, in training, its backward pass).
     """
+    device = policy.device
     groups = [list(g) for _, g in groupby(rollouts, key=lambda r: r.prompt)]
-    counts = torch.tensor([len(g) for g in groups], device=policy.device)
-    prompts, plens = pad([g[0].prompt for g in groups], policy.device)
-    positions = torch.arange(prompts.shape[1], device=policy.device)
-    hidden, kv = hidden_states(policy.weights, policy.shape, prompts, positions.expand_as(prompts))
-    first = hidden[torch.arange(len(groups)), plens - 1].repeat_interleave(counts, 0)  # predicts the first token
-    plens = plens.repeat_interleave(counts)
-    past = [tuple(x.repeat_interleave(counts, 0) for x in layer) for layer in kv]
-    tokens, lens = pad([r.tokens for r in rollouts], policy.device)  # (B, T)
-    T = tokens.shape[1]
-    inputs = tokens[:, :-1]
-    own = torch.arange(T - 1, device=policy.device)
-    seen_prompt = (positions < plens[:, None])[:, None].expand(-1, T - 1, -1)  # (B, T-1, P)
-    causal = (own <= own[:, None])[None].expand(len(rollouts), -1, -1)
-    mask = torch.cat((seen_prompt, causal), dim=2)[:, None]  # (B, 1, T-1, P+T-1)
-    hidden = first[:, None]
-    if T > 1:
-        later, _ = hidden_states(policy.weights, policy.shape, inputs, plens[:, None] + own, past=past, mask=mask)
-        hidden = torch.cat((hidden, later), dim=1)  # (B, T, D): position t predicts token t
-    chosen = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, rollout in zip(chosen, rollouts, strict=True):
-        row[:len(rollout.sampled)] = torch.tensor(rollout.sampled)
-    chosen = chosen.to(policy.device)
-    owner = chosen.nonzero()[:, 0]
-    return hidden[chosen], tokens[chosen], owner
+    prompts, plens = flat([g[0].prompt for g in groups], device)
+    inputs, ilens = flat([r.tokens[:-1] for r in rollouts], device)
+    owner = torch.arange(len(groups), device=device).repeat_interleave(torch.tensor([len(g) for g in groups], device=device))
+    attend = Grouped(plens.tolist(), ilens.tolist(), owner.tolist(), device)
+    positions = torch.cat((places(plens), places(ilens) + plens[owner].repeat_interleave(ilens)))
+    hidden = hidden_states(prepare(policy.weights, policy.shape), torch.cat((prompts, inputs)), positions, attend)
+    tokens, lens = flat([r.tokens for r in rollouts], device)
+    sampled = torch.tensor([s for r in rollouts for s in r.sampled], dtype=torch.bool, device=device)
+    of, place = torch.arange(len(rollouts), device=device).repeat_interleave(lens), places(lens)
+    begins = len(prompts) + ilens.cumsum(0) - ilens
+    before = torch.where(place == 0, (plens.cumsum(0) - 1)[owner[of]], begins[of] + place - 1)  # a prompt's end predicts the first
+    # `embedding` and not an index: its backward pass adds the rows in parallel
+    return F.embedding(before[sampled], hidden), tokens[sampled], of[sampled]
 
 
 def micro_batches(rollouts: Sequence[Rollout], budget: int = 4096) -> list[list[int]]:
-    """Indices of rollouts in batches of at most `budget` padded response tokens; groups stay together."""
+    """Indices of rollouts in batches of at most `budget` response tokens, of like length.
+
+    Groups stay together, for the sake of their prompt; one that is larger than the budget is a batch of its own.
+    """
     groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].prompt)]
     groups.sort(key=lambda g: (max(len(rollouts[i].tokens) for i in g), g[0]))
-    batches, widest = [[]], 0
+    batches, filled = [[]], 0
     for group in groups:
-        width = max(len(rollouts[i].tokens) for i in group)
-        widest = max(widest, width)
-        if batches[-1] and (len(batches[-1]) + len(group)) * widest > budget:
+        size = sum(len(rollouts[i].tokens) for i in group)
+        if batches[-1] and filled + size > budget:
             batches.append([])
-            widest = width
+            filled = 0
         batches[-1] += group
+        filled += size
     return [b for b in batches if b]
 
 

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from m2rl_core import policy as policies
+from m2rl_core.attention import Causal
 from m2rl_core.data import batch_of, corpus, sft_blend
 from m2rl_core.domains import Row
 from m2rl_core.policy import Policy, encode_prompt
-from m2rl_core.qwen3 import head, hidden_states
-from m2rl_core.rollout import pad, tool_reply
+from m2rl_core.qwen3 import head, hidden_states, prepare
+from m2rl_core.rollout import flat, places, tool_reply
 from m2rl_core.trainer import Optimization, fit, warmup_cosine, write_lines
 
-MICRO_TOKENS = 4096  # padded tokens of one forward and backward pass
+MICRO_TOKENS = 4096  # tokens of one forward and backward pass
 
 
 def encode_sft(policy: Policy, row: Row) -> tuple[list[int], list[bool]]:
@@ -48,15 +49,13 @@ def masked_loss(policy: Policy, rows: list[tuple[list[int], list[bool]]]) -> tup
     while rows:
         take = max(1, min(len(rows), MICRO_TOKENS // len(rows[-1][0])))
         part, rows = rows[-take:], rows[:-take]
-        tokens, _ = pad([ids for ids, _ in part], policy.device)
-        learn = torch.zeros(tokens.shape, dtype=torch.bool)
-        for mask, (_, flags) in zip(learn, part, strict=True):
-            mask[:len(flags)] = torch.tensor(flags)
-        learn = learn[:, 1:].to(policy.device)
-        positions = torch.arange(tokens.shape[1] - 1, device=policy.device).expand(len(part), -1)
-        hidden, _ = hidden_states(policy.weights, policy.shape, tokens[:, :-1], positions)
+        tokens, lengths = flat([ids[:-1] for ids, _ in part], policy.device)
+        attend = Causal(lengths.tolist(), policy.device)
+        hidden = hidden_states(prepare(policy.weights, policy.shape), tokens, places(lengths), attend)
+        learn = torch.tensor([flag for _, flags in part for flag in flags[1:]], device=policy.device)
+        targets = flat([ids[1:] for ids, _ in part], policy.device)[0][learn]
         logits = F.linear(hidden[learn], head(policy.weights)).float()
-        loss = F.cross_entropy(logits, tokens[:, 1:][learn], reduction="sum") / total
+        loss = F.cross_entropy(logits, targets, reduction="sum") / total
         loss.backward()
         loss_sum += float(loss.detach())
     return loss_sum, total

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 import toy_policy
 
+from m2rl_core.attention import Causal
 from m2rl_core.domains import Row
 from m2rl_core.grpo import backward
 from m2rl_core.losses import Loss, Totals
 from m2rl_core.opd import backward_full, backward_sampled, by_domain
 from m2rl_core.policy import Policy
 from m2rl_core.profile import load_profile
-from m2rl_core.qwen3 import head, hidden_states
+from m2rl_core.qwen3 import head, hidden_states, prepare
 from m2rl_core.rollout import Rollout, logprobs
 
 WORDS, PROMPT, NEAR = 3, [0, 2, 1], 1e-6
@@ -44,8 +45,9 @@ def row(domain="math"):
 
 def distribution(policy: Policy, ids: list[int], temperature=1.0) -> torch.Tensor:
     """Log-probs over the vocabulary of the token after `ids`; (V,)."""
-    hidden, _ = hidden_states(policy.weights, policy.shape, torch.tensor([ids]), torch.arange(len(ids))[None])
-    return F.log_softmax(F.linear(hidden[0, -1], head(policy.weights)) / temperature, dim=-1)
+    model, attend = prepare(policy.weights, policy.shape), Causal([len(ids)], "cpu")
+    hidden = hidden_states(model, torch.tensor(ids), torch.arange(len(ids)), attend)
+    return F.log_softmax(F.linear(hidden[-1], head(policy.weights)) / temperature, dim=-1)
 
 
 def batch(sequences: int) -> Totals:

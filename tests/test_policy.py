@@ -9,17 +9,24 @@ import toy_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from m2rl_core import policy as policies
+from m2rl_core.attention import Causal, Grouped
 from m2rl_core.domains import module
 from m2rl_core.policy import EOS, MARKERS, PAD, Policy
-from m2rl_core.qwen3 import Shape, head, hidden_states, token_logprobs
+from m2rl_core.qwen3 import Shape, head, hidden_states, prepare, token_logprobs
 from m2rl_core.rollout import tool_reply
 
 CLOSE = 1e-5  # logits are of size 1; float32 rounding of two orders of summation
 
 
-def ours(policy, tokens, positions, **settings):
-    hidden, kv = hidden_states(policy.weights, policy.shape, tokens, positions, **settings)
-    return torch.nn.functional.linear(hidden, head(policy.weights)), kv
+def ours(policy, tokens, positions):
+    """Logits (B, T, V) of tokens (B, T)."""
+    attend = Causal([tokens.shape[1]] * len(tokens), tokens.device)
+    return logits(policy, tokens.flatten(), positions.flatten(), attend).view(*tokens.shape, -1)
+
+
+def logits(policy, tokens, positions, attend):
+    hidden = hidden_states(prepare(policy.weights, policy.shape), tokens, positions, attend)
+    return torch.nn.functional.linear(hidden, head(policy.weights))
 
 
 def some_tokens(policy, rows, width):
@@ -31,23 +38,21 @@ def some_tokens(policy, rows, width):
 def test_forward_pass_is_that_of_transformers(policy):
     """Faults: a head mapped to the wrong key head (4 heads share 2), a norm left out, another epsilon."""
     tokens, positions = some_tokens(policy, 3, 33)
-    found, _ = ours(policy, tokens, positions)
+    found = ours(policy, tokens, positions)
     wanted = toy_policy.transformers_model(policy)(tokens).logits
     assert float(wanted.std()) > 0.5  # not a comparison of zeros
     assert float((found - wanted).abs().max()) < CLOSE
 
 
 @torch.no_grad()
-def test_padding_on_the_right_changes_nothing(policy):
-    """Fault: a short row sees the padding of a long one."""
+def test_sequences_of_unlike_length_side_by_side(policy):
+    """Faults: a sequence that sees its neighbour, or padding; positions that go on from one to the next."""
     tokens, positions = some_tokens(policy, 3, 20)
     lengths, model = (20, 7, 13), toy_policy.transformers_model(policy)
-    for row, length in zip(tokens, lengths, strict=True):
-        row[length:] = 0
-    padded, _ = ours(policy, tokens, positions)
-    for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
-        alone = model(ids[None, :length]).logits[0]
-        assert float((padded[row, :length] - alone).abs().max()) < CLOSE
+    parts = [(ids[:length], at[:length]) for ids, at, length in zip(tokens, positions, lengths, strict=True)]
+    found = logits(policy, *map(torch.cat, zip(*parts, strict=True)), Causal(lengths, tokens.device)).split(lengths)
+    for mine, (ids, _) in zip(found, parts, strict=True):
+        assert float((mine - model(ids[None]).logits[0]).abs().max()) < CLOSE
 
 
 @torch.no_grad()
@@ -56,20 +61,31 @@ def test_positions_are_those_given(policy):
     tokens, positions = some_tokens(policy, 2, 12)
     gaps = positions * 3 + torch.tensor([[5], [100]])
     wanted = toy_policy.transformers_model(policy)(tokens, position_ids=gaps).logits
-    assert float((ours(policy, tokens, gaps)[0] - wanted).abs().max()) < CLOSE
-    assert float((ours(policy, tokens, positions)[0] - wanted).abs().max()) > 100 * CLOSE
+    assert float((ours(policy, tokens, gaps) - wanted).abs().max()) < CLOSE
+    assert float((ours(policy, tokens, positions) - wanted).abs().max()) > 100 * CLOSE
 
 
-@torch.no_grad()
-def test_earlier_keys_and_values_stand_before_the_new_ones(policy):
-    """Fault: a continuation that does not see the prompt's keys, or sees them in another place."""
-    tokens, positions = some_tokens(policy, 2, 16)
-    whole, _ = ours(policy, tokens, positions)
-    _, past = ours(policy, tokens[:, :10], positions[:, :10])
-    mask = (torch.arange(16) <= torch.arange(10, 16)[:, None])[None, None].expand(2, 1, -1, -1)
-    rest, new = ours(policy, tokens[:, 10:], positions[:, 10:], past=past, mask=mask)
-    assert float((rest - whole[:, 10:]).abs().max()) < CLOSE
-    assert new[0][0].shape == (2, 2, 6, 16)  # rows, key heads, new tokens, head size: not the old ones again
+def test_a_prompt_stands_once_for_all_its_responses(policy):
+    """Faults: a response that sees another prompt, another response or the future; a gradient that a sharer loses."""
+    prompts, sizes, owner = (5, 9), (4, 1, 0, 6), (0, 0, 1, 1)
+    tokens, _ = some_tokens(policy, 1, sum(prompts) + sum(sizes))
+    first, said = tokens[0, :sum(prompts)].split(prompts), tokens[0, sum(prompts):].split(sizes)
+    positions = torch.cat([torch.arange(n) for n in prompts]
+                          + [torch.arange(n) + prompts[o] for n, o in zip(sizes, owner, strict=True)])
+    weigh = torch.rand(sum(sizes), policy.config.vocab_size, generator=torch.Generator().manual_seed(5))
+    ours, theirs = toy_policy.clone(policy), toy_policy.clone(policy)
+    ours.requires_grad()
+    found = logits(ours, tokens[0], positions, Grouped(prompts, sizes, owner, tokens.device))[sum(prompts):]
+    (found * weigh).sum().backward()
+    model = toy_policy.transformers_model(theirs)
+    wanted = torch.cat([model(torch.cat((first[o], ids))[None]).logits[0, prompts[o]:]
+                        for o, ids in zip(owner, said, strict=True)])
+    assert float((found - wanted).detach().abs().max()) < CLOSE
+    (wanted * weigh).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and name in ours.weights:
+            gap = (ours.weights[name].grad - parameter.grad).abs().max()
+            assert float(gap) < 1e-4 * max(1.0, float(parameter.grad.abs().max())), name
 
 
 @torch.no_grad()
@@ -84,21 +100,33 @@ def test_a_large_models_settings_are_honoured(words):
     policy = Policy({n: torch.randn(s, generator=rng) * 0.3 for n, s in sizes.items()}, config, words)
     tokens, positions = some_tokens(policy, 2, 40)
     wanted = toy_policy.transformers_model(policy)(tokens).logits
-    assert float((ours(policy, tokens, positions)[0] - wanted).abs().max()) < CLOSE
+    assert float((ours(policy, tokens, positions) - wanted).abs().max()) < CLOSE
     assert Shape.of(config).rope_theta == 1e6
 
 
-@torch.no_grad()
-def test_token_logprobs_do_not_depend_on_the_chunk(policy):
-    """Faults: a chunk's rows matched with another chunk's targets; a temperature that is left out."""
-    hidden = torch.randn(23, 32, generator=torch.Generator().manual_seed(4))
-    targets = torch.arange(23) * 7
-    logp = torch.log_softmax(hidden @ head(policy.weights).T / 0.7, dim=-1)
-    entropy = -(logp.exp() * logp).sum(-1)
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_token_logprobs_do_not_depend_on_the_chunk(policy, entropy_grad):
+    """Faults: a chunk's rows matched with another chunk's targets; a temperature that is left out; a wrong gradient."""
+    rng = torch.Generator().manual_seed(4)
+    targets, weigh = torch.arange(23) * 7, torch.rand(2, 23, generator=rng)
+    start = torch.randn(23, 32, generator=rng)
+
+    def run(compute):
+        hidden, moving = start.clone().requires_grad_(True), toy_policy.clone(policy)
+        moving.requires_grad()
+        logp, entropy = compute(moving.weights, hidden)
+        ((logp * weigh[0]).sum() + (entropy * weigh[1]).sum() * entropy_grad).backward()
+        return logp.detach(), entropy.detach(), hidden.grad, head(moving.weights).grad
+
+    def plain(weights, hidden):
+        logp = torch.log_softmax(hidden @ head(weights).T / 0.7, dim=-1)
+        return logp[torch.arange(23), targets], -(logp.exp() * logp).sum(-1)
+
+    wanted = run(plain)
     for chunk in (4096, 23, 5):
-        found, found_entropy = token_logprobs(policy.weights, hidden, targets, temperature=0.7, chunk=chunk)
-        assert torch.allclose(found, logp[torch.arange(23), targets], atol=1e-5)
-        assert torch.allclose(found_entropy, entropy, atol=1e-5)
+        found = run(lambda w, h, chunk=chunk: token_logprobs(w, h, targets, 0.7, chunk, entropy_grad))
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_folder_gives_back_every_bit(policy, tmp_path):
@@ -126,8 +154,8 @@ def test_other_tools_can_load_and_run_the_folder(policy, tmp_path):
     made = model.generate(**ids, do_sample=False, max_new_tokens=12)
     tokens = ids["input_ids"]
     while tokens.shape[1] < made.shape[1]:
-        logits, _ = ours(policy, tokens, torch.arange(tokens.shape[1])[None])
-        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+        found = ours(policy, tokens, torch.arange(tokens.shape[1])[None])
+        tokens = torch.cat((tokens, found[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(tokens, made)
     assert model.generation_config.eos_token_id == list(policy.stop_ids)
     assert model.config.architectures == ["Qwen3ForCausalLM"]

@@ -264,8 +264,9 @@ def test_micro_batches_hold_every_rollout_once_and_groups_whole():
     assert sorted(i for b in batches for i in b) == list(range(8))
     for batch in batches:
         assert {i ^ 1 for i in batch} == set(batch)  # pairs share a prompt
-        assert len(batch) * max(len(found[i].tokens) for i in batch) <= 40 or len(batch) == 2
-    assert len(batches) == 3  # 2, 2, 4, 4; then 3, 9; then 30, 1, which alone is over the budget
+        assert sum(len(found[i].tokens) for i in batch) <= 40
+    assert len(batches) == 2  # 2, 2, 4, 4, 3, 9 fill 24; 30, 1 would break the budget
+    assert len(micro_batches(found, budget=20)) == 3  # 30, 1 alone is over the budget
 
 
 def test_scores_come_back_in_order(policy, played):
