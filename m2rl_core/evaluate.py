@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from m2rl_core import policy as policies
-from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, rewards
+from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, prepare, rewards
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout, sample
 from m2rl_core.trainer import write_lines
@@ -27,6 +27,7 @@ def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[st
 
     The draws depend on (seed, benchmark) only, so every model faces the same uniform numbers.
     """
+    prepare(row for rows in items.values() for row in rows)
     parts = []
     for benchmark, rows in items.items():
         rng = torch.Generator().manual_seed(generator(seed, "evaluate", benchmark).randrange(2**62))
