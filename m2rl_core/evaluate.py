@@ -76,12 +76,17 @@ class Watch:
             self.ctx.state / f"along-{step:06d}.parquet", index=False)
 
     def keep_examples(self, step: int, rollouts: list[Rollout], verdicts: list[Verdict]) -> None:
-        """Keep the first rollouts of every tenth step as text, and in memory the last batch."""
+        """Keep as text four rollouts of every tenth step, and of each step four on which the verifier broke down.
+
+        The last batch is kept in memory.
+        """
         self.batch = rollouts, verdicts
-        if step % 10 == 0:
+        failed = [i for i, v in enumerate(verdicts) if v.failed][:4]
+        wanted = dict.fromkeys([*(range(min(4, len(verdicts))) if step % 10 == 0 else ()), *failed])
+        if wanted:
             kept = [{"step": step + 1, "item": r.row.id, "domain": r.row.domain, "prompt": r.row.messages[-1]["content"],
                      "response": END_OF_TURN.join(r.turns), "score": v.score, "reason": v.reason}
-                    for r, v in list(zip(rollouts, verdicts, strict=True))[:4]]
+                    for r, v in ((rollouts[i], verdicts[i]) for i in wanted)]
             (self.ctx.state / f"rollouts-{step:06d}.json").write_text(json.dumps(kept))
 
     def keep_batch(self, path: Path) -> None:
