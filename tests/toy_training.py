@@ -23,7 +23,7 @@ from m2rl_core.domains import DOMAINS, Verdict
 from m2rl_core.profile import load_profile
 from m2rl_core.run import BuilderContext
 
-STEPS, EVERY = 6, 2
+STEPS, EVERY, SEED = 6, 2, 7
 # (where, which call of it in one attempt is the last): rewards stands between sampling and update, clip between
 # backward and step, look inside the evaluation after a step that was not saved yet, save in the midst of a checkpoint
 TRAINING = (("rewards", 2), ("save", 1), ("clip", 4), ("look", 2))
@@ -71,7 +71,7 @@ def attempt(stage: str, folder: Path, inputs: dict[str, Path], moment=None) -> N
     out = folder / "out"
     out.mkdir(exist_ok=True)
     STAGES[stage][0](BuilderContext(profile(), SimpleNamespace(name=stage, settings={"steps": STEPS}), inputs, out,
-                                    folder / "state", progress, print, 7))
+                                    folder / "state", progress, print, SEED))
 
 
 def in_a_fork(*args) -> int:
