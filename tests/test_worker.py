@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import toy_verifier
 
-from m2rl_core.domains import BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, module, rewards, training_rows
-from m2rl_core.domains import worker
+from m2rl_core.domains import (
+    BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, module, prepare, rewards, training_rows, worker)
 from m2rl_core.errors import StudyError
 
 ROWS = [Row(str(i), "toy", "", "", (), {}) for i in range(6)]
@@ -43,7 +43,7 @@ def gone(process: int, seconds: float = 10) -> bool:
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(worker, "LIMIT", 1.0)
+    monkeypatch.setattr(worker, "LIMIT", 2.0)
     pid()  # what the start takes is no answer's
 
 
@@ -74,8 +74,8 @@ def test_a_hang_costs_its_own_answer_only(hasty, how):
     start = time.monotonic()
     found = ask("fine", f"hang {how}", "fine", "nan")
     assert [(v.score, v.failed) for v in found] == [(1, False), (0, True), (1, False), (0, True)]
-    assert found[1].reason == "verifier killed after 1 s"
-    assert time.monotonic() - start < 20  # a kill, and the start of another worker on a busy machine
+    assert found[1].reason == "verifier killed after 2 s"
+    assert time.monotonic() - start < 20  # one kill, and the start of another worker on a busy machine
 
 
 def test_copies_of_a_hang_cost_one_kill(hasty):
@@ -83,7 +83,7 @@ def test_copies_of_a_hang_cost_one_kill(hasty):
     start = time.monotonic()
     found = worker.verify("toy_verifier", [ROWS[0]] * 6 + [ROWS[1]], [["hang python"]] * 6 + [["fine"]])
     assert [v.score for v in found] == [0] * 6 + [1] and all(v.failed for v in found[:6])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10  # six would be twelve
 
 
 def test_a_death_costs_its_own_answer_only():
@@ -190,6 +190,15 @@ def test_a_verifier_gets_ready_meanwhile():
     with pytest.raises(ImportError, match="no_such_verifier"):
         ask("fine", name="no_such_verifier")
     assert ask("fine")[0].score == 1
+
+
+def test_rows_say_which_verifiers_get_ready(monkeypatch):
+    """Faults: sympy loaded for a run without math; a judge's question, which has no verifier, ends the run."""
+    asked = []
+    monkeypatch.setattr(worker, "start", lambda modules: asked.append(list(modules)))
+    for domains in (["if", "coding", "math", "if"], ["coding"], ["judge"], []):
+        prepare(Row("", domain, "", "", (), {}) for domain in domains)
+    assert asked == [["m2rl_core.domains.instruction", "m2rl_core.domains.math"]]
 
 
 def test_a_verifier_that_does_not_load_stops_the_run(tmp_path, monkeypatch):
