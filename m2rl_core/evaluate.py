@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from m2rl_core import policy as policies
-from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, rewards
+from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, prepare, rewards
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout, sample
 from m2rl_core.trainer import write_lines
@@ -27,6 +27,7 @@ def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[st
 
     The draws depend on (seed, benchmark) only, so every model faces the same uniform numbers.
     """
+    prepare(row for rows in items.values() for row in rows)
     parts = []
     for benchmark, rows in items.items():
         rng = torch.Generator().manual_seed(generator(seed, "evaluate", benchmark).randrange(2**62))
@@ -75,12 +76,17 @@ class Watch:
             self.ctx.state / f"along-{step:06d}.parquet", index=False)
 
     def keep_examples(self, step: int, rollouts: list[Rollout], verdicts: list[Verdict]) -> None:
-        """Keep the first rollouts of every tenth step as text, and in memory the last batch."""
+        """Keep as text four rollouts of every tenth step, and of each step four on which the verifier broke down.
+
+        The last batch is kept in memory.
+        """
         self.batch = rollouts, verdicts
-        if step % 10 == 0:
+        failed = [i for i, v in enumerate(verdicts) if v.failed][:4]
+        wanted = dict.fromkeys([*(range(min(4, len(verdicts))) if step % 10 == 0 else ()), *failed])
+        if wanted:
             kept = [{"step": step + 1, "item": r.row.id, "domain": r.row.domain, "prompt": r.row.messages[-1]["content"],
                      "response": END_OF_TURN.join(r.turns), "score": v.score, "reason": v.reason}
-                    for r, v in list(zip(rollouts, verdicts, strict=True))[:4]]
+                    for r, v in ((rollouts[i], verdicts[i]) for i in wanted)]
             (self.ctx.state / f"rollouts-{step:06d}.json").write_text(json.dumps(kept))
 
     def keep_batch(self, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
-from m2rl_core.domains import DOMAINS, Row, Verdict, rewards
+from m2rl_core.domains import DOMAINS, Row, Verdict, prepare, rewards
 from m2rl_core.evaluate import Watch
 from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced
 from m2rl_core.metrics.interference import Interference
@@ -105,6 +105,7 @@ def build(ctx) -> None:
 def collect(policy: Policy, rows: list[Row], spec, seed: int) -> tuple[list[Rollout], list[Verdict], Tensor, dict]:
     """`spec.group` rollouts of each row with their verdicts, the scores (P, G), and the seconds that both took."""
     start = time.perf_counter()
+    prepare(rows)
     rollouts = sample(policy, rows, spec.group, generator=torch.Generator().manual_seed(seed),
                       temperature=spec.temperature, max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
     sampled = time.perf_counter()

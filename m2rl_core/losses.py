@@ -53,8 +53,10 @@ def advantages(scores: Tensor, scale: str = "group") -> Tensor:
     """(r - mean) / (std + 1e-6) inside each group, std with n-1; scores (P, G) to advantages (P, G).
 
     With `scale` "none" nothing divides (Dr. GRPO). A group whose scores are all equal gets exactly zero, not the
-    residue of rounding.
+    residue of rounding. ValueError for groups of one, which have nothing to be compared with.
     """
+    if scores.shape[1] < 2:
+        raise ValueError(f"advantages: groups of {scores.shape[1]}, but at least 2 scores are needed to compare")
     found = scores - scores.mean(dim=1, keepdim=True)
     if scale == "group":
         found = found / (scores.std(dim=1, keepdim=True) + 1e-6)

@@ -153,3 +153,9 @@ def _check(profile: Profile, path: Path) -> None:
             for key, number in value.items() if isinstance(value, dict) else [("", value)]:
                 if type(number) is int and number < (0 if field.name in ("warmup", "interference_every") else 1):
                     fail(f"{spec}.{field.name}" + (f".{key}" if key else ""), f"must be at least 1, not {number}")
+    for spec in ("rl", "opd", "eval"):
+        sampled, context = getattr(profile, spec), profile.model.context
+        if sampled.max_new_tokens >= context:
+            fail(f"{spec}.max_new_tokens", f"{sampled.max_new_tokens} leave no room for a prompt in model.context = {context}")
+        if sampled.temperature <= 0:
+            fail(f"{spec}.temperature", f"{sampled.temperature}: logits are divided by it, so it must be above 0")

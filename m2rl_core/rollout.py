@@ -48,8 +48,10 @@ def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Gene
     """`n` rollouts for each row, grouped by row in the order of `rows`: len(rows) * n of them.
 
     `max_new_tokens` bounds the sampled tokens of a rollout over all its turns. Raises StudyError for a prompt
-    that leaves no room in the model's context.
+    that leaves no room in the model's context, ValueError for `n` below 1.
     """
+    if n < 1:
+        raise ValueError(f"sample: n = {n}, but each row needs at least one rollout")
     prompts = [encode_prompt(policy, row.messages, row.tools) for row in rows]
     room = policy.config.max_position_embeddings - max_new_tokens
     for row, prompt in zip(rows, prompts, strict=True):

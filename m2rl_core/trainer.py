@@ -20,6 +20,9 @@ from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, load_weights, save
 
 
+SHOWN = ("reward", "loss", "verifier_failures")  # in the line of a step, where they are recorded
+
+
 class TrainingDiverged(StudyError):
     """The loss or a gradient is not a number; the last good state is kept."""
 
@@ -82,7 +85,7 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
                         "grad_norm": _rounded(float(norm))})
         timing.append({"step": step + 1, "seconds": round(time.perf_counter() - started, 4), **seconds,
                        "cpu_seconds": round(time.process_time() - busy, 4)})
-        progress.step(step + 1, settings.steps, **{k: record[k] for k in ("reward", "loss") if k in record})
+        progress.step(step + 1, settings.steps, **{k: record[k] for k in SHOWN if k in record})
         if observe is not None:
             observe(step + 1, policy)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:

@@ -1,11 +1,11 @@
 """Math rows and their verifier."""
 import re
-import time
+import sys
 
 import pytest
 
-from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, math, rewards, training_rows
-from m2rl_core.domains import math_worker
+from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, math, rewards, training_rows, worker
+from m2rl_core.errors import StudyError
 
 
 def score(gold, answer):
@@ -57,21 +57,20 @@ def test_answer_inside_think_earns_nothing():
     assert [v.score for v in rewards([row] * 3, [[inside], [cut], [outside]])] == [0.0, 0.0, 1.0]
 
 
-def test_endless_answer_is_killed_and_the_next_one_served():
-    """Without the kill this test hangs; without the restart its last line fails."""
-    start = time.monotonic()
-    verdict = score("5", r"\boxed{9^{9^{9}}}")
-    assert verdict.score == 0.0 and verdict.reason.startswith("too slow or too large")
-    assert score("5", r"\boxed{9^{9^{9}}}") == verdict  # remembered: a group of copies costs one kill
-    assert time.monotonic() - start < math_worker.LIMIT + 30  # the start of a worker on a busy machine included
-    assert score("1/2", r"\boxed{0.50}").score == 1.0
+def test_an_endless_answer_is_killed_and_the_next_one_served(monkeypatch):
+    """Without the kill this test hangs; without a restart its last verdict fails."""
+    monkeypatch.setattr(worker, "LIMIT", 2.0)
+    rows = [Row("", "math", "", "", (), {"answer": gold}) for gold in ("5", "1/2")]
+    endless, fine = rewards(rows, [[r"</think>\boxed{9^{9^{9}}}"], [r"</think>\boxed{0.50}"]])
+    assert (endless.score, endless.failed, endless.reason) == (0.0, True, "verifier killed after 2 s")
+    assert (fine.score, fine.reason) == (1.0, "right")
 
 
-def test_one_worker_serves_a_process():
-    score("1/2", r"\boxed{\frac{3}{6}}")
-    first = math_worker._worker[1]
-    score("1/2", r"\boxed{\frac{4}{8}}")
-    assert math_worker._worker[1] is first
+def test_a_machine_without_math_verify_says_so_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    math._math_verify.cache_clear()
+    with pytest.raises(StudyError, match="^math-verify cannot be loaded .*: pip install 'math-verify"):
+        math._math_verify()
 
 
 def rows_of_all_kinds():

@@ -139,3 +139,18 @@ def test_watch_looks_where_it_is_due(policy, tmp_path):
     assert set(along["model"]) == {"rl-math"} and not {"prompt", "response", "reason"} & set(along.columns)
     kept = [json.loads(line) for line in (ctx.out / "rollouts.jsonl").read_text().splitlines()]
     assert [k["step"] for k in kept] == [1] * 4 + [11] * 4 and kept[0]["response"] == "two"
+
+
+def test_answers_that_broke_the_verifier_are_kept(tmp_path):
+    """Faults: a count of failures whose reasons nobody can read; one of them twice; a file that grows with all of them."""
+    ctx = context(tmp_path, "rl-math", {}, steps=5)
+    watch = Watch(ctx, dataclasses.replace(SMOKE.rl, eval_items=1))
+    row = Row("math/rl/1", "math", "", "", ({"role": "user", "content": "1+1"},), {})
+    broken = Verdict(0.0, "verifier died", failed=True)
+    for step, failed in ((0, (1, 5)), (1, ()), (2, range(6)), (3, (2,))):
+        rollouts = [Rollout(row, [1], [2], [True], [0.0], [str(i)]) for i in range(6)]
+        watch.keep_examples(step, rollouts, [broken if i in failed else Verdict(1.0, "right") for i in range(6)])
+    watch.finish()
+    kept = [json.loads(line) for line in (ctx.out / "rollouts.jsonl").read_text().splitlines()]
+    assert [(k["step"], k["response"]) for k in kept] == [(1, i) for i in "01235"] + [(3, i) for i in "0123"] + [(4, "2")]
+    assert [k["reason"] for k in kept[-5:]] == ["verifier died"] * 5

@@ -70,6 +70,12 @@ def test_equal_scores_give_exactly_nothing(score, group):
     assert (found[1] != 0).all()
 
 
+def test_a_group_of_one_is_refused():
+    """Fault: the standard deviation of a single score, which is not a number."""
+    with pytest.raises(ValueError, match="^advantages: groups of 1, but at least 2 scores are needed to compare$"):
+        advantages(torch.tensor([[1.0], [0.5]]))
+
+
 # ---- the loss of a token
 
 @pytest.mark.parametrize(("rho", "a", "loss", "slope"), [
@@ -273,6 +279,15 @@ def test_skipped_groups_do_not_show(learner, played, advantage, loss):
     used = [(r, a) for r, a in zip(played, some, strict=True) if a]
     skipped, _ = run(learner, [r for r, _ in used], [a for _, a in used], loss, batch=played)
     assert toy_policy.furthest(skipped, whole) < NEAR
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_a_batch_of_skipped_groups_only_has_no_gradient(learner, played, loss):
+    """Fault: a mean over no rollouts, which is not a number."""
+    nothing = torch.zeros(len(played) // 3, 3)
+    used, update = grpo.learner(learner, played, nothing, dataclasses.replace(LOSS, loss=loss), LONGEST)
+    assert used == [] and update(used) == {"loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
+    assert all(w.grad is None for w in learner.weights.values())
 
 
 @pytest.mark.parametrize("kind", ["none", "tis", "mis"])

@@ -141,6 +141,13 @@ def test_a_prompt_without_room_is_refused_in_one_line(policy, toy_rows):
     assert "\n" not in text
 
 
+def test_empty_groups_are_refused_and_no_rows_give_no_rollouts(policy, toy_rows):
+    """Fault: a division by zero somewhere inside, or a batch without rollouts that is trained on."""
+    with pytest.raises(ValueError, match="^sample: n = 0, but each row needs at least one rollout$"):
+        sample(policy, toy_rows[:2], 0, generator=torch.Generator())
+    assert sample(policy, [], 2, generator=torch.Generator()) == []
+
+
 # ---- several turns
 
 def play(policy, rows, turns, monkeypatch, n=1, **settings):

@@ -128,6 +128,17 @@ def test_idle_steps_are_undefined_not_zero():
     assert "at most 2.0e-06 nats" in training.match_sentence(gain())
 
 
+def test_failures_of_the_verifier_are_shown_where_there_are_any():
+    """Catches a reward that fell because the verifier broke down, with nothing in the notebooks that says so."""
+    broken = gain().assign(verifier_failures=[np.nan, 3, np.nan, 2, *[np.nan] * 36])
+    assert "broke down on 5 of 7,680 answers** (steps 2 to 4)" in training.reward_sentence(broken, "rl-math")
+    assert "broke down" not in training.reward_sentence(gain(), "rl-math")
+    manifest = {"seconds": 1.0, "key": "k" * 64, "digests": {"model.safetensors": "d" * 64}}
+    table = details.policy_table({"rl-math": broken, "rl-if": gain()}, {"rl-math": manifest, "rl-if": manifest})
+    assert table["verifier failures"].tolist() == [5, 0]
+    assert "verifier failures" not in details.policy_table({"rl-if": gain()}, {"rl-if": manifest})
+
+
 def test_step_zero_is_the_sft_model_on_the_same_items():
     """Catches a start that averages over items which the run never saw."""
     def line(step, item, score, sample=0):

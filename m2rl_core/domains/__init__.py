@@ -1,22 +1,24 @@
 """One route from a row to its reward: the five domains behind one schema.
 
 A domain is a module with six functions (see `DOMAINS`): three that make rows, one that writes a right
-answer, one that writes a wrong one, and `verify`. The same `verify` serves miniature and real rows.
-The format gate of appendix A stands here, once: what counts is the text after the last `</think>`.
+answer, one that writes a wrong one, and `verify`, which serves miniature and real rows; it may have `load`, which
+imports what is slow. The format gate of appendix A stands here, once: the text after the last `</think>` counts.
 """
 from __future__ import annotations
 
 import hashlib
 import importlib
 import json
+import numbers
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from m2rl_core.errors import StudyError
 
 DOMAINS = ("math", "coding", "science", "if", "agent")
 MODULES = {"math": "math", "coding": "coding", "science": "science", "if": "instruction", "agent": "agent"}
+SANDBOXED = ("coding",)  # its answers are run, a batch side by side, where they can be killed already
 BENCHMARKS = {
     "aime24": "math", "aime25": "math", "lcb_v5": "coding", "lcb_v6": "coding", "hle": "science",
     "gpqa_diamond": "science", "ifeval": "if", "ifbench": "if", "bfcl_v3": "agent",
@@ -114,14 +116,24 @@ def answer_of(turn: str) -> str | None:
     return answer.strip() if tag else None
 
 
+def prepare(rows: Iterable[Row]) -> None:
+    """Start what verifies these rows without waiting for it, so that it gets ready while answers are sampled."""
+    from m2rl_core.domains import worker
+    known = {row.domain for row in rows} & set(MODULES)  # a judge's question belongs to no domain
+    wanted = [module(domain).__name__ for domain in sorted(known - set(SANDBOXED))]
+    if wanted:
+        worker.start(wanted)
+
+
 def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[Verdict]:
     """The domain-routed reward: one verdict for each (row, assistant turns) pair, in order.
 
     A transcript is the list of the assistant's turns as generated, without end-of-turn markers. Turns
     that miss `</think>` fail the format gate and score 0; all others go to the row's own verifier,
-    one batch a domain. An answer at which a verifier raises, or gives no number in [0, 1], scores 0 and is marked;
-    StudyError and ImportError say that it cannot work here at all, and go on up.
+    one batch a domain. An answer at which a verifier raises, hangs, dies or gives no number in [0, 1] scores 0 and is
+    marked; StudyError and ImportError say that it cannot work here at all, and go on up.
     """
+    from m2rl_core.domains import worker
     verdicts: list[Verdict | None] = [None] * len(rows)
     batches: dict[str, list[int]] = {}
     answers: list[list[str]] = []
@@ -133,20 +145,40 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
         else:
             batches.setdefault(row.domain, []).append(i)
     for domain, indices in batches.items():
-        found = _verified(module(domain).verify, [rows[i] for i in indices], [answers[i] for i in indices])
+        batch, home = ([rows[i] for i in indices], [answers[i] for i in indices]), module(domain)
+        found = verified(home.verify, *batch) if domain in SANDBOXED else worker.verify(home.__name__, *batch)
         for i, verdict in zip(indices, found, strict=True):
             verdicts[i] = verdict
     return verdicts
 
 
-def _verified(verify, rows: list[Row], answers: list[list[str]]) -> list[Verdict]:
+def verified(verify, rows: list[Row], answers: list[list[str]]) -> list[Verdict]:
+    """What `verify` says, made sound: answers at which it raises, or gives no number in [0, 1], score 0 and are marked.
+
+    Raises StudyError for any other number of verdicts than of answers, and what `rewards` passes on.
+    """
     try:
-        found = verify(rows, answers)
+        found = list(verify(rows, answers))
     except (StudyError, ImportError):
         raise
     except Exception as error:  # whatever a verifier of one's own raises, it must not cost the step
         if len(rows) == 1:
-            return [Verdict(0.0, " ".join(f"verifier failed: {type(error).__name__}: {error}".split())[:200], failed=True)]
-        return [_verified(verify, [row], [answer])[0] for row, answer in zip(rows, answers, strict=True)]
-    return [verdict if 0 <= verdict.score <= 1 else Verdict(0.0, f"verifier gave {verdict.score}", failed=True)
-            for verdict in found]
+            return [Verdict(0.0, _line(f"verifier failed: {type(error).__name__}: {error}"), failed=True)]
+        return [verified(verify, [row], [answer])[0] for row, answer in zip(rows, answers, strict=True)]
+    if len(found) != len(rows):
+        raise StudyError(f"{verify.__module__}.{verify.__name__} gave {len(found)} verdicts for {len(rows)} answers: "
+                         "it must give one for each, in their order")
+    return [_sound(verdict) for verdict in found]
+
+
+def _sound(verdict) -> Verdict:
+    if not isinstance(verdict, Verdict):
+        return Verdict(0.0, _line(f"verifier gave {verdict!r}, which is no Verdict"), failed=True)
+    score = verdict.score
+    if not isinstance(score, numbers.Real) or isinstance(score, bool) or not 0 <= score <= 1:
+        return Verdict(0.0, _line(f"verifier gave {score!r}"), failed=True)
+    return verdict if type(score) is float else replace(verdict, score=float(score))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -92,6 +92,11 @@ def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdic
     return [_verdict(row, turns[-1]) for row, turns in zip(rows, answers, strict=True)]
 
 
+def load() -> None:
+    """Import the published checkers and what they need; ImportError says how to install it."""
+    checkers.ids()
+
+
 def _verdict(row: Row, response: str) -> Verdict:
     for name in row.truth["instruction_id_list"]:
         checkers.require(name)  # also where an earlier instruction is missed

@@ -1,17 +1,19 @@
 """Math: chains worked modulo 10 ("aime24" miniature) and linear equations ("aime25" miniature).
 
 The verifier reads `\\boxed{}` and also serves real AIME rows. Two plain integers are compared as such;
-everything else goes to math-verify, in a process that can be killed (`math_worker`).
+everything else goes to math-verify.
 A departure from "the last box counts": every box must hold the right value, so that listing guesses earns nothing.
 """
 from __future__ import annotations
 
+import functools
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from m2rl_core.domains import Row, Verdict, is_held_out
-from m2rl_core.domains.math_worker import ask
+from m2rl_core.errors import StudyError
 
 # Difficulty, in one place. SFT sees shorter chains than RL and test, and half of its rows answer without working.
 SFT_LENGTHS, RL_LENGTHS, TEST_LENGTHS = (1, 2), (1, 2, 3), (2, 3)  # steps of a chain
@@ -196,8 +198,33 @@ def _verify_one(gold: str, answer: str) -> Verdict:
 
 
 def _equal(gold: str, prediction: str) -> str:
-    """"right", "wrong answer", or why the two cannot be compared."""
+    """"right" or "wrong answer"."""
     values = [text.strip().strip("$").strip() for text in (gold, prediction)]
     if all(re.fullmatch(r"[-+]?[0-9]{1,1000}", text) for text in values):
         return "right" if int(values[0]) == int(values[1]) else "wrong answer"
-    return ask(gold, prediction)
+    return "right" if _same_value(gold, prediction) else "wrong answer"
+
+
+def load() -> None:
+    """Import math-verify, and compare once: the first symbolic comparison is slow, later ones take milliseconds."""
+    _same_value("x+1", "1+x")
+
+
+@functools.lru_cache(maxsize=4096)
+def _same_value(gold: str, prediction: str) -> bool:
+    """Whether two LaTeX texts from inside of a box have the same value; may take for ever, as with 9^{9^{9}}."""
+    parse, verify = _math_verify()
+    # No time limit of its own: it could not interrupt C code, and the process that this runs in has one.
+    return verify(*(parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, prediction)), timeout_seconds=None)
+
+
+@functools.cache
+def _math_verify() -> tuple[Callable, Callable]:
+    """math-verify's `parse`, for boxes only, and `verify`; StudyError where they cannot be imported."""
+    try:
+        from math_verify import LatexExtractionConfig, parse, verify
+    except ImportError as error:
+        raise StudyError(f"math-verify cannot be loaded ({error}): "
+                         "pip install 'math-verify[antlr4-13-2]==0.9.0'") from error
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # what it cannot read, the verdict tells
+    return functools.partial(parse, extraction_config=[LatexExtractionConfig(boxed_match_priority=0)]), verify

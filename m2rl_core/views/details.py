@@ -12,7 +12,7 @@ from m2rl_core.metrics import stats
 from m2rl_core.progress import duration
 from m2rl_core.study import MERGES
 from m2rl_core.views.opening import interval, miniature
-from m2rl_core.views.training import defined
+from m2rl_core.views.training import defined, failures
 
 
 def used(profile) -> dict[tuple[str, str], object]:
@@ -72,7 +72,10 @@ def settings_table(profile, stage: str) -> pd.DataFrame:
 
 
 def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict]) -> pd.DataFrame:
-    """A line a run: reward at both ends, kept and skipped, mismatch, time, and the digest of the weights."""
+    """A line a run: reward at both ends, kept and skipped, mismatch, time, and the digest of the weights.
+
+    Where the verifier broke down in any of them, how often.
+    """
     lines = []
     for model, frame in steps.items():
         part, sure = max(1, len(frame) // 5), defined(frame)
@@ -83,7 +86,9 @@ def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict
             "largest mismatch (nats)": sure["mismatch"].max() if "mismatch" in sure else np.nan,
             "time": duration(manifests[model]["seconds"]), "key": manifests[model]["key"][:8],
             "SHA-256 of the weights": manifests[model]["digests"]["model.safetensors"][:12]})
-    return pd.DataFrame(lines)
+    table = pd.DataFrame(lines)
+    broken = [failures(frame) for frame in steps.values()]
+    return table.assign(**{"verifier failures": broken}) if any(broken) else table
 
 
 def table8(run, rng: np.random.Generator) -> pd.DataFrame:

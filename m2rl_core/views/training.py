@@ -63,7 +63,21 @@ def reward_sentence(steps: pd.DataFrame, model: str) -> str:
              for e in ends]
     few = "step" if part == 1 else f"{part} steps"
     return (f"{model}: mean reward of the first {few} {shown[0]} %, of the last {few} {shown[1]} %, "
-            f"from {int(steps['rollouts'].iloc[0])} rollouts a step (95 % over steps).")
+            f"from {int(steps['rollouts'].iloc[0])} rollouts a step (95 % over steps).{failures_sentence(steps)}")
+
+
+def failures(steps: pd.DataFrame) -> int:
+    """Answers of a run at which the verifier raised, hung, died or gave no number in [0, 1]."""
+    return int(steps["verifier_failures"].sum()) if "verifier_failures" in steps else 0
+
+
+def failures_sentence(steps: pd.DataFrame) -> str:
+    """How often the verifier broke down, first and last step of that, and where to read why; empty where it never did."""
+    if not failures(steps):
+        return ""
+    at = steps.loc[steps["verifier_failures"] > 0, "step"]
+    return (f" **The verifier broke down on {failures(steps):,} of {int(steps['rollouts'].sum()):,} answers** (steps "
+            f"{at.min()} to {at.max()}), which scored 0: `rollouts.jsonl` holds some of each step with the reason.")
 
 
 def on_the_way(along: pd.DataFrame, sft: pd.DataFrame, rng: np.random.Generator, resamples: int) -> pd.DataFrame:
