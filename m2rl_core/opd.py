@@ -10,6 +10,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
@@ -23,12 +24,20 @@ from m2rl_core.rollout import Rollout, micro_batches, response_hidden
 from m2rl_core.trainer import Optimization, fit
 
 
-def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float) -> Tensor:
-    """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D)."""
-    logp = F.log_softmax(F.linear(hidden, head(student.weights)).float() / temperature, dim=-1)
-    with torch.no_grad():
-        logq = F.log_softmax(F.linear(teacher_hidden, head(teacher.weights)).float() / temperature, dim=-1)
-    return (logp.exp() * (logp - logq)).sum(-1)
+def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float,
+               chunk: int = 512) -> Tensor:
+    """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D).
+
+    Works `chunk` tokens at a time and computes a chunk's distributions again in the backward pass, so that no more
+    than (chunk, V) numbers of a kind exist at once in either. The teacher gets no gradient.
+    """
+    def exact(h: Tensor, th: Tensor) -> Tensor:
+        logp = F.log_softmax(F.linear(h, head(student.weights)).float() / temperature, dim=-1)  # (n, V)
+        with torch.no_grad():
+            logq = F.log_softmax(F.linear(th, head(teacher.weights)).float() / temperature, dim=-1)
+        return (logp.exp() * (logp - logq)).sum(-1)
+    return torch.cat([checkpoint(exact, h, th, use_reentrant=False, preserve_rng_state=False)
+                      for h, th in zip(hidden.split(chunk), teacher_hidden.split(chunk), strict=True)])
 
 
 def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
