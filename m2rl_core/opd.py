@@ -6,6 +6,7 @@ an unbiased gradient of the reverse KL), or the exact reverse KL over the vocabu
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from m2rl_core.losses import Loss, Totals, reduced
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import head, token_logprobs
 from m2rl_core.rollout import Rollout, micro_batches, response_hidden
+from m2rl_core.teachers import Teachers
 from m2rl_core.trainer import Optimization, fit
 
 
@@ -48,7 +50,7 @@ def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
     return routed
 
 
-def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], loss: Loss,
+def backward_full(student: Policy, teachers: Mapping[str, Policy], rollouts: list[Rollout], loss: Loss,
                   totals: Totals) -> dict:
     """Accumulate the gradient of the mean per-token reverse KL over the vocabulary."""
     loss_sum = 0.0
@@ -65,7 +67,7 @@ def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[R
     return {"loss": loss_sum, "kept": 1.0, "reverse_kl": loss_sum}
 
 
-def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], loss: Loss,
+def backward_sampled(student: Policy, teachers: Mapping[str, Policy], rollouts: list[Rollout], loss: Loss,
                      totals: Totals) -> dict:
     """Accumulate the policy gradient with advantage log pi_teacher - log pi_student of each sampled token."""
     sums: dict[str, float] = {}
@@ -89,7 +91,9 @@ def build(ctx) -> None:
     """Distil the five experts into the SFT model on the mix of all domains' RL rows."""
     spec, seed = ctx.profile.opd, ctx.profile.seed
     student = policies.load(ctx.inputs["sft"])
-    teachers = {d: policies.load(ctx.inputs[f"rl-{d}"]) for d in DOMAINS}
+    teachers = Teachers(policies.load(ctx.inputs["sft"]), ((d, policies.load(ctx.inputs[f"rl-{d}"])) for d in DOMAINS))
+    whole, kept = teachers.size()
+    ctx.log(f"{len(teachers)} teachers: {kept / 1e6:,.1f} MB beside the {whole / 1e6:,.1f} MB of one model")
     rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
     watch = Watch(ctx, ctx.profile.rl)
     update, loss = backward_full if spec.loss == "full" else backward_sampled, Loss.of(spec, loss="grpo")
