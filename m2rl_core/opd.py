@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from m2rl_core.domains import DOMAINS
 from m2rl_core.evaluate import Watch
 from m2rl_core.grpo import backward, collect, summary
 from m2rl_core.losses import Loss, Totals, reduced
+from m2rl_core.metrics import gradient_noise
+from m2rl_core.metrics.every import Every
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import head, token_logprobs
 from m2rl_core.rollout import Rollout, micro_batches, response_hidden
@@ -87,6 +90,9 @@ def backward_sampled(student: Policy, teachers: Mapping[str, Policy], rollouts: 
     return {**sums, "reverse_kl": -float(torch.cat(gaps).mean())}
 
 
+UPDATES = {"sampled": backward_sampled, "full": backward_full}
+
+
 def build(ctx) -> None:
     """Distil the five experts into the SFT model on the mix of all domains' RL rows."""
     spec, seed = ctx.profile.opd, ctx.profile.seed
@@ -95,14 +101,19 @@ def build(ctx) -> None:
     whole, kept = teachers.size()
     ctx.log(f"{len(teachers)} teachers: {kept / 1e6:,.1f} MB beside the {whole / 1e6:,.1f} MB of one model")
     rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
-    watch = Watch(ctx, ctx.profile.rl)
-    update, loss = backward_full if spec.loss == "full" else backward_sampled, Loss.of(spec, loss="grpo")
+    watch, noise = Watch(ctx, ctx.profile.rl), Every(ctx, "variance", spec.variance_every)
+    loss = Loss.of(spec, loss="grpo")
+
+    def update(form: str, part: list[Rollout]) -> dict:
+        return UPDATES[form](student, teachers, part, loss, Totals.of(part, spec.max_new_tokens))
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
         rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
+        seconds |= noise.look(step, lambda: gradient_noise.measure(
+            student, gradient_noise.split(rollouts, spec.group), {form: partial(update, form) for form in UPDATES}, seconds))
         start = time.perf_counter()  # scores are recorded, not trained on
-        stats = update(student, teachers, rollouts, loss, Totals.of(rollouts, spec.max_new_tokens))
+        stats = update(spec.loss, rollouts)
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
@@ -110,3 +121,4 @@ def build(ctx) -> None:
         checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
         watch.keep_batch)
     watch.finish()
+    noise.finish()
