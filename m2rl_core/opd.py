@@ -111,7 +111,7 @@ def build(ctx) -> None:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
         rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
         seconds |= noise.look(step, lambda: gradient_noise.measure(
-            student, gradient_noise.split(rollouts, spec.group), {form: partial(update, form) for form in UPDATES}, seconds))
+            student, gradient_noise.by_prompt(rollouts, spec.group), {form: partial(update, form) for form in UPDATES}, seconds))
         start = time.perf_counter()  # scores are recorded, not trained on
         stats = update(spec.loss, rollouts)
         watch.keep_examples(step, rollouts, verdicts)

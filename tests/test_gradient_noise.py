@@ -15,7 +15,7 @@ from m2rl_core import policy as policies
 from m2rl_core.domains import DOMAINS
 from m2rl_core.losses import Loss, Totals
 from m2rl_core.metrics.every import Every
-from m2rl_core.metrics.gradient_noise import GAP, measure, split
+from m2rl_core.metrics.gradient_noise import GAP, by_prompt, measure
 from m2rl_core.metrics.interference import WHOLE
 from m2rl_core.profile import load_profile
 from m2rl_core.progress import Progress
@@ -41,13 +41,11 @@ def leaving(policy, gradients):
     return backward
 
 
-def test_parts_are_whole_groups():
-    """Faults: a group torn apart, parts of different size, a group in two parts, groups of neighbouring rows in one part."""
-    assert split("aabbccdd", 2, 2) == [["a", "a", "c", "c"], ["b", "b", "d", "d"]]
-    assert split("aabbccddee", 2, 2) == [["a", "a", "c", "c"], ["b", "b", "d", "d"]]  # equal parts: one is left out
-    assert split("aabbcc", 2, 8) == [["a", "a"], ["b", "b"], ["c", "c"]]
-    assert split("aabbccdd", 2, 2, most=2) == [["a", "a"], ["b", "b"]]
-    assert split("", 2) == []
+def test_a_part_is_a_prompt():
+    """Faults: a group torn apart, two prompts in one part, a part too many or too few."""
+    assert by_prompt("aabbcc", 2) == [["a", "a"], ["b", "b"], ["c", "c"]]
+    assert by_prompt("aabbcc", 2, most=2) == [["a", "a"], ["b", "b"]]
+    assert by_prompt("aaabbb", 3, most=9) == [["a"] * 3, ["b"] * 3] and by_prompt("", 2) == []
 
 
 def test_spread_by_hand(policy):
@@ -103,8 +101,8 @@ def test_in_a_real_batch_the_full_gradient_has_less_of_it(policy, other, toy_row
             opd.UPDATES[form](student, teachers, part, LOSS, Totals.of(part, 16))
             seen[form].append(torch.cat([g.flatten() for g in toy_policy.gradients(student).values()]))
         return backward
-    parts = split(played, 4, 5)
-    assert [len(part) for part in parts] == [12] * 5
+    parts = by_prompt(played, 4)
+    assert [{r.row.id for r in part} for part in parts] == [{row.id} for row in toy_rows]
     found = measure(student, parts, {form: estimator(form) for form in seen}, {})
     for form, gradients in seen.items():
         assert one(found, form)["trace"] == pytest.approx(float(torch.stack(gradients).var(0).sum()), rel=1e-4)

@@ -1,7 +1,7 @@
 """How noisy is the gradient of MT-OPD, from sampled tokens and from the full distribution? (section 3.2)
 
 Both have the same expectation: at each token that a rollout has come to, the sampled token's gradient is a draw whose
-mean is the full one. The batch is split into parts, and each estimator's gradient of each part tells how parts differ.
+mean is the full one. Each estimator's gradient of each prompt's rollouts tells how much prompts and draws differ.
 """
 from __future__ import annotations
 
@@ -19,15 +19,9 @@ COLUMNS = ["group", "estimator", "parts", "trace", "norm", "noise"]
 GAP = "sampled - full"
 
 
-def split(rollouts: Sequence[Rollout], group: int, parts: int = 8, most: int = 16) -> list[list[Rollout]]:
-    """At most `parts` parts of equally many prompts from the first `most` of a batch; the rollouts of a prompt stay together.
-
-    `group` rollouts of each prompt follow one another. Prompts are dealt in turn; those left over are left out.
-    """
-    groups = [list(rollouts[i:i + group]) for i in range(0, len(rollouts), group)][:most]
-    parts = min(parts, len(groups))
-    each = len(groups) // max(1, parts)
-    return [[r for g in groups[i:parts * each:parts] for r in g] for i in range(parts)]
+def by_prompt(rollouts: Sequence[Rollout], group: int, most: int = 16) -> list[list[Rollout]]:
+    """The rollouts of each of the first `most` prompts of a batch, of whom `group` each follow one another."""
+    return [list(rollouts[i:i + group]) for i in range(0, min(len(rollouts), most * group), group)]
 
 
 def measure(policy: Policy, parts: Sequence[list[Rollout]],
