@@ -106,12 +106,13 @@ def build(ctx) -> None:
 
     def update(form: str, part: list[Rollout]) -> dict:
         return UPDATES[form](student, teachers, part, loss, Totals.of(part, spec.max_new_tokens))
+    estimators = {form: partial(update, form) for form in UPDATES}
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
         rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
-        seconds |= noise.look(step, lambda: gradient_noise.measure(
-            student, gradient_noise.by_prompt(rollouts, spec.group), {form: partial(update, form) for form in UPDATES}, seconds))
+        parts = gradient_noise.by_prompt(rollouts, spec.group)
+        seconds |= noise.look(step, lambda: gradient_noise.measure(student, parts, estimators, seconds))
         start = time.perf_counter()  # scores are recorded, not trained on
         stats = update(spec.loss, rollouts)
         watch.keep_examples(step, rollouts, verdicts)

@@ -118,15 +118,14 @@ def mismatch(sft: Policy, expert: Policy) -> str | None:
 
 
 class Teachers(Mapping):
-    """{domain: policy}, of which one is there at a time: asking for a domain turns the policy given before into its own."""
+    """{domain: policy}, one at a time: asking for a domain turns the policy that was given before into its teacher."""
 
     def __init__(self, sft: Policy, experts: Iterable[tuple[str, Policy]]):
         """Takes over the weights of `sft`; an expert is needed only until the next is drawn from `experts`.
 
         Raises StudyError for an expert of another shape, number type or vocabulary than the SFT model.
         """
-        self.policy, self._now = sft, None
-        self.found = {}
+        self.policy, self._now, self.found = sft, None, {}
         for domain, expert in experts:
             if found := mismatch(sft, expert):
                 raise StudyError(f"the teacher of {domain} does not fit the SFT model: {found}; it must be trained from it")

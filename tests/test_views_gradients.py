@@ -9,7 +9,7 @@ import pytest
 
 from m2rl_core import plots
 from m2rl_core.metrics import gradient_noise, interference
-from m2rl_core.views import gradients
+from m2rl_core.views import gradients, training
 
 NAN = float("nan")
 
@@ -92,3 +92,13 @@ def test_looked_but_saw_nothing():
     assert "no cosine is defined" in gradients.interference_sentence(gradients.cosines(looks([])), 1).data
     assert "no variance is defined" in gradients.noise_sentence(noises([0.0], [0.0]), pd.DataFrame(), 1).data
     assert gradients.noise_pairs(noises([0.0], [0.0])).empty
+
+
+def test_looks_have_a_line_of_their_own_in_the_cost():
+    """Fault: seconds of a measurement counted as the update's, or twice (a look's parts are in its sum)."""
+    timing = pd.DataFrame({"seconds_sample": [2.0, 2.0], "seconds_verify": [1.0, 1.0], "seconds_update": [3.0, 3.0]})
+    steps = pd.DataFrame({"step": [1, 2]})
+    assert "comparing gradients" not in set(training.cost_table(timing, steps, 20)["part"])
+    looked = timing.assign(seconds_variance=[4.0, NAN], seconds_sampled=[1.5, NAN], seconds_full=[2.0, NAN])
+    found = training.cost_table(looked, steps, 20).set_index("part")["seconds"]
+    assert found["comparing gradients"] == 4 and found["updating"] == 6 and found["all"] == 20

@@ -28,9 +28,10 @@ def measure(policy: Policy, parts: Sequence[list[Rollout]],
             estimators: Mapping[str, Callable[[list[Rollout]], object]], seconds: dict[str, float]) -> pd.DataFrame:
     """Spread of each estimator's gradient over `parts`, by group of weights; a line for each, and for their difference.
 
-    An estimator leaves the gradient of a part's own mean loss on the policy's weights; the two are "sampled" and "full". `trace`: of the covariance of one part's gradient; `norm`: of the mean over M parts; `noise`: trace / M by
-    norm squared, the share of that mean's square that is noise. It is 1 in expectation where the mean is truly zero,
-    as it is for the difference. NaN for a single part. What each took is added to `seconds` as `seconds_<name>`. Leaves no
+    An estimator leaves the gradient of a part's own mean loss on the policy's weights; the two are "sampled" and
+    "full". `trace`: of the covariance of one part's gradient; `norm`: of the mean over M parts; `noise`: trace / M by
+    norm squared, what noise alone is expected to leave of that square. It is near 1 where the mean is truly zero, as
+    it is for the difference. NaN for a single part. What each took is added to `seconds` as `seconds_<name>`. Leaves no
     gradient behind; holds two gradients and two sums.
     """
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in estimators}

@@ -35,7 +35,7 @@ def over_steps(values: pd.Series) -> Estimate:
 # Section 3.3: the domains of rl-multi's batches ---------------------------------------------------------------------
 
 def interference(run) -> pd.DataFrame:
-    """What rl-multi recorded: step, group, a, b, cosine, norm_a, norm_b; without rows where the profile never looks."""
+    """What rl-multi recorded: step, group, a, b, cosine, norm_a, norm_b; no rows where the profile never looks."""
     if not run.profile.rl.interference_every:
         return pd.DataFrame(columns=["step", "group", "a", "b", "cosine"])
     return run.table("rl-multi", "interference.parquet")
@@ -43,7 +43,7 @@ def interference(run) -> pd.DataFrame:
 
 def cosines(seen: pd.DataFrame) -> pd.DataFrame:
     """Mean cosine over steps of each group of weights and pair: group, a, b, value, low, high, n."""
-    rows = [{"group": group, "a": a, "b": b, **dict(zip(("value", "low", "high", "n"), over_steps(part["cosine"]), strict=False))}
+    rows = [(group, a, b, *over_steps(part["cosine"])[:4])
             for (group, a, b), part in seen.groupby(["group", "a", "b"], sort=False)]
     return ordered(pd.DataFrame(rows, columns=["group", "a", "b", "value", "low", "high", "n"]))
 
@@ -56,15 +56,15 @@ def square(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def cosines_shown(found: pd.DataFrame) -> pd.DataFrame:
-    """A line a pair, highest first: cosine over all weights with its interval, and the groups it is lowest and highest in."""
+    """A line a pair, highest first: cosine over all weights with its interval, and where it is lowest and highest."""
     lines = []
     for (a, b), part in found.groupby(["a", "b"], sort=False):
-        whole, groups = part[part["group"] == WHOLE].iloc[0], part[part["group"] != WHOLE].dropna(subset="value")
-        ends = [groups.loc[at] for at in (groups["value"].idxmin(), groups["value"].idxmax())] if len(groups) else []
+        whole = part[part["group"] == WHOLE].iloc[0]
+        groups = part[part["group"] != WHOLE].dropna(subset="value").sort_values("value")
+        told = [f"{value:.2f} ({group})" for group, value in zip(groups["group"], groups["value"], strict=True)] or ["–"]
         lines.append({"pair": f"{DOMAIN_NAMES[a]} - {DOMAIN_NAMES[b]}", "value": whole["value"],
                       "cosine, all weights [95 %]": interval(whole["value"], whole["low"], whole["high"], 3),
-                      "steps": int(whole["n"]),
-                      **{name: f"{end['value']:.2f} ({end['group']})" for name, end in zip(("lowest in", "highest in"), ends, strict=False)}})
+                      "steps": int(whole["n"]), "lowest in": told[0], "highest in": told[-1]})
     return pd.DataFrame(lines).sort_values("value", ascending=False, ignore_index=True).drop(columns="value")
 
 
@@ -86,7 +86,7 @@ def interference_sentence(found: pd.DataFrame, every: int) -> Markdown:
 # Appendix A: both gradients of MT-OPD ---------------------------------------------------------------------------------
 
 def noise(run) -> pd.DataFrame:
-    """What mt-opd recorded: step, group, estimator, parts, trace, norm, noise; without rows where the profile never looks."""
+    """What mt-opd recorded: step, group, estimator, parts, trace, norm, noise; no rows where the profile never looks."""
     if not run.profile.opd.variance_every:
         return pd.DataFrame(columns=["step", "group", "estimator", "parts", "trace", "norm", "noise"])
     return run.table("mt-opd", "variance.parquet")
@@ -97,8 +97,8 @@ def ratios(seen: pd.DataFrame) -> pd.DataFrame:
     wide = seen.pivot(index=["step", "group"], columns="estimator", values="trace").reindex(columns=["sampled", "full"])
     wide = wide[(wide["sampled"] > 0) & (wide["full"] > 0)]
     logs = (wide["sampled"] / wide["full"]).map(log)
-    rows = [{"group": group, **dict(zip(("value", "low", "high"), map(exp, e[:3]), strict=True)), "n": e.n}
-            for group in dict.fromkeys(seen["group"]) if (e := over_steps(logs[logs.index.get_level_values("group") == group])).n]
+    found = {group: over_steps(part) for group, part in logs.groupby(level="group")}
+    rows = [(group, *map(exp, e[:3]), e.n) for group, e in found.items()]
     return ordered(pd.DataFrame(rows, columns=["group", "value", "low", "high", "n"]))
 
 
