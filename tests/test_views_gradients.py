@@ -55,7 +55,7 @@ def test_pairs_that_agree_and_conflict():
     assert len(both) == 2 * (3 + 2) and set(both["domain"]) == set(both["other domain"])
     shown = gradients.cosines_shown(found)
     assert list(shown["pair"]) == ["Coding - Math", "Coding - Science", "Agent - Math", "IF - Math"]
-    assert shown.loc[0, "lowest in"] == "0.60 (last norm)" and shown.loc[0, "highest in"] == "0.90 (MLP, last third)"
+    assert shown.loc[0, "lowest in"] == "0.600 (last norm)" and shown.loc[0, "highest in"] == "0.900 (MLP, last third)"
     assert list(shown["steps"]) == [3, 3, 3, 0] and shown.loc[3, "cosine, all weights [95 %]"] == "–"
     plots.png(plots.heatmap(both, "t", "other domain", "domain", facet="group", columns=4))
 

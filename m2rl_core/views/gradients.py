@@ -61,7 +61,7 @@ def cosines_shown(found: pd.DataFrame) -> pd.DataFrame:
     for (a, b), part in found.groupby(["a", "b"], sort=False):
         whole = part[part["group"] == WHOLE].iloc[0]
         groups = part[part["group"] != WHOLE].dropna(subset="value").sort_values("value")
-        told = [f"{value:.2f} ({group})" for group, value in zip(groups["group"], groups["value"], strict=True)] or ["–"]
+        told = [f"{value:.3f} ({group})" for group, value in zip(groups["group"], groups["value"], strict=True)] or ["–"]
         lines.append({"pair": f"{DOMAIN_NAMES[a]} - {DOMAIN_NAMES[b]}", "value": whole["value"],
                       "cosine, all weights [95 %]": interval(whole["value"], whole["low"], whole["high"], 3),
                       "steps": int(whole["n"]), "lowest in": told[0], "highest in": told[-1]})
