@@ -101,7 +101,7 @@ def test_in_a_real_batch_the_full_gradient_has_less_of_it(policy, other, toy_row
             opd.UPDATES[form](student, teachers, part, LOSS, Totals.of(part, 16))
             seen[form].append(torch.cat([g.flatten() for g in toy_policy.gradients(student).values()]))
         return backward
-    parts = by_prompt(played, 4)
+    parts = by_prompt(played, 4, most=15)
     assert [{r.row.id for r in part} for part in parts] == [{row.id} for row in toy_rows]
     found = measure(student, parts, {form: estimator(form) for form in seen}, {})
     for form, gradients in seen.items():

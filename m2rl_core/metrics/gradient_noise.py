@@ -19,7 +19,7 @@ COLUMNS = ["group", "estimator", "parts", "trace", "norm", "noise"]
 GAP = "sampled - full"
 
 
-def by_prompt(rollouts: Sequence[Rollout], group: int, most: int = 16) -> list[list[Rollout]]:
+def by_prompt(rollouts: Sequence[Rollout], group: int, most: int = 8) -> list[list[Rollout]]:
     """The rollouts of each of the first `most` prompts of a batch, of whom `group` each follow one another."""
     return [list(rollouts[i:i + group]) for i in range(0, min(len(rollouts), most * group), group)]
 
