@@ -88,9 +88,9 @@ def build(ctx) -> None:
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "rl")
         rollouts, verdicts, scores, seconds = collect(policy, prompts, spec, ctx.seed * 100_003 + step)
-        start = time.perf_counter()
         used, update = learner(policy, rollouts, advantages(scores, spec.scale_rewards), loss, spec.max_new_tokens, reference)
-        interference.look(step, policy, used, update)
+        seconds |= interference.look(step, policy, used, update)
+        start = time.perf_counter()
         stats = update(used)
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}

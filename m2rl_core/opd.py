@@ -6,10 +6,13 @@ an unbiased gradient of the reverse KL), or the exact reverse KL over the vocabu
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
@@ -17,18 +20,29 @@ from m2rl_core.domains import DOMAINS
 from m2rl_core.evaluate import Watch
 from m2rl_core.grpo import backward, collect, summary
 from m2rl_core.losses import Loss, Totals, reduced
+from m2rl_core.metrics import gradient_noise
+from m2rl_core.metrics.every import Every
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import head, token_logprobs
 from m2rl_core.rollout import Rollout, micro_batches, response_hidden
+from m2rl_core.teachers import Teachers
 from m2rl_core.trainer import Optimization, fit
 
 
-def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float) -> Tensor:
-    """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D)."""
-    logp = F.log_softmax(F.linear(hidden, head(student.weights)).float() / temperature, dim=-1)
-    with torch.no_grad():
-        logq = F.log_softmax(F.linear(teacher_hidden, head(teacher.weights)).float() / temperature, dim=-1)
-    return (logp.exp() * (logp - logq)).sum(-1)
+def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float,
+               chunk: int = 512) -> Tensor:
+    """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D).
+
+    Works `chunk` tokens at a time and computes a chunk's distributions again in the backward pass, so that no more
+    than (chunk, V) numbers of a kind exist at once in either. The teacher gets no gradient.
+    """
+    def exact(h: Tensor, th: Tensor) -> Tensor:
+        logp = F.log_softmax(F.linear(h, head(student.weights)).float() / temperature, dim=-1)  # (n, V)
+        with torch.no_grad():
+            logq = F.log_softmax(F.linear(th, head(teacher.weights)).float() / temperature, dim=-1)
+        return (logp.exp() * (logp - logq)).sum(-1)
+    return torch.cat([checkpoint(exact, h, th, use_reentrant=False, preserve_rng_state=False)
+                      for h, th in zip(hidden.split(chunk), teacher_hidden.split(chunk), strict=True)])
 
 
 def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
@@ -39,7 +53,7 @@ def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
     return routed
 
 
-def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], loss: Loss,
+def backward_full(student: Policy, teachers: Mapping[str, Policy], rollouts: list[Rollout], loss: Loss,
                   totals: Totals) -> dict:
     """Accumulate the gradient of the mean per-token reverse KL over the vocabulary."""
     loss_sum = 0.0
@@ -56,7 +70,7 @@ def backward_full(student: Policy, teachers: dict[str, Policy], rollouts: list[R
     return {"loss": loss_sum, "kept": 1.0, "reverse_kl": loss_sum}
 
 
-def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: list[Rollout], loss: Loss,
+def backward_sampled(student: Policy, teachers: Mapping[str, Policy], rollouts: list[Rollout], loss: Loss,
                      totals: Totals) -> dict:
     """Accumulate the policy gradient with advantage log pi_teacher - log pi_student of each sampled token."""
     sums: dict[str, float] = {}
@@ -76,20 +90,31 @@ def backward_sampled(student: Policy, teachers: dict[str, Policy], rollouts: lis
     return {**sums, "reverse_kl": -float(torch.cat(gaps).mean())}
 
 
+UPDATES = {"sampled": backward_sampled, "full": backward_full}
+
+
 def build(ctx) -> None:
     """Distil the five experts into the SFT model on the mix of all domains' RL rows."""
     spec, seed = ctx.profile.opd, ctx.profile.seed
     student = policies.load(ctx.inputs["sft"])
-    teachers = {d: policies.load(ctx.inputs[f"rl-{d}"]) for d in DOMAINS}
+    teachers = Teachers(policies.load(ctx.inputs["sft"]), ((d, policies.load(ctx.inputs[f"rl-{d}"])) for d in DOMAINS))
+    whole, kept = teachers.size()
+    ctx.log(f"{len(teachers)} teachers: {kept / 1e6:,.1f} MB beside the {whole / 1e6:,.1f} MB of one model")
     rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
-    watch = Watch(ctx, ctx.profile.rl)
-    update, loss = backward_full if spec.loss == "full" else backward_sampled, Loss.of(spec, loss="grpo")
+    watch, noise = Watch(ctx, ctx.profile.rl), Every(ctx, "variance", spec.variance_every)
+    loss = Loss.of(spec, loss="grpo")
+
+    def update(form: str, part: list[Rollout]) -> dict:
+        return UPDATES[form](student, teachers, part, loss, Totals.of(part, spec.max_new_tokens))
+    estimators = {form: partial(update, form) for form in UPDATES}
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
         rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
+        parts = gradient_noise.by_prompt(rollouts, spec.group)
+        seconds |= noise.look(step, lambda: gradient_noise.measure(student, parts, estimators, seconds))
         start = time.perf_counter()  # scores are recorded, not trained on
-        stats = update(student, teachers, rollouts, loss, Totals.of(rollouts, spec.max_new_tokens))
+        stats = update(spec.loss, rollouts)
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
@@ -97,3 +122,4 @@ def build(ctx) -> None:
         checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
         watch.keep_batch)
     watch.finish()
+    noise.finish()

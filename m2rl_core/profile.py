@@ -18,6 +18,8 @@ import yaml
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.specs import Profile
 
+MEASURED = ("interference_every", "variance_every")  # 0: never
+
 
 class ProfileError(ValueError):
     """A profile that does not exist or that cannot be read; the message is one line."""
@@ -151,7 +153,7 @@ def _check(profile: Profile, path: Path) -> None:
         for field in dataclasses.fields(getattr(profile, spec)):
             value = getattr(getattr(profile, spec), field.name)
             for key, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if type(number) is int and number < (0 if field.name in ("warmup", "interference_every") else 1):
+                if type(number) is int and number < (0 if field.name in ("warmup", *MEASURED) else 1):
                     fail(f"{spec}.{field.name}" + (f".{key}" if key else ""), f"must be at least 1, not {number}")
     for spec in ("rl", "opd", "eval"):
         sampled, context = getattr(profile, spec), profile.model.context

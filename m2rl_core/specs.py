@@ -97,7 +97,10 @@ class RlSpec:
 
 @dataclass(frozen=True)
 class OpdSpec:
-    """Multi-teacher on-policy distillation (appendix A): the student's own rollouts, routed teachers."""
+    """Multi-teacher on-policy distillation (appendix A): the student's own rollouts, routed teachers.
+
+    `variance_every`: at every so many steps the noise of both losses' gradients is measured; 0 for never.
+    """
 
     prompts: int
     group: int
@@ -115,6 +118,7 @@ class OpdSpec:
     max_new_tokens: int
     max_turns: int
     loss: Literal["sampled", "full"]
+    variance_every: int = 0
 
 
 @dataclass(frozen=True)

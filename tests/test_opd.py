@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy_policy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from m2rl_core import opd
 from m2rl_core.attention import Causal
 from m2rl_core.domains import Row
 from m2rl_core.grpo import backward
@@ -136,6 +138,51 @@ def test_full_form_has_the_value_and_gradient_of_the_enumerated_kl(student, teac
         backward_full(student, {"math": teacher}, rollouts, LOSS, batch(2))["loss"]))
     assert values[1] == pytest.approx(values[0], abs=1e-6)
     assert toy_policy.furthest(found, right) < NEAR
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 100])
+def test_chunks_do_not_show(student, teacher, chunk):
+    """Faults: a last chunk lost, tokens in another order, a head without gradient, a chunk's gradient scaled by it."""
+    rng = torch.Generator().manual_seed(1)
+    hidden, theirs, upstream = (torch.randn(7, *size, generator=rng) for size in ((8,), (8,), ()))
+
+    def run(kl):
+        own = hidden.clone().requires_grad_(True)
+        gradients = gradient(student, lambda: found.append(kl(own).detach()) or (kl(own) * upstream).sum().backward())
+        return {**gradients, "hidden": own.grad}
+
+    def plain(own):
+        p, q = (F.log_softmax(F.linear(h, head(of.weights)) / 0.7, -1) for h, of in ((own, student), (theirs, teacher)))
+        return (p.exp() * (p - q.detach())).sum(-1)
+    found = []
+    whole = run(plain)
+    parts = run(lambda own: opd.reverse_kl(student, teacher, own, theirs, 0.7, chunk))
+    assert torch.allclose(found[1], found[0], atol=1e-6) and size(whole) > 0.01
+    assert toy_policy.furthest(parts, whole) < NEAR
+
+
+def test_no_more_than_a_chunk_of_the_vocabulary_is_held():
+    """Fault: the distributions of all tokens kept for the backward pass, gigabytes at a real vocabulary."""
+    tokens, vocab, chunk = 512, 3000, 32
+    student, teacher = (Policy({"model.embed_tokens.weight": torch.randn(vocab, 8) / 3}, None, None) for _ in range(2))
+    student.weights["model.embed_tokens.weight"].requires_grad_(True)
+    hidden, theirs = torch.randn(tokens, 8, requires_grad=True), torch.randn(tokens, 8)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+        found = opd.reverse_kl(student, teacher, hidden, theirs, 1.0, chunk)
+    assert sum(held) < tokens * vocab / 16
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            sizes.extend(t.numel() for t in (made if isinstance(made, tuple | list) else (made,))
+                         if isinstance(t, torch.Tensor))
+            return made
+    sizes = []
+    with Largest():
+        found.sum().backward()
+        opd.reverse_kl(student, teacher, hidden, theirs, 1.0, chunk)
+    assert max(sizes) == chunk * vocab
 
 
 @pytest.mark.parametrize("form", ["sampled", "full"])

@@ -12,6 +12,7 @@ from itertools import combinations
 import pandas as pd
 from torch import Tensor
 
+from m2rl_core.metrics.every import Every
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout
 
@@ -56,16 +57,17 @@ def measure(policy: Policy, rollouts: Sequence[Rollout], domains: Iterable[str],
     """
     gradients = {}
     for domain in domains:
-        _clear(policy)
+        clear(policy)
         part = [r for r in rollouts if r.row.domain == domain]
         if part:
             backward(part)
         gradients[domain] = {n: w.grad.clone() for n, w in policy.weights.items() if w.grad is not None}
-    _clear(policy)
+    clear(policy)
     return cosines(gradients, policy.shape.layers)
 
 
-def _clear(policy: Policy) -> None:
+def clear(policy: Policy) -> None:
+    """Remove the gradient from every weight."""
     for weight in policy.weights.values():
         weight.grad = None
 
@@ -74,18 +76,12 @@ class Interference:
     """Measures every few steps of a run on several domains; what it writes is a function of the step."""
 
     def __init__(self, ctx, every: int, domains: Sequence[str]):
-        self.ctx, self.every, self.domains = ctx, every if len(domains) > 1 else 0, domains
-        ctx.state.mkdir(parents=True, exist_ok=True)
+        self.every, self.domains = Every(ctx, "interference", every if len(domains) > 1 else 0), domains
 
-    def look(self, step: int, policy: Policy, rollouts: Sequence[Rollout], backward: Callable) -> None:
-        """Before the update of `step` (0-based), where it is due: the gradients of each domain's rollouts."""
-        if self.every and step % self.every == 0:
-            found = measure(policy, rollouts, self.domains, backward)
-            found.assign(step=step + 1).to_parquet(self.ctx.state / f"interference-{step:06d}.parquet", index=False)
+    def look(self, step: int, policy: Policy, rollouts: Sequence[Rollout], backward: Callable) -> dict[str, float]:
+        """Before the update of `step` (0-based), where it is due: the gradients of each domain's rollouts; seconds."""
+        return self.every.look(step, lambda: measure(policy, rollouts, self.domains, backward))
 
     def finish(self) -> None:
         """Gather what was seen into `interference.parquet` beside the weights."""
-        found = sorted(self.ctx.state.glob("interference-*.parquet"))
-        if found:
-            gathered = pd.concat([pd.read_parquet(p) for p in found])
-            gathered.to_parquet(self.ctx.out / "interference.parquet", index=False)
+        self.every.finish()

@@ -36,6 +36,9 @@ MISTAKES = (
      "test_opd::test_a_kl_used_as_an_advantage_teaches_nothing"),
     ("distillation divides by domain or micro-batch", "TRL #6452, #6478",
      "test_opd::test_each_row_learns_from_its_own_domains_teacher"),
+    ("logits of all tokens over the whole vocabulary held at once", "TRL #3055, #2255; unsloth #11556",
+     "test_opd::test_no_more_than_a_chunk_of_the_vocabulary_is_held"),
+    ("a teacher of another vocabulary or shape", "known from several", "test_teachers::test_a_teacher_that_does_not_fit_is_named"),
     ("teachers gather gradients", "TRL #6526", "test_opd::test_teachers_gather_no_gradient"),
 )
 

@@ -154,6 +154,9 @@ def cost_table(timing: pd.DataFrame, steps: pd.DataFrame, seconds: float) -> pd.
     """Where the time of a run went; `seconds` is the whole stage's: part, seconds, share (%), seconds a step."""
     parts = {"sampling rollouts": timing["seconds_sample"].sum(), "verifying": timing["seconds_verify"].sum(),
              "updating": timing["seconds_update"].sum()}
+    looks = timing.filter(["seconds_interference", "seconds_variance"])
+    if len(looks.columns):
+        parts["comparing gradients"] = looks.sum().sum()
     parts["evaluation on the way, checkpoints, loading"] = max(0.0, seconds - sum(parts.values()))
     parts["all"] = sum(parts.values())
     return pd.DataFrame([{"part": name, "seconds": value, "share (%)": 100 * value / max(1e-9, parts["all"]),
