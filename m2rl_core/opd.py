@@ -14,6 +14,7 @@ from torch import Tensor
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS
+from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import Watch
 from m2rl_core.grpo import backward, collect, summary
 from m2rl_core.losses import Loss, Totals, reduced
@@ -82,18 +83,20 @@ def build(ctx) -> None:
     student = policies.load(ctx.inputs["sft"])
     teachers = {d: policies.load(ctx.inputs[f"rl-{d}"]) for d in DOMAINS}
     rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
-    watch = Watch(ctx, ctx.profile.rl)
+    engine = open_engine(ctx.profile)
+    watch = Watch(ctx, ctx.profile.rl, engine)
     update, loss = backward_full if spec.loss == "full" else backward_sampled, Loss.of(spec, loss="grpo")
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
-        rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
+        rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step, engine)
         start = time.perf_counter()  # scores are recorded, not trained on
         stats = update(student, teachers, rollouts, loss, Totals.of(rollouts, spec.max_new_tokens))
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
-    fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
-        checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
-        watch.keep_batch)
+    with engine:
+        fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
+            checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
+            watch.keep_batch)
     watch.finish()
