@@ -165,8 +165,9 @@ class _Process:
         try:
             with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
                 self.process = subprocess.Popen(
-                    [str(python), "-P", str(WORKER), str(theirs.fileno())], pass_fds=(theirs.fileno(), memory),
-                    env=_environment(python, threads), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+                    [str(python), "-P", str(WORKER), str(theirs.fileno()), str(self.folder)],
+                    pass_fds=(theirs.fileno(), memory), env=_environment(python, threads),
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         except OSError as error:
             shutil.rmtree(self.folder)
             raise StudyError(f"engine: vllm: {python} cannot be run ({error.strerror}): {MEND}") from error

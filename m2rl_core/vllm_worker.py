@@ -1,4 +1,4 @@
-"""vLLM in a process of its own, run as a file by the Python that has it: `python -P vllm_worker.py SOCKET`.
+"""vLLM in a process of its own, run as a file by the Python that has it: `python -P vllm_worker.py SOCKET FOLDER`.
 
 Imports nothing of ours. Requests and answers are lines of JSON on a socket; weights lie in memory that both processes
 map. One process holds the whole of vLLM, so what it took is given back when it ends; it ends with its parent.
@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import queue
+import shutil
 import socket
 import sys
 import threading
@@ -84,10 +85,11 @@ def pack_head(model) -> None:
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def listen(lines, requests: queue.Queue) -> None:
+def listen(lines, requests: queue.Queue, folder: str) -> None:
     """Hand on requests as they come; when the other side is gone, end at once, whatever is being computed."""
     for line in lines:
         requests.put(json.loads(line))
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
@@ -96,7 +98,7 @@ def main() -> int:
         return MISSING
     control = socket.socket(fileno=int(sys.argv[1]))
     requests: queue.Queue = queue.Queue()
-    threading.Thread(target=listen, args=(control.makefile("r"), requests), daemon=True).start()
+    threading.Thread(target=listen, args=(control.makefile("r"), requests, sys.argv[2]), daemon=True).start()
 
     worker = None
     while True:

@@ -323,7 +323,8 @@ def test_it_does_not_outlive_its_parent(words, tmp_path):
             "training_rows; from m2rl_core.vllm_engine import VllmEngine\n"
             "VllmEngine(1).sample(policy.load(Path(sys.argv[1])), training_rows('math', 'rl', 1, 1), 1, "
             "generator=torch.Generator(), max_new_tokens=8)")
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "model")])
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "model")],
+                              env=os.environ | {"TMPDIR": str(tmp_path)})
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     deadline = time.monotonic() + 60
     while not (found := children.read_text().split()) and time.monotonic() < deadline:
@@ -337,3 +338,4 @@ def test_it_does_not_outlive_its_parent(words, tmp_path):
     while worker.exists() and worker.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.exists() or not worker.read_text()
+    assert not list(tmp_path.glob("m2rl-vllm-*"))  # its folder goes with it
