@@ -10,8 +10,9 @@ import torch
 
 from m2rl_core import policy as policies
 from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, prepare, rewards
+from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.policy import Policy
-from m2rl_core.rollout import Rollout, sample
+from m2rl_core.rollout import Rollout
 from m2rl_core.trainer import write_lines
 
 END_OF_TURN = "<|im_end|>"
@@ -22,17 +23,18 @@ def items_of(spec, seed: int, limit: int | None = None) -> dict[str, list[Row]]:
     return {name: benchmark_rows(name, spec.items[name], seed)[:limit] for name in BENCHMARKS if name in spec.items}
 
 
-def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[str, int], spec, seed: int) -> pd.DataFrame:
+def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[str, int], spec, seed: int,
+             engine: Engine = TORCH) -> pd.DataFrame:
     """Sample `k[benchmark]` responses to each item and verify them; columns as in `frame`.
 
-    The draws depend on (seed, benchmark) only, so every model faces the same uniform numbers.
+    The draws depend on (seed, benchmark) only, so every model faces the same uniform numbers (or vLLM's seeds).
     """
     prepare(row for rows in items.values() for row in rows)
     parts = []
     for benchmark, rows in items.items():
         rng = torch.Generator().manual_seed(generator(seed, "evaluate", benchmark).randrange(2**62))
-        rollouts = sample(policy, rows, k[benchmark], generator=rng, temperature=spec.temperature,
-                          max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
+        rollouts = engine.sample(policy, rows, k[benchmark], generator=rng, temperature=spec.temperature,
+                                 max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
         verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
         parts.append(frame(model, benchmark, rollouts, verdicts, k[benchmark]))
     return pd.concat(parts, ignore_index=True)
@@ -53,15 +55,16 @@ def build(ctx) -> None:
     (model, folder), = ((n, p) for n, p in ctx.inputs.items())
     wanted = ctx.stage.settings.get("benchmarks") or list(spec.items)
     items = {name: rows for name, rows in items_of(spec, ctx.profile.seed).items() if name in wanted}
-    rows = evaluate(policies.load(folder), model, items, spec.k, spec, ctx.profile.seed)
+    with open_engine(ctx.profile) as engine:
+        rows = evaluate(policies.load(folder), model, items, spec.k, spec, ctx.profile.seed, engine)
     rows.to_parquet(ctx.out / "rows.parquet", index=False)
 
 
 class Watch:
     """Looks at a policy while it trains: accuracy on all benchmarks every few steps, and some rollouts to read."""
 
-    def __init__(self, ctx, spec):
-        self.ctx, self.spec = ctx, spec
+    def __init__(self, ctx, spec, engine: Engine = TORCH):
+        self.ctx, self.spec, self.engine = ctx, spec, engine
         self.items = items_of(ctx.profile.eval, ctx.profile.seed, spec.eval_items)
         self.batch: tuple[list[Rollout], list[Verdict]] = [], []
         ctx.state.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,8 @@ class Watch:
         if step == 0 or step % self.spec.eval_every and step != self.ctx.stage.settings["steps"]:
             return
         k = dict.fromkeys(self.items, self.spec.eval_k)
-        rows = evaluate(policy, self.ctx.stage.name, self.items, k, self.ctx.profile.eval, self.ctx.profile.seed)
+        rows = evaluate(policy, self.ctx.stage.name, self.items, k, self.ctx.profile.eval, self.ctx.profile.seed,
+                        self.engine)
         rows.drop(columns=["prompt", "response", "reason"]).assign(step=step).to_parquet(
             self.ctx.state / f"along-{step:06d}.parquet", index=False)
 

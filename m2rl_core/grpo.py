@@ -14,12 +14,13 @@ from torch import Tensor
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS, Row, Verdict, prepare, rewards
+from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.evaluate import Watch
 from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced
 from m2rl_core.metrics.interference import Interference
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import token_logprobs
-from m2rl_core.rollout import Rollout, logprobs, micro_batches, response_hidden, sample
+from m2rl_core.rollout import Rollout, logprobs, micro_batches, response_hidden
 from m2rl_core.trainer import Optimization, fit
 
 
@@ -83,11 +84,12 @@ def build(ctx) -> None:
     rows = rl_rows(spec, domains, seed)
     loss = Loss.of(spec)
     reference = policies.load(ctx.inputs["sft"]) if spec.kl else None
-    watch, interference = Watch(ctx, spec), Interference(ctx, spec.interference_every, domains)
+    engine = open_engine(ctx.profile)
+    watch, interference = Watch(ctx, spec, engine), Interference(ctx, spec.interference_every, domains)
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "rl")
-        rollouts, verdicts, scores, seconds = collect(policy, prompts, spec, ctx.seed * 100_003 + step)
+        rollouts, verdicts, scores, seconds = collect(policy, prompts, spec, ctx.seed * 100_003 + step, engine)
         used, update = learner(policy, rollouts, advantages(scores, spec.scale_rewards), loss, spec.max_new_tokens, reference)
         seconds |= interference.look(step, policy, used, update)
         start = time.perf_counter()
@@ -95,19 +97,21 @@ def build(ctx) -> None:
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
-    fit(policy, objective, Optimization(ctx.stage.settings["steps"], spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
-        checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
-        watch.keep_batch)
+    with engine:
+        fit(policy, objective, Optimization(ctx.stage.settings["steps"], spec.lr, spec.weight_decay, spec.betas,
+            spec.grad_clip, checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
+            watch.keep_batch)
     watch.finish()
     interference.finish()
 
 
-def collect(policy: Policy, rows: list[Row], spec, seed: int) -> tuple[list[Rollout], list[Verdict], Tensor, dict]:
+def collect(policy: Policy, rows: list[Row], spec, seed: int,
+            engine: Engine = TORCH) -> tuple[list[Rollout], list[Verdict], Tensor, dict]:
     """`spec.group` rollouts of each row with their verdicts, the scores (P, G), and the seconds that both took."""
     start = time.perf_counter()
     prepare(rows)
-    rollouts = sample(policy, rows, spec.group, generator=torch.Generator().manual_seed(seed),
-                      temperature=spec.temperature, max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
+    rollouts = engine.sample(policy, rows, spec.group, generator=torch.Generator().manual_seed(seed),
+                             temperature=spec.temperature, max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
     sampled = time.perf_counter()
     verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
     scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)

@@ -15,7 +15,7 @@ import torch
 from m2rl_core import domains
 from m2rl_core import policy as policies
 from m2rl_core.domains import Row, answer_of, generator, module
-from m2rl_core.rollout import sample
+from m2rl_core.engines import open_engine
 
 JUDGED_BENCHMARKS = ("aime24", "ifeval", "lcb_v5", "gpqa_diamond")  # Table 7
 MODES = ("outcome", "process")
@@ -73,18 +73,19 @@ def build(ctx) -> None:
     answers = answers[answers["benchmark"].isin(JUDGED_BENCHMARKS) & (answers["sample"] == 0)]
     answers = answers.groupby("benchmark").head(settings["items"]).reset_index(drop=True)
     found = []
-    for mode in MODES:
-        rows = [judge_row(a.prompt, a.response, mode, a.score == 1, a.item) for a in answers.itertuples()]
-        room = policy.config.max_position_embeddings - settings["max_new_tokens"]
-        fits = [i for i, row in enumerate(rows) if len(policies.encode_prompt(policy, row.messages)) <= room]
-        rng = torch.Generator().manual_seed(generator(ctx.profile.seed, "judge", mode).randrange(2**62))
-        rollouts = sample(policy, [rows[i] for i in fits], settings["k"], generator=rng,
-                          temperature=settings["temperature"], max_new_tokens=JUDGE_TOKENS)
-        for j, rollout in enumerate(rollouts):
-            answer, truth = answers.iloc[fits[j // settings["k"]]], int(rollout.row.truth["right"])
-            said = verdict_of(rollout.turns[-1])
-            found.append({"model": model, "benchmark": answer.benchmark, "item": answer["item"], "sample": j % settings["k"],
-                          "mode": mode, "truth": truth, "said": said, "correct": int(said == truth),
-                          "tokens": rollout.length, "response": rollout.turns[-1]})
+    with open_engine(ctx.profile) as engine:
+        for mode in MODES:
+            rows = [judge_row(a.prompt, a.response, mode, a.score == 1, a.item) for a in answers.itertuples()]
+            room = policy.config.max_position_embeddings - settings["max_new_tokens"]
+            fits = [i for i, row in enumerate(rows) if len(policies.encode_prompt(policy, row.messages)) <= room]
+            rng = torch.Generator().manual_seed(generator(ctx.profile.seed, "judge", mode).randrange(2**62))
+            rollouts = engine.sample(policy, [rows[i] for i in fits], settings["k"], generator=rng,
+                                     temperature=settings["temperature"], max_new_tokens=JUDGE_TOKENS)
+            for j, rollout in enumerate(rollouts):
+                answer, truth = answers.iloc[fits[j // settings["k"]]], int(rollout.row.truth["right"])
+                said = verdict_of(rollout.turns[-1])
+                found.append({"model": model, "benchmark": answer.benchmark, "item": answer["item"],
+                              "sample": j % settings["k"], "mode": mode, "truth": truth, "said": said,
+                              "correct": int(said == truth), "tokens": rollout.length, "response": rollout.turns[-1]})
     pd.DataFrame(found).to_parquet(ctx.out / "rows.parquet", index=False)
     (ctx.out / "prompts.json").write_text(json.dumps(PROMPTS, indent=2))

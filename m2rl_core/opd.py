@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS
+from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import Watch
 from m2rl_core.grpo import backward, collect, summary
 from m2rl_core.losses import Loss, Totals, reduced
@@ -101,7 +102,8 @@ def build(ctx) -> None:
     whole, kept = teachers.size()
     ctx.log(f"{len(teachers)} teachers: {kept / 1e6:,.1f} MB beside the {whole / 1e6:,.1f} MB of one model")
     rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
-    watch, noise = Watch(ctx, ctx.profile.rl), Every(ctx, "variance", spec.variance_every)
+    engine = open_engine(ctx.profile)
+    watch, noise = Watch(ctx, ctx.profile.rl, engine), Every(ctx, "variance", spec.variance_every)
     loss = Loss.of(spec, loss="grpo")
 
     def update(form: str, part: list[Rollout]) -> dict:
@@ -110,7 +112,7 @@ def build(ctx) -> None:
 
     def objective(step: int) -> dict:
         prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
-        rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step)
+        rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step, engine)
         parts = gradient_noise.by_prompt(rollouts, spec.group)
         seconds |= noise.look(step, lambda: gradient_noise.measure(student, parts, estimators, seconds))
         start = time.perf_counter()  # scores are recorded, not trained on
@@ -118,8 +120,9 @@ def build(ctx) -> None:
         watch.keep_examples(step, rollouts, verdicts)
         return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
 
-    fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
-        checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
-        watch.keep_batch)
+    with engine:
+        fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
+            checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
+            watch.keep_batch)
     watch.finish()
     noise.finish()

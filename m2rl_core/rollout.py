@@ -52,12 +52,7 @@ def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Gene
     """
     if n < 1:
         raise ValueError(f"sample: n = {n}, but each row needs at least one rollout")
-    prompts = [encode_prompt(policy, row.messages, row.tools) for row in rows]
-    room = policy.config.max_position_embeddings - max_new_tokens
-    for row, prompt in zip(rows, prompts, strict=True):
-        if len(prompt) > room:
-            raise StudyError(f"{row.id}: prompt of {len(prompt)} tokens, but {room} fit beside {max_new_tokens} new "
-                             f"ones in a context of {policy.config.max_position_embeddings}; raise model.context")
+    prompts = encode_prompts(policy, rows, max_new_tokens)
     uniform = torch.rand(len(rows) * n, max_new_tokens, generator=generator)
     rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
     # Rows of like length run together; the order has no influence on what is drawn.
@@ -85,12 +80,7 @@ class _Wave:
         self.count = torch.zeros(len(rollouts), dtype=torch.long, device=device)  # tokens sampled, per cache row
         self.flushed = [0] * len(rollouts)  # tokens already moved into the rollout
         self.parked: list[tuple] = []  # rows that wait for their next turn
-        self.environments = {}
-        for i, rollout in enumerate(rollouts):
-            if rollout.row.domain in MODULES:  # a judge's question belongs to no domain
-                make = getattr(module(rollout.row.domain), "environment", None)
-                if make is not None:
-                    self.environments[i] = make(rollout.row)
+        self.environments = [environment_of(rollout.row) for rollout in rollouts]
         self._prefill(n)
 
     def _prefill(self, n):
@@ -158,45 +148,69 @@ class _Wave:
         rows, replies = [], []
         for row in over.nonzero()[:, 0].tolist():
             i, count = int(self.alive[row]), int(self.count[row])
-            rollout, stopped = self.rollouts[i], int(tokens[row]) in self.policy.stop_ids
             said = self.drawn[i, self.flushed[i]:count].tolist()
-            rollout.tokens += said
-            rollout.sampled += [True] * len(said)
-            rollout.logprobs += self.logps[i, self.flushed[i]:count].tolist()
+            logps = self.logps[i, self.flushed[i]:count].tolist()
             self.flushed[i] = count
-            rollout.turns.append(self.policy.tokenizer.decode(said[:-1] if stopped else said))
-            rollout.truncated = not stopped
             self.live[row] = False
-            reply = self._reply(i, rollout) if stopped else None
+            reply = end_turn(self.policy, self.rollouts[i], self.environments[i], said, logps, self.budget, self.max_turns)
             if reply is not None:
-                room = self.policy.config.max_position_embeddings - (self.budget - count)
-                if count == self.budget or len(rollout.prompt) + len(rollout.tokens) + len(reply) > room:
-                    rollout.truncated = True  # the tools answered, but nothing is left to go on with
-                    continue
                 # The end marker was sampled but not run yet: it goes in with the reply.
                 rows.append(row)
-                replies.append([int(tokens[row]), *reply])
-                rollout.tokens += reply
-                rollout.sampled += [False] * len(reply)
-                rollout.logprobs += [0.0] * len(reply)
+                replies.append([said[-1], *reply])
         if rows:
             self._park(rows, replies)
-
-    def _reply(self, i: int, rollout: Rollout) -> list[int] | None:
-        """Token ids of the environment's answer to the last turn, up to where the assistant speaks again."""
-        environment = self.environments.get(i)
-        answer = answer_of(rollout.turns[-1])
-        if environment is None or answer is None or len(rollout.turns) >= self.max_turns:
-            return None
-        outputs = environment.step(answer)
-        if outputs is None:
-            return None
-        return tool_reply(self.policy, outputs)
 
     def _keep(self, rows: Tensor):
         """Compact the batch to these cache rows."""
         self.alive, self.count, self.logits, self.live = (x[rows] for x in (self.alive, self.count, self.logits, self.live))
         self.cache = self.cache.take(rows)
+
+
+def encode_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of each row's prompt; StudyError for one that leaves no room for `max_new_tokens` in the context."""
+    prompts = [encode_prompt(policy, row.messages, row.tools) for row in rows]
+    room = policy.config.max_position_embeddings - max_new_tokens
+    for row, prompt in zip(rows, prompts, strict=True):
+        if len(prompt) > room:
+            raise StudyError(f"{row.id}: prompt of {len(prompt)} tokens, but {room} fit beside {max_new_tokens} new "
+                             f"ones in a context of {policy.config.max_position_embeddings}; raise model.context")
+    return prompts
+
+
+def environment_of(row: Row):
+    """A fresh environment for one rollout of `row`, or None where nobody replies."""
+    if row.domain not in MODULES:  # a judge's question belongs to no domain
+        return None
+    make = getattr(module(row.domain), "environment", None)
+    return None if make is None else make(row)
+
+
+def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int], logprobs: Sequence[float], budget: int,
+             max_turns: int) -> list[int] | None:
+    """Add a turn that was sampled, and the environment's reply, to `rollout`; the reply's ids, or None where it is over.
+
+    A turn ends with a stop id, or because `budget`, the sampled tokens of all turns together, is spent.
+    """
+    stopped = said[-1] in policy.stop_ids
+    rollout.tokens += said
+    rollout.sampled += [True] * len(said)
+    rollout.logprobs += logprobs
+    rollout.turns.append(policy.tokenizer.decode(said[:-1] if stopped else said))
+    rollout.truncated = not stopped
+    answer = answer_of(rollout.turns[-1])
+    if not stopped or environment is None or answer is None or len(rollout.turns) >= max_turns:
+        return None
+    outputs = environment.step(answer)
+    if outputs is None:
+        return None
+    reply, left = tool_reply(policy, outputs), budget - rollout.length
+    if not left or len(rollout.prompt) + len(rollout.tokens) + len(reply) > policy.config.max_position_embeddings - left:
+        rollout.truncated = True  # the tools answered, but nothing is left to go on with
+        return None
+    rollout.tokens += reply
+    rollout.sampled += [False] * len(reply)
+    rollout.logprobs += [0.0] * len(reply)
+    return reply
 
 
 def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:

@@ -126,6 +126,9 @@ class Run:
             try:
                 build(context)
                 facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
+                if stage.settings.get("engine") == "vllm":
+                    from m2rl_core import vllm_engine
+                    facts["packages"]["vllm"] = vllm_engine.version()
                 self.store.finish(stage, facts)
             except Exception as error:  # only to give one cause a name of its own; all others pass unchanged
                 if not is_disk_full(error) and shutil.disk_usage(out).free > 2**20:

@@ -160,7 +160,10 @@ class AnalysisSpec:
 
 @dataclass(frozen=True)
 class Profile:
-    """One scale of the study; `name` is the file's."""
+    """One scale of the study; `name` is the file's.
+
+    `engine` samples (see `engines`); `gpu_memory` is the share of a GPU's memory that vLLM takes beside the trainer.
+    """
 
     name: str
     about: str
@@ -174,7 +177,8 @@ class Profile:
     merge: MergeSpec
     eval: EvalSpec
     analysis: AnalysisSpec
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "vllm"] = "torch"
+    gpu_memory: float = 0.4
     seeds: int = 1
 
 

@@ -10,6 +10,7 @@ import json
 import pandas as pd
 
 from m2rl_core import policy as policies
+from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import evaluate, items_of
 from m2rl_core.merging import recipe as recipes
 from m2rl_core.merging.folders import write_models
@@ -30,12 +31,13 @@ def build(ctx) -> None:
                           allow_identical=True)
     (ctx.out / "merges.json").write_text(json.dumps(dict(zip(plans, merges, strict=True)), indent=2) + "\n")
     parts = []
-    for done, (name, folder) in enumerate(folders.items(), 1):
-        seen = ctx.state / f"rows-{folder.name}.parquet"
-        if not seen.is_file():
-            rows = evaluate(policies.load(folder), name, items, k, spec, ctx.profile.seed)
-            rows.drop(columns=["prompt", "response"]).to_parquet(seen.with_suffix(".new"), index=False)
-            seen.with_suffix(".new").rename(seen)
-        parts.append(pd.read_parquet(seen))
-        ctx.progress.step(done, len(folders))
+    with open_engine(ctx.profile) as engine:
+        for done, (name, folder) in enumerate(folders.items(), 1):
+            seen = ctx.state / f"rows-{folder.name}.parquet"
+            if not seen.is_file():
+                rows = evaluate(policies.load(folder), name, items, k, spec, ctx.profile.seed, engine)
+                rows.drop(columns=["prompt", "response"]).to_parquet(seen.with_suffix(".new"), index=False)
+                seen.with_suffix(".new").rename(seen)
+            parts.append(pd.read_parquet(seen))
+            ctx.progress.step(done, len(folders))
     pd.concat(parts, ignore_index=True).to_parquet(ctx.out / "rows.parquet", index=False)

@@ -4,10 +4,12 @@ import math
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from m2rl_core.bench import engine, measure, merge, models
 from m2rl_core.merging.checkpoint import Checkpoint
+from m2rl_core.views import bench as views
 
 
 @pytest.fixture
@@ -60,6 +62,7 @@ def test_the_peer_is_pinned_with_the_torch_of_both_sides():
     assert makefile.index("requirements-peers.txt)") < makefile.index("-r requirements-peers.txt")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux")
 def test_the_engine_bench_gives_all_sides_the_same_work(tmp_path, capsys):
     peer = tmp_path / "python"
     peer.write_text(f"#!{sys.executable}\nimport json, time\ntime.sleep(0.3)\n"
@@ -69,11 +72,20 @@ def test_the_engine_bench_gives_all_sides_the_same_work(tmp_path, capsys):
                  "--prompts", "2", "--new-tokens", "4"]
     assert engine.main([*arguments, "--pairs", "1"]) == 0
     assert engine.main([*arguments, "--pairs", "1"]) == 0
-    assert capsys.readouterr().out.count("run 1") == 5, "measured again"
-    sampling, step = json.loads((tmp_path / "engine.json").read_text())
-    assert (sampling["peer_name"], step["peer_name"]) == ("generate", "trl")
+    assert capsys.readouterr().out.count("run 1") == 6, "measured again"
+    rows = json.loads((tmp_path / "engine.json").read_text())
+    _, vllm, step = rows
+    assert [row["peer_name"] for row in rows] == ["generate", "vllm", "trl"]
+    assert [row["bar"] for row in rows] == [4, None, 5] and vllm["peer_tokens_per_second"] > 0
+    assert 0 < vllm["mismatch_mean"] <= vllm["mismatch_max"] < 1e-4 and vllm["kept"] == 1.0
+    assert vllm["peer_anonymous_mb"] > 500  # both processes, not ours alone
     assert step["peer"] == 3.0 and step["peer_tokens_per_second"] == 3 and step["floor"] > 0
     runs = json.loads((tmp_path / "s" / "2-4" / "runs.json").read_text())
-    sampled = {side: runs[side][0]["tokens"] for side in ("sample", "generate", "step")}
+    sampled = {side: runs[side][0]["tokens"] for side in ("sample", "generate", "vllm", "step")}
     assert all(16 <= n <= 64 for tokens in sampled.values() for n in tokens)  # two prompts, eight rollouts, four tokens
-    assert engine.main([*arguments[:5], str(tmp_path / "none")]) == 2 and "make bench NB=engine" in capsys.readouterr().err
+    for option in ("--peer", "--vllm"):
+        assert engine.main([*arguments, option, str(tmp_path / "none")]) == 2
+        assert "make bench NB=engine" in capsys.readouterr().err
+    said, shown = views.sentence(pd.DataFrame(rows), "engine").data, views.shown(pd.DataFrame(rows))
+    assert "of 2 comparisons with a bar" in said and "masking keeps 100.00 %" in said
+    assert shown["bar"].tolist() == ["4", "–", "5"]

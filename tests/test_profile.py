@@ -7,6 +7,7 @@ import yaml
 
 from m2rl_core.domains import BENCHMARKS
 from m2rl_core.profile import ProfileError, load_profile, profile_names, repo_root
+from m2rl_core.study import study
 
 
 @pytest.fixture
@@ -93,6 +94,8 @@ def test_unknown_profile_names_the_nearest():
     ("model.kv_heads", 3, "model.kv_heads: 3 does not divide heads"),
     ("merge.drop_rate", 1.0, "merge.drop_rate: 1.0 is not in [0, 1)"),
     ("seeds", 3, "seeds: 3 seeds asked for"),
+    ("engine", "vlm", "engine: unknown value 'vlm'; did you mean 'vllm'?"),
+    ("gpu_memory", 1.0, "gpu_memory: 1.0 is not in (0, 1)"),
     ("name", "other", "name: not a key here"),
 ])
 def test_mistakes_name_file_place_and_mend(edited, place, value, expected):
@@ -117,6 +120,17 @@ def test_yaml_typo_names_line_and_column(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 1\nmodel: {hidden: 3\n")
     assert "line" in message(path) and "not valid YAML" in message(path)
+
+
+def test_the_engine_stands_in_the_keys_of_what_it_samples(edited):
+    """Catches results of vLLM taken for torch's; memory, which changes no result, makes nothing again."""
+    mine = edited("engine", "vllm")
+    torch, vllm = study(load_profile("smoke")), study(load_profile(mine))
+    sampled = {name for name, stage in torch.items() if "engine" in stage.settings}
+    assert {"rl-math", "mt-opd", "eval-base", "sweep", "neighborhoods", "judge-sft"} <= sampled
+    assert {vllm[name].settings["engine"] for name in sampled} == {"vllm"}
+    assert torch["sft"].key == vllm["sft"].key and torch["rl-math"].key != vllm["rl-math"].key
+    assert study(load_profile(edited("gpu_memory", 0.7)))["rl-math"].key == torch["rl-math"].key
 
 
 def test_exponents_without_a_dot_are_numbers(edited):

@@ -139,6 +139,25 @@ def test_failures_of_the_verifier_are_shown_where_there_are_any():
     assert "verifier failures" not in details.policy_table({"rl-if": gain()}, {"rl-if": manifest})
 
 
+def test_the_worst_step_of_all_runs_is_told():
+    """Catches idle steps counted as perfect agreement, a share shown as percent twice, and a run without a mismatch."""
+    runs = {"rl-math": gain(), "rl-if": gain().assign(mismatch=0.25, kept=[0.5] + [0.75] * 39), "mt-opd": gain().drop(
+        columns="mismatch")}
+    frame = details.agreement(runs)
+    assert set(frame["model"]) == {"rl-math", "rl-if"} and frame.groupby(["model", "panel"])["value"].count().tolist() == [36] * 4
+    kept = frame[frame["panel"] == "tokens kept (%)"]
+    assert set(kept[kept["model"] == "rl-if"]["value"].dropna()) == {50.0, 75.0}
+    assert np.allclose(frame[frame["panel"] != "tokens kept (%)"].groupby("model")["value"].max(), np.log10([0.25, 2e-6]))
+    text = details.agreement_sentence(runs, "vllm")
+    assert "Sampled by vllm: over 72 steps" in text and "2.5e-01 nats (rl-if, step" in text
+    assert "kept is 50.00 % of its tokens (rl-if, step 1)" in text
+    assert "no token was masked" in details.agreement_sentence({"rl-math": gain().assign(kept=1.0)}, "torch")
+    idle = {"rl-math": gain().assign(skipped_groups=1.0)}
+    assert "No step recorded" in details.agreement_sentence(idle, "torch")
+    for shown in (frame, details.agreement(idle)):  # a run of a few idle steps must not end the notebook
+        assert plots.png(plots.trajectories(shown, "t", "", "panel", "g", 2)).startswith(b"\x89PNG")
+
+
 def test_step_zero_is_the_sft_model_on_the_same_items():
     """Catches a start that averages over items which the run never saw."""
     def line(step, item, score, sample=0):

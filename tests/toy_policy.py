@@ -28,9 +28,9 @@ def tokenizer():
     return policies.train_tokenizer([m["content"] for row in rows for m in (*row.messages, *row.turns)], SPEC.vocab)
 
 
-def make(words, seed: int = 0) -> Policy:
+def make(words, seed: int = 0, spec: ModelSpec = SPEC) -> Policy:
     """Random weights, made uneven enough that every one of them shows in the log-probs."""
-    policy = policies.build(SPEC, words, torch.Generator().manual_seed(seed))
+    policy = policies.build(spec, words, torch.Generator().manual_seed(seed))
     roughened(policy, seed)
     policy.weights["model.embed_tokens.weight"][list(policy.stop_ids)] *= 4  # now and then it ends a turn
     return policy

@@ -1,4 +1,4 @@
-"""`python -m m2rl_core bench engine`: our sampler and trainer against Hugging Face's `generate` and TRL's GRPOTrainer.
+"""`python -m m2rl_core bench engine`: our sampler and trainer against `generate`, vLLM and TRL's GRPOTrainer.
 
 The same model (the tiny study's shape, random weights), prompts, group, lengths, loss and float32 on all sides; runs
 are interleaved, pair by pair, each a process of its own that warms up before it measures, and kept at once.
@@ -16,8 +16,9 @@ from m2rl_core.bench import measure, work
 from m2rl_core.bench.runs import Runs, write
 from m2rl_core.profile import repo_root
 
-AGAINST = {  # name: (our side, the peer's, its name, how many times as fast we mean to be)
+AGAINST = {  # name: (our side, the peer's, its name, how many times as fast we mean to be; None where it only informs)
     "sampling 256 rollouts": ("sample", "generate", "generate", 4),
+    "sampling 256 rollouts (vLLM)": ("sample", "vllm", "vllm", None),
     "a step of GRPO": ("step", "trl", "trl", 5),
 }
 
@@ -29,14 +30,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--scratch", type=Path, default=repo_root() / "artifacts" / "bench" / "engine")
     parser.add_argument("--out", type=Path, default=repo_root() / "reports" / "bench" / "engine.json")
     parser.add_argument("--peer", type=Path, default=repo_root() / ".venv-peers" / "bin" / "python")
+    parser.add_argument("--vllm", type=Path, default=repo_root() / ".venv-vllm" / "bin" / "python")
     parser.add_argument("--prompts", type=int, default=32, help="for a try-out")
     parser.add_argument("--new-tokens", type=int, default=64, help="for a try-out")
     args = parser.parse_args(argv)
-    if not args.peer.exists():
-        print(f"bench: {args.peer} is missing: run it as `make bench NB=engine`, which installs it", file=sys.stderr)
-        return 2
+    for python in (args.peer, args.vllm):
+        if not python.exists():
+            print(f"bench: {python} is missing: run it as `make bench NB=engine`, which installs it", file=sys.stderr)
+            return 2
     try:
-        bench = Bench(args.scratch / f"{args.prompts}-{args.new_tokens}", args.peer, args.prompts, args.new_tokens)
+        folder = args.scratch / f"{args.prompts}-{args.new_tokens}"
+        bench = Bench(folder, args.peer, args.vllm, args.prompts, args.new_tokens)
         for pair in range(args.pairs):
             bench.pair(pair)
             write(args.out, bench.rows())
@@ -50,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
 class Bench:
     """The work and the measured runs in one folder."""
 
-    def __init__(self, folder: Path, peer: Path, prompts: int, new_tokens: int):
-        self.folder, self.peer = folder, peer
+    def __init__(self, folder: Path, peer: Path, vllm: Path, prompts: int, new_tokens: int):
+        self.folder, self.peer, self.vllm = folder, peer, vllm
         if not (folder / "work.json").exists():
             work.make(folder, prompts=prompts, new_tokens=new_tokens)
         self.runs = Runs(folder / "runs.json")
@@ -67,7 +71,7 @@ class Bench:
         """Median seconds of a run's repetitions, at the same number of tokens, and its peaks of memory."""
         log = self.folder / f"{side}.log"
         command = [str(self.peer), str(Path(__file__).with_name("side_trl.py")), str(self.folder)] if side == "trl" else [
-            sys.executable, "-m", "m2rl_core.bench.engine_side", side, str(self.folder)]
+            sys.executable, "-m", "m2rl_core.bench.engine_side", side, str(self.folder), str(self.vllm)]
         found = measure.run(command, log)
         said = json.loads(next(line for line in reversed(log.read_text().splitlines()) if line.startswith('{"seconds"')))
         per_token = statistics.median(s / t for s, t in zip(said["seconds"], said["tokens"], strict=True))
@@ -75,13 +79,21 @@ class Bench:
             "times": said["seconds"], "seconds": statistics.median(said["seconds"]), "per_token": per_token})
 
     def rows(self) -> list[dict]:
-        """One row for each comparison: medians of seconds for the work, tokens a second, peaks of memory in MB."""
+        """One row for each comparison: medians of seconds for the work, tokens a second, peaks of memory in MB.
+
+        vLLM's has its mismatch too: the largest and the mean difference of a log-prob to the trainer's, in nats, and
+        the share of tokens that the profile's importance weights keep.
+        """
         found = []
         for name, (ours, peer, peer_name, bar) in AGAINST.items():
             rows = self.runs.row(name, ours, peer, peer_name, bar, self._floor(ours))
             for row, (side, label) in ((r, pair) for r in rows for pair in (("ours", ours), ("peer", peer))):
                 row[f"{side}_tokens_per_second"] = round(1 / statistics.median(
                     run["per_token"] for run in self.runs.found[label]))
+            for row in rows if peer == "vllm" else ():
+                runs = self.runs.found[peer]
+                row |= {"mismatch_max": max(run["mismatch_max"] for run in runs), "kept": min(run["kept"] for run in runs),
+                        "mismatch_mean": statistics.median(run["mismatch_mean"] for run in runs)}
             found += rows
         return found
 

@@ -1,7 +1,7 @@
-"""One side of the engine bench, a process of its own: `python -m m2rl_core.bench.engine_side SIDE FOLDER`.
+"""One side of the engine bench, a process of its own: `python -m m2rl_core.bench.engine_side SIDE FOLDER PYTHON`.
 
 Prints one line of JSON: seconds and sampled tokens of each repetition, the first left out. `work.json` in FOLDER says
-what is done; `sample`, `generate` and `step` do the same work, `floor` its arithmetic alone.
+what is done; `sample`, `vllm` (in PYTHON), `generate` and `step` do the same work, `floor` its arithmetic alone.
 """
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import torch
 from m2rl_core import policy as policies
 from m2rl_core.bench.work import Work, parameters
 from m2rl_core.domains import Row
+from m2rl_core.engines import TORCH, Engine
 from m2rl_core.grpo import learner
-from m2rl_core.losses import Loss, advantages
+from m2rl_core.losses import Loss, advantages, importance_weights
 from m2rl_core.policy import Policy
-from m2rl_core.rollout import Rollout, sample
+from m2rl_core.profile import load_profile
+from m2rl_core.rollout import Rollout, logprobs
+from m2rl_core.vllm_engine import VllmEngine
 
 
 def rows_of(work: Work) -> list[Row]:
@@ -32,14 +35,30 @@ def reward(text: str) -> float:
     return float(hashlib.sha256(text.encode()).digest()[0] % 2)
 
 
-def drawn(policy: Policy, work: Work, seed: int) -> list[Rollout]:
-    return sample(policy, rows_of(work), work.group, generator=torch.Generator().manual_seed(seed),
-                  temperature=work.temperature, max_new_tokens=work.new_tokens)
+def drawn(policy: Policy, work: Work, seed: int, engine: Engine = TORCH) -> list[Rollout]:
+    return engine.sample(policy, rows_of(work), work.group, generator=torch.Generator().manual_seed(seed),
+                         temperature=work.temperature, max_new_tokens=work.new_tokens, max_turns=1)
 
 
-def sampling(policy: Policy, work: Work) -> Callable[[int], int]:
-    """Our sampler: one call is one repetition and returns the tokens that were sampled."""
-    return lambda i: sum(r.length for r in drawn(policy, work, i))
+def sampling(policy: Policy, work: Work, engine: Engine) -> Callable[[int], int]:
+    """An engine's sampler: one call is one repetition and returns the tokens that were sampled."""
+    return lambda i: sum(r.length for r in drawn(policy, work, i, engine))
+
+
+def agreement(policy: Policy, rollouts: list[Rollout], temperature: float) -> dict:
+    """How far the sampler's log-probs are from the trainer's, in nats, and the share of tokens that `tiny` keeps."""
+    trainer = torch.cat(logprobs(policy, rollouts, temperature))
+    sampler = torch.tensor([p for r in rollouts for p in r.logprobs])
+    owner = torch.zeros(len(trainer), dtype=torch.long)
+    gap, (_, kept) = (trainer - sampler).abs(), importance_weights(trainer, sampler, owner, Loss.of(load_profile("tiny").rl))
+    return {"mismatch_max": float(gap.max()), "mismatch_mean": float(gap.mean()), "kept": float(kept.float().mean())}
+
+
+def memory(*pids: int | str) -> dict:
+    """Memory of these processes together in MB: their own now, and all that was resident at the peak."""
+    fields = [dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()) for pid in pids]
+    return {name: round(sum(int(status[field].split()[0]) for status in fields) / 1024)
+            for name, field in (("anonymous_mb", "RssAnon"), ("resident_mb", "VmHWM"))}
 
 
 def generating(folder: Path, work: Work) -> Callable[[int], int]:
@@ -97,14 +116,20 @@ def main(argv: list[str]) -> int:
     work = Work.load(folder)
     torch.set_num_threads(work.threads)
     policy = policies.load(folder / "model")
-    run = {"sample": lambda: sampling(policy, work), "generate": lambda: generating(folder, work),
-           "step": lambda: stepping(policy, work), "floor": lambda: multiplying(policy, work)}[side]()
-    seconds, tokens = [], []
-    for i in range(work.repetitions + 1):
-        start = time.perf_counter()
-        tokens.append(run(i))
-        seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds[1:], "tokens": tokens[1:], "parameters": parameters(policy)}))
+    facts = {"parameters": parameters(policy)}
+    with VllmEngine(work.threads, python=Path(argv[2])) if side == "vllm" else TORCH as engine:
+        run = {"sample": lambda: sampling(policy, work, engine), "vllm": lambda: sampling(policy, work, engine),
+               "generate": lambda: generating(folder, work), "step": lambda: stepping(policy, work),
+               "floor": lambda: multiplying(policy, work)}[side]()
+        seconds, tokens = [], []
+        for i in range(work.repetitions + 1):
+            start = time.perf_counter()
+            tokens.append(run(i))
+            seconds.append(time.perf_counter() - start)
+        if side == "vllm":  # two processes did it
+            facts |= memory("self", engine.process.process.pid)
+            facts |= agreement(policy, drawn(policy, work, 0, engine), work.temperature)
+    print(json.dumps({"seconds": seconds[1:], "tokens": tokens[1:], **facts}))
     return 0
 
 

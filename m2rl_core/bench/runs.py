@@ -30,13 +30,13 @@ class Runs:
     def median(self, label: str) -> float:
         return statistics.median(run["seconds"] for run in self.found[label])
 
-    def row(self, name: str, ours: str, peer: str, peer_name: str, bar: float, floor: float) -> list[dict]:
+    def row(self, name: str, ours: str, peer: str, peer_name: str, bar: float | None, floor: float) -> list[dict]:
         """The comparison of two labels as a row of reports/bench/*.json; none where one has no run."""
         if ours not in self or peer not in self:
             return []
         mine, other = self.median(ours), self.median(peer)
         row = {"name": name, "ours": _digits(mine), "peer": _digits(other), "peer_name": peer_name, "unit": "s",
-               "ratio": round(other / mine, 2), "bar": round(bar, 3),
+               "ratio": round(other / mine, 2), "bar": bar and round(bar, 3),
                "pairs": min(len(self.found[ours]), len(self.found[peer])),
                "floor": _digits(floor), "floor_multiple": round(mine / floor, 2)}
         for side, label in (("ours", ours), ("peer", peer)):

@@ -14,9 +14,10 @@ from torch import Tensor
 from m2rl_core import policy as policies
 from m2rl_core.data import rl_rows
 from m2rl_core.domains import DOMAINS, generator
+from m2rl_core.engines import open_engine
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import head
-from m2rl_core.rollout import Rollout, micro_batches, response_hidden, sample
+from m2rl_core.rollout import Rollout, micro_batches, response_hidden
 
 
 @torch.no_grad()
@@ -50,13 +51,15 @@ def build(ctx) -> None:
     loaded = {name: policies.load(folder) for name, folder in ctx.inputs.items()}
     experts = {domain: loaded.pop(f"rl-{domain}") for domain in DOMAINS}
     frames = []
-    for done, (domain, expert_of) in enumerate((d, e) for d in DOMAINS for e in DOMAINS):
-        rows = rl_rows(spec, (domain,), seed)[:settings["prompts"]]
-        rng = torch.Generator().manual_seed(generator(seed, "kl", domain, expert_of).randrange(2**62))
-        rollouts = sample(experts[expert_of], rows, settings["samples"], generator=rng, temperature=spec.temperature,
-                          max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
-        found = pd.DataFrame(trajectory_kl(experts[expert_of], loaded, rollouts, spec.temperature))
-        found["prompt"], found["sample"] = found["rollout"] // settings["samples"], found["rollout"] % settings["samples"]
-        frames.append(found.drop(columns="rollout").assign(expert=f"rl-{expert_of}", domain=domain))
-        ctx.progress.step(done + 1, len(DOMAINS) ** 2)
+    with open_engine(ctx.profile) as engine:
+        for done, (domain, expert_of) in enumerate((d, e) for d in DOMAINS for e in DOMAINS):
+            rows = rl_rows(spec, (domain,), seed)[:settings["prompts"]]
+            rng = torch.Generator().manual_seed(generator(seed, "kl", domain, expert_of).randrange(2**62))
+            rollouts = engine.sample(experts[expert_of], rows, settings["samples"], generator=rng,
+                                     temperature=spec.temperature, max_new_tokens=spec.max_new_tokens,
+                                     max_turns=spec.max_turns)
+            found = pd.DataFrame(trajectory_kl(experts[expert_of], loaded, rollouts, spec.temperature))
+            found["prompt"], found["sample"] = found["rollout"] // settings["samples"], found["rollout"] % settings["samples"]
+            frames.append(found.drop(columns="rollout").assign(expert=f"rl-{expert_of}", domain=domain))
+            ctx.progress.step(done + 1, len(DOMAINS) ** 2)
     pd.concat(frames, ignore_index=True).to_parquet(ctx.out / "kl.parquet", index=False)

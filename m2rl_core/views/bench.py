@@ -22,14 +22,17 @@ def sentence(found: pd.DataFrame, name: str) -> Markdown:
     """Where and how it was measured, and which bars hold; or the command that measures it."""
     if found.empty:
         return Markdown(f"Not measured in this clone: `make bench NB={name}` does it.")
-    here = found["machine"].iloc[0]
-    missed = found[found["ratio"] < found["bar"]]["name"]
-    held = f"{len(found) - len(missed)} of {len(found)} comparisons reach their bar"
+    here, barred = found["machine"].iloc[0], found.dropna(subset="bar")
+    missed = barred[barred["ratio"] < barred["bar"]]["name"]
+    held = f"{len(barred) - len(missed)} of {len(barred)} comparisons with a bar reach it"
     least, most = found["pairs"].min(), found["pairs"].max()
     pairs = f"{least}" if least == most else f"{least} to {most}"
     return Markdown(f"Measured on {here['cores']} cores and {here['memory_gb']} GB of memory, interleaved, "
                     f"{pairs} pairs, medians. {held}"
-                    + (f"; not {', '.join(missed)}." if len(missed) else "."))
+                    + (f"; not {', '.join(missed)}." if len(missed) else ".") + "".join(
+                        f" {r['peer_name']}'s log-probs differ from the trainer's by at most {r['mismatch_max']:.1e} nats, "
+                        f"{r['mismatch_mean']:.1e} on average, and masking keeps {100 * r['kept']:.2f} % of the tokens."
+                        for r in found.to_dict("records") if r.get("mismatch_max", 0) > 0))
 
 
 def shown(found: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +45,7 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
 
     return pd.DataFrame([{
         "what": r["name"], "ours (s)": runs(r, "ours"), "other (s)": runs(r, "peer"), "other is": r["peer_name"],
-        "other / ours": f"{r['ratio']:.1f}", "bar": f"{r['bar']:.2g}", "ours / floor": f"{r['floor_multiple']:.1f}",
+        "other / ours": f"{r['ratio']:.1f}", "bar": "–" if pd.isna(r["bar"]) else f"{r['bar']:.2g}", "ours / floor": f"{r['floor_multiple']:.1f}",
         "our memory (MB)": f"{r['ours_anonymous_mb']:,.0f}", "other's (MB)": f"{r['peer_anonymous_mb']:,.0f}",
         "pairs": r["pairs"],
     } for r in found.to_dict("records")])

@@ -91,6 +91,35 @@ def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict
     return table.assign(**{"verifier failures": broken}) if any(broken) else table
 
 
+def agreement(steps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Sampler against trainer by step, of the runs that learn by policy gradient: model, step, panel, value.
+
+    The value is NaN for a step without an update, and for a mismatch of exactly 0, which has no logarithm.
+    """
+    parts = []
+    for model, frame in steps.items():
+        if "mismatch" in frame:
+            sure = defined(frame)
+            seen = {"largest mismatch (log10 of nats)": np.log10(sure["mismatch"].where(sure["mismatch"] > 0)),
+                    "tokens kept (%)": 100 * sure["kept"]}
+            parts += [pd.DataFrame({"model": model, "step": sure["step"], "panel": panel, "value": value})
+                      for panel, value in seen.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def agreement_sentence(steps: Mapping[str, pd.DataFrame], engine: str) -> str:
+    """Which engine sampled, and the worst step of all runs, by mismatch and by what was masked."""
+    sure = pd.concat([defined(frame).dropna(subset="kept").assign(model=model) for model, frame in steps.items()
+                      if "mismatch" in frame] or [pd.DataFrame()], ignore_index=True)
+    if sure.empty:
+        return f"Sampled by {engine}. No step recorded an update by policy gradient."
+    off, least = sure.loc[sure["mismatch"].idxmax()], sure.loc[sure["kept"].idxmin()]
+    masked = "no token was masked" if least["kept"] == 1 else (
+        f"the least that a step kept is {100 * least['kept']:.2f} % of its tokens ({least['model']}, step {least['step']})")
+    return (f"Sampled by {engine}: over {len(sure):,} steps with an update the largest mismatch is "
+            f"{off['mismatch']:.1e} nats ({off['model']}, step {off['step']}), and {masked}.")
+
+
 def table8(run, rng: np.random.Generator) -> pd.DataFrame:
     """Table 8: base and the best weight merge of this run (by the mean of the nine), then the paper's two models."""
     rows = run.scores(["base", *MERGES])

