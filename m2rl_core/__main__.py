@@ -36,7 +36,7 @@ def reproduce(args) -> int:
     is_file = args.profile.endswith((".yaml", ".yml"))  # notebooks run in a folder of their own
     profile = str(Path(args.profile).absolute()) if is_file else args.profile
     jobs = runner.plan(root / "notebooks", profile, args.models, args.nb, extra)
-    ok = runner.reproduce(jobs, _report(run), run.store.root, run.profile.name)
+    ok = runner.reproduce(jobs, _report(run), run.store.root, run.profile.name, lanes=run.profile.jobs + 1)
     return 0 if ok else 1
 
 
@@ -90,7 +90,8 @@ def why(args) -> int:
 
 def estimate(args) -> int:
     """steps, rollouts, tokens and seconds of every stage"""
-    frame = _open(args).estimate()
+    run = _open(args)
+    frame = run.estimate()
     print(f"{'stage':28} {'done':5} {'steps':>7} {'rollouts':>9} {'tokens <=':>13} {'time':>9}  from")
     for row in frame.itertuples(index=False):
         time = duration(row.seconds) if row.seconds == row.seconds else "?"
@@ -99,7 +100,8 @@ def estimate(args) -> int:
     left = frame[~frame.done]
     unknown = int(left.seconds.isna().sum())
     print(f"left: {duration(left.seconds.sum())} for the {len(left) - unknown} unmade stages with a measured time; "
-          f"{unknown} stages were never timed on this machine")
+          f"{unknown} stages were never timed on this machine"
+          + (f"; {run.profile.jobs} are made at a time" if run.profile.jobs > 1 else ""))
     return 0
 
 
@@ -114,11 +116,11 @@ def clean(args) -> int:
     store = _open(args).store
     folder = store.root
     if folder.is_dir():
-        with store.lock("clean"):  # nobody works on it; the lock's own file stays, others may wait on it
+        with store.lock_all("clean"):  # nobody works on it; the lock's own file stays, others may wait on it
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-                elif not path.name.endswith(".lock"):
+                elif ".lock" not in path.name:
                     path.unlink()
         print(f"removed {folder}")
     else:

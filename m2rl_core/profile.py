@@ -145,6 +145,8 @@ def _check(profile: Profile, path: Path) -> None:
             fail(f"rl.{name}", f"{getattr(profile.rl, name)}: a weight below 0 would push the wrong way; 0 leaves it out")
     if profile.rl.group < 2:
         fail("rl.group", "GRPO compares the rollouts of a group: at least 2 are needed")
+    if profile.jobs < 1:
+        fail("jobs", f"{profile.jobs}: at least one stage must be made at a time")
     if not 0 < profile.gpu_memory < 1:
         fail("gpu_memory", f"{profile.gpu_memory} is not in (0, 1): vLLM and the trainer share the GPU")
     if not 0 < profile.merge.density <= 1:

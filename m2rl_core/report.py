@@ -1,6 +1,6 @@
 """The strict papermill runner: every notebook in a fresh kernel as soon as what it needs is done, then the site.
 
-Two run at a time: one works, the other starts its kernel, draws, or waits for the store. Stricter than papermill in
+One more than stages are made at once: it starts its kernel, draws, or waits for the store. Stricter than papermill in
 three points: an unknown parameter is an error, not a warning; a notebook that ends early by SystemExit(0) has failed;
 a failure stops only the notebooks that need the failed one.
 """
@@ -46,7 +46,7 @@ NEEDS = {  # what must not have failed in this run for a notebook to be worth it
 
 # What only has to be over: the plan shows the store before this run, the benchmarks after it.
 BEFORE = {"3.1_preliminary": ("0_plan",), "B_benchmarks": ("4_conclusion", "A_training_details")}
-LANES = 2  # notebooks at a time; the store lets one at a time make a stage
+LONGEST = f"{TRAIN}.rl-multi"  # begun first of those that may run
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel that ends well is interrupted first, and would call it an error
 
 
@@ -118,8 +118,9 @@ def check_parameters(source: Path, given: dict, known: list[str]) -> None:
             raise ReportError(f"{source.name}: unknown parameter {name!r}{_nearest(name, known)}")
 
 
-def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say: Callable[[str], None] = print) -> bool:
-    """Run the jobs, write the site; True where every one of them completed.
+def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say: Callable[[str], None] = print,
+              lanes: int = 2) -> bool:
+    """Run the jobs, `lanes` at a time, write the site; True where every one of them completed.
 
     Executed copies go to `report`/<name>.ipynb; lines of progress from the kernels to `artifacts`/reproduce.log
     and to `say`. A second call on the same store waits for the first.
@@ -131,7 +132,7 @@ def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say:
         results: dict[str, Result] = {}
         for job in jobs:
             (report / "claims" / f"{job.name}.json").unlink(missing_ok=True)
-        for result in _scheduled(jobs, report, log, say):
+        for result in _scheduled(jobs, report, log, say, lanes):
             results[result.name] = result
             took = f" in {duration(result.seconds)}" if result.seconds else ""
             say(f"[{len(results)}/{len(jobs)}] {result.name}: {result.status}{took}"
@@ -144,21 +145,21 @@ def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say:
     return not bad
 
 
-def _scheduled(jobs: list[Job], report: Path, log: Path, say: Callable[[str], None]) -> Iterator[Result]:
-    """Execute each job when those that it needs are over, `LANES` at a time; yields results as they come.
+def _scheduled(jobs: list[Job], report: Path, log: Path, say: Callable[[str], None], count: int) -> Iterator[Result]:
+    """Execute each job when those that it needs are over, `count` at a time; yields results as they come.
 
     Each lane is a process (papermill keeps its kernel's environment and signals to itself there) that a fork
     server starts with papermill loaded.
     """
-    waiting, running, over = list(jobs), {}, {}
-    lanes = _lanes()
+    waiting, running, over = sorted(jobs, key=lambda job: job.name != LONGEST), {}, {}
+    lanes = _lanes(count)
     try:
         while waiting or running:
             for job in list(waiting):
                 needs = NEEDS.get(job.name, ())
                 ahead = {other.name for other in (*waiting, *running.values())}
                 blocked = [name for name in needs if name in over and over[name].status != "completed"]
-                if not ahead.isdisjoint((*needs, *BEFORE.get(job.name, ()))) or not blocked and len(running) == LANES:
+                if not ahead.isdisjoint((*needs, *BEFORE.get(job.name, ()))) or not blocked and len(running) == count:
                     continue
                 waiting.remove(job)
                 if blocked:
@@ -174,16 +175,16 @@ def _scheduled(jobs: list[Job], report: Path, log: Path, say: Callable[[str], No
                 except BrokenProcessPool:
                     over[job.name] = Result(job.name, "failed", reason="its process was killed; run again to go on")
                     lanes.shutdown(wait=False)
-                    lanes = _lanes()
+                    lanes = _lanes(count)
                 yield over[job.name]
     finally:
         lanes.shutdown(cancel_futures=True)
 
 
-def _lanes() -> ProcessPoolExecutor:
+def _lanes(count: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["papermill", "nbclient", "nbformat", "m2rl_core.report"])
-    return ProcessPoolExecutor(LANES, context, _inherit, (dict(os.environ) | {"M2RL_RUN": str(os.getpid())},))
+    return ProcessPoolExecutor(count, context, _inherit, (dict(os.environ) | {"M2RL_RUN": str(os.getpid())},))
 
 
 def _inherit(environment: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, prepare, token_logprobs
 
 BATCH = 256  # rollouts in flight
+BUDGET = 16384 if torch.cuda.is_available() else 1024  # response tokens at once in training: on a CPU what its cache holds
 COMPACT = 0.75  # retire finished rows when fewer than this share are live
 
 
@@ -254,7 +255,7 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
     return F.embedding(before[sampled], hidden), tokens[sampled], of[sampled]
 
 
-def micro_batches(rollouts: Sequence[Rollout], budget: int = 4096) -> list[list[int]]:
+def micro_batches(rollouts: Sequence[Rollout], budget: int = BUDGET) -> list[list[int]]:
     """Indices of rollouts in batches of at most `budget` response tokens, of like length.
 
     Groups stay together, for the sake of their prompt; one that is larger than the budget is a batch of its own.

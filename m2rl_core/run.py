@@ -62,7 +62,7 @@ class Run:
         self.profile = profile
         self.root = root
         self.stages = study(profile)
-        self.store = Store(root / profile.name)
+        self.store = Store(root / profile.name, profile.jobs)
 
     # Making ---------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Run:
     def rebuild(self, name: str) -> Path:
         """Make a stage again; the old folder is moved to set-aside/, not removed."""
         stage = find(self.stages, name)
-        with self.store.lock(f"{name} (set aside)", progress.say):
+        with self.store.lock_all(f"{name} (set aside)", progress.say):
             self.store.set_aside(stage)
         return self.need(name)
 
@@ -120,7 +120,7 @@ class Run:
             module, function = BUILDERS[stage.kind].split(":")
             build = getattr(importlib.import_module(module), function)
             if "torch" in sys.modules:
-                sys.modules["torch"].set_num_threads(self.profile.threads)
+                sys.modules["torch"].set_num_threads(self.profile.threads_of(stage.kind))
             context = BuilderContext(self.profile, stage, inputs, out, out / STATE, shown, shown.log,
                                      self.seed(stage.name))
             try:

@@ -180,6 +180,11 @@ class Profile:
     engine: Literal["torch", "vllm"] = "torch"
     gpu_memory: float = 0.4
     seeds: int = 1
+    jobs: int = 1
+
+    def threads_of(self, kind: str) -> int:
+        """Threads of a stage: its share of all, whether or not others run; all where every other stage waits for it."""
+        return self.threads if kind in ("base", "sft") else max(1, self.threads // self.jobs)
 
 
 def keyed(spec) -> dict:

@@ -36,10 +36,10 @@ class DiskFull(RuntimeError):
 
 
 class Store:
-    """The artifacts of one profile under `root` (artifacts/<profile>)."""
+    """The artifacts of one profile under `root` (artifacts/<profile>); `jobs` stages may be made at once."""
 
-    def __init__(self, root: Path):
-        self.root = Path(root)
+    def __init__(self, root: Path, jobs: int = 1):
+        self.root, self.jobs = Path(root), jobs
         self._checked: set[tuple[Path, int]] = set()
 
     def folder(self, stage: Stage) -> Path:
@@ -138,8 +138,16 @@ class Store:
         return begun + reasons
 
     def lock(self, stage: str, say: Callable[[str], None] = print):
-        """Hold the store while `stage` is made; a second process waits and says for whom."""
-        return hold(self.root / ".lock", stage, say)
+        """Hold one of the store's places while `stage` is made; who finds none, or the same stage in one, waits and says for whom."""
+        return hold(self.root / ".lock", stage, say, self.jobs)
+
+    @contextlib.contextmanager
+    def lock_all(self, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
+        """Hold the whole store: no stage is being made."""
+        with contextlib.ExitStack() as held:
+            for path in places(self.root / ".lock", self.jobs):
+                held.enter_context(hold(path, what, say))
+            yield
 
     def _has_state(self, stage: Stage) -> bool:
         state = self.folder(stage) / STATE
@@ -160,33 +168,56 @@ class Store:
                                f"mend: `{command()} rebuild {name} --profile {self.root.name}`")
 
 
+def places(path: Path, count: int) -> list[Path]:
+    """The files that stand for the places of a lock: `path`, `path`-1, ..."""
+    return [path, *(path.with_name(f"{path.name}-{i}") for i in range(1, count))]
+
+
 @contextlib.contextmanager
-def hold(path: Path, stage: str, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; while another process has it, wait and say who that is.
+def hold(path: Path, stage: str, say: Callable[[str], None] = print, count: int = 1) -> Iterator[None]:
+    """Hold a lock on the file `path`, which `count` may hold, each for another stage; who must wait says for whom.
 
     The lock ends with the process, however it ends; the file's text only tells who holds it. Nothing is said where
-    the other belongs to the same run (environment variable M2RL_RUN): two notebooks of one run take turns.
+    the other belongs to the same run (environment variable M2RL_RUN): the notebooks of one run take turns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    told = -NOTICE
+    while isinstance(found := _claim(places(path, count), stage), Path):
+        if time.monotonic() - told >= NOTICE and not _same_run(found):
+            told = time.monotonic()
+            say(f"waiting: {_holder(found)}")
+        time.sleep(0.2)
     try:
-        told = -NOTICE
-        while True:
+        yield
+    finally:
+        os.ftruncate(found, 0)
+        os.close(found)  # and with it the lock
+
+
+def _claim(paths: list[Path], stage: str) -> int | Path:
+    """A handle on the first free place, signed; where none is free, or the stage is in one, that place's file."""
+    handles: dict[Path, int] = {}
+    with contextlib.ExitStack() as claiming:
+        if len(paths) > 1:  # one at a time looks around
+            guard = os.open(paths[0].with_name(f"{paths[0].name}-claim"), os.O_RDWR | os.O_CREAT, 0o644)
+            claiming.callback(os.close, guard)
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        for path in paths:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                handles[path] = handle
             except BlockingIOError:
-                if time.monotonic() - told >= NOTICE and not _same_run(path):
-                    told = time.monotonic()
-                    say(f"waiting: {_holder(path)}")
-                time.sleep(0.2)
-        _sign(handle, stage)
-        try:
-            yield
-        finally:
-            os.ftruncate(handle, 0)
-    finally:
-        os.close(handle)  # and with it the lock
+                os.close(handle)
+        taken = [path for path in paths if path not in handles]
+        blocking = [path for path in taken if _who(path).get("stage") == stage] or ([] if handles else taken)
+        kept = None if blocking else next(iter(handles.values()))
+        for handle in handles.values():
+            if handle != kept:
+                os.close(handle)
+        if kept is not None:
+            _sign(kept, stage)
+        return blocking[0] if blocking else kept
 
 
 def _sign(handle: int, stage: str) -> None:
@@ -201,20 +232,22 @@ def _sign(handle: int, stage: str) -> None:
             raise
 
 
+def _who(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # it was taken a moment ago, or on a full disk
+        return {}
+
+
 def _same_run(path: Path) -> bool:
     run = os.environ.get("M2RL_RUN")
-    try:
-        return run is not None and json.loads(path.read_text(encoding="utf-8"))["run"] == run
-    except (ValueError, KeyError):
-        return False
+    return run is not None and _who(path).get("run") == run
 
 
 def _holder(path: Path) -> str:
-    try:
-        who = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return f"another process holds {path}"
-    return f"process {who['pid']} ({who['command']}) works on {who['stage']} since {who['since']}"
+    who = _who(path)
+    return f"process {who['pid']} ({who['command']}) works on {who['stage']} since {who['since']}" if who else (
+        f"another process holds {path}")
 
 
 def command() -> str:

@@ -17,7 +17,7 @@ from m2rl_core import run as runs
 from m2rl_core import store as stores
 from m2rl_core.__main__ import main
 from m2rl_core.run import MissingArtifact
-from m2rl_core.store import CorruptArtifact, DiskFull, differences, hold
+from m2rl_core.store import CorruptArtifact, DiskFull, Store, differences, hold
 
 HERE = Path(__file__).resolve().parent
 
@@ -153,6 +153,32 @@ def test_a_second_process_waits_and_says_for_whom(tmp_path):
     assert "step" not in waited.replace("works on", "")  # it found the stage made, and made nothing itself
 
 
+def test_as_many_stages_at_once_as_there_are_places(tmp_path):
+    """Catches a third trainer beside two, two trainers of one stage, and a store that is cleaned while one works."""
+    told: list[str] = []
+
+    def waits(hold_it) -> bool:
+        def say(text):
+            told.append(text)
+            raise InterruptedError
+        try:
+            with hold_it(say):
+                return False
+        except InterruptedError:
+            return True
+
+    store = Store(tmp_path, jobs=2)
+    with store.lock("rl-math"):
+        assert waits(lambda say: store.lock("rl-math", say)) and "works on rl-math since" in told[-1]
+        with store.lock("rl-if"):
+            assert waits(lambda say: store.lock("rl-agent", say))
+            assert waits(lambda say: store.lock_all("clean", say))
+        assert waits(lambda say: store.lock_all("clean", say))
+        assert not waits(lambda say: store.lock("rl-agent", say))
+    with store.lock_all("clean"):
+        assert waits(lambda say: store.lock("rl-math", say)) and "works on clean since" in told[-1]
+
+
 def test_the_lock_ends_with_a_killed_process(tmp_path):
     first = spawn(tmp_path, "base", "pause 5")
     while not (tmp_path / "smoke" / "models").exists():
@@ -223,4 +249,4 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert main(["estimate", "--profile", "smoke"]) == 0
     assert "not measured yet" in capsys.readouterr().out
     assert main(["clean", "--profile", "smoke"]) == 0
-    assert [path.name for path in (tmp_path / "smoke").iterdir()] == [".lock"]
+    assert {path.name for path in (tmp_path / "smoke").iterdir()} == {".lock", ".lock-1", ".lock-claim"}
