@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from m2rl_core import policy as policies
+from m2rl_core.collect import collect, summary
 from m2rl_core.data import batch_of, rl_rows
-from m2rl_core.domains import DOMAINS, Row, Verdict, prepare, rewards
-from m2rl_core.engines import TORCH, Engine, open_engine
+from m2rl_core.domains import DOMAINS
+from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import Watch
 from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced
 from m2rl_core.metrics.interference import Interference
@@ -103,33 +104,3 @@ def build(ctx) -> None:
             watch.keep_batch)
     watch.finish()
     interference.finish()
-
-
-def collect(policy: Policy, rows: list[Row], spec, seed: int,
-            engine: Engine = TORCH) -> tuple[list[Rollout], list[Verdict], Tensor, dict]:
-    """`spec.group` rollouts of each row with their verdicts, the scores (P, G), and the seconds that both took."""
-    start = time.perf_counter()
-    prepare(rows)
-    rollouts = engine.sample(policy, rows, spec.group, generator=torch.Generator().manual_seed(seed),
-                             temperature=spec.temperature, max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
-    sampled = time.perf_counter()
-    verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
-    scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)
-    return rollouts, verdicts, scores, {"seconds_sample": sampled - start, "seconds_verify": time.perf_counter() - sampled}
-
-
-def summary(rollouts: list[Rollout], verdicts: list[Verdict], scores: Tensor) -> dict:
-    """What a step's rollouts looked like: mean reward (all, and by domain), length, truncation, useless groups."""
-    group = scores.shape[1]
-    by_domain: dict[str, list[float]] = {}
-    for rollout, score in zip(rollouts[::group], scores.mean(dim=1).tolist(), strict=True):
-        by_domain.setdefault(rollout.row.domain, []).append(score)
-    return {
-        "reward": float(scores.mean()),
-        **{f"reward_{d}": sum(v) / len(v) for d, v in sorted(by_domain.items())},
-        "skipped_groups": float((scores == scores[:, :1]).all(dim=1).float().mean()),
-        "response_tokens": sum(r.length for r in rollouts), "prompt_tokens": sum(len(r.prompt) for r in rollouts[::group]),
-        "length": sum(r.length for r in rollouts) / len(rollouts),
-        "truncated": sum(r.truncated for r in rollouts) / len(rollouts), "rollouts": len(rollouts),
-        **({"verifier_failures": failed} if (failed := sum(v.failed for v in verdicts)) else {}),
-    }

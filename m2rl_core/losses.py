@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from m2rl_core.policy import Policy
+from m2rl_core.qwen3 import head
 from m2rl_core.rollout import Rollout
 
 
@@ -120,3 +124,19 @@ def reduced(values: Tensor, counted: Tensor, owner: Tensor, loss: str, totals: T
     if loss == "dr_grpo":
         return (values * counted).sum() / (totals.sequences * totals.longest)
     raise ValueError(f"loss {loss!r}: one of grpo, dapo, dr_grpo")
+
+
+def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float,
+               chunk: int = 512) -> Tensor:
+    """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D).
+
+    Works `chunk` tokens at a time and computes a chunk's distributions again in the backward pass, so that no more
+    than (chunk, V) numbers of a kind exist at once in either. The teacher gets no gradient.
+    """
+    def exact(h: Tensor, th: Tensor) -> Tensor:
+        logp = F.log_softmax(F.linear(h, head(student.weights)).float() / temperature, dim=-1)  # (n, V)
+        with torch.no_grad():
+            logq = F.log_softmax(F.linear(th, head(teacher.weights)).float() / temperature, dim=-1)
+        return (logp.exp() * (logp - logq)).sum(-1)
+    return torch.cat([checkpoint(exact, h, th, use_reentrant=False, preserve_rng_state=False)
+                      for h, th in zip(hidden.split(chunk), teacher_hidden.split(chunk), strict=True)])

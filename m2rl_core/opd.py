@@ -10,48 +10,23 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from m2rl_core import policy as policies
+from m2rl_core.collect import collect, summary
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS
 from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import Watch
-from m2rl_core.grpo import backward, collect, summary
-from m2rl_core.losses import Loss, Totals, reduced
+from m2rl_core.grpo import backward
+from m2rl_core.losses import Loss, Totals, reduced, reverse_kl
 from m2rl_core.metrics import gradient_noise
 from m2rl_core.metrics.every import Every
 from m2rl_core.policy import Policy
-from m2rl_core.qwen3 import head, token_logprobs
+from m2rl_core.qwen3 import token_logprobs
 from m2rl_core.rollout import Rollout, micro_batches, response_hidden
-from m2rl_core.teachers import Teachers
+from m2rl_core.teachers import Teachers, by_domain
 from m2rl_core.trainer import Optimization, fit
-
-
-def reverse_kl(student: Policy, teacher: Policy, hidden: Tensor, teacher_hidden: Tensor, temperature: float,
-               chunk: int = 512) -> Tensor:
-    """KL(student || teacher) of each token's full distribution, (N,), from both hidden states (N, D).
-
-    Works `chunk` tokens at a time and computes a chunk's distributions again in the backward pass, so that no more
-    than (chunk, V) numbers of a kind exist at once in either. The teacher gets no gradient.
-    """
-    def exact(h: Tensor, th: Tensor) -> Tensor:
-        logp = F.log_softmax(F.linear(h, head(student.weights)).float() / temperature, dim=-1)  # (n, V)
-        with torch.no_grad():
-            logq = F.log_softmax(F.linear(th, head(teacher.weights)).float() / temperature, dim=-1)
-        return (logp.exp() * (logp - logq)).sum(-1)
-    return torch.cat([checkpoint(exact, h, th, use_reentrant=False, preserve_rng_state=False)
-                      for h, th in zip(hidden.split(chunk), teacher_hidden.split(chunk), strict=True)])
-
-
-def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
-    """Hard routing: the rollouts of each domain, for its one teacher."""
-    routed: dict[str, list[Rollout]] = {}
-    for rollout in rollouts:
-        routed.setdefault(rollout.row.domain, []).append(rollout)
-    return routed
 
 
 def backward_full(student: Policy, teachers: Mapping[str, Policy], rollouts: list[Rollout], loss: Loss,

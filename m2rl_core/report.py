@@ -46,7 +46,7 @@ NEEDS = {  # what must not have failed in this run for a notebook to be worth it
 
 # What only has to be over: the plan shows the store before this run, the benchmarks after it.
 BEFORE = {"3.1_preliminary": ("0_plan",), "B_benchmarks": ("4_conclusion", "A_training_details")}
-LONGEST = f"{TRAIN}.rl-multi"  # begun first of those that may run
+FIRST = (f"{TRAIN}.rl-agent", f"{TRAIN}.rl-multi")  # the longest are begun first of those that may run
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel that ends well is interrupted first, and would call it an error
 
 
@@ -151,7 +151,7 @@ def _scheduled(jobs: list[Job], report: Path, log: Path, say: Callable[[str], No
     Each lane is a process (papermill keeps its kernel's environment and signals to itself there) that a fork
     server starts with papermill loaded.
     """
-    waiting, running, over = sorted(jobs, key=lambda job: job.name != LONGEST), {}, {}
+    waiting, running, over = sorted(jobs, key=lambda job: job.name not in FIRST), {}, {}
     lanes = _lanes(count)
     try:
         while waiting or running:

@@ -149,3 +149,11 @@ class Teachers(Mapping):
     def size(self) -> tuple[int, int]:
         """Bytes of memory: of the one whole copy, and of what all teachers keep beside it."""
         return sum(w.nbytes for w in self.policy.weights.values()), sum(map(room, self.found.values()))
+
+
+def by_domain(rollouts: list[Rollout]) -> dict[str, list[Rollout]]:
+    """Hard routing: the rollouts of each domain, for its one teacher."""
+    routed: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        routed.setdefault(rollout.row.domain, []).append(rollout)
+    return routed

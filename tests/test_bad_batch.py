@@ -11,7 +11,7 @@ import toy_training
 import torch
 from safetensors.torch import load_file
 
-from m2rl_core import grpo, opd
+from m2rl_core import collect, grpo, opd
 from m2rl_core import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS, Verdict
@@ -31,13 +31,13 @@ def inputs(policy, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def rewards_by_text(monkeypatch):
-    monkeypatch.setattr(grpo, "rewards", toy_training.by_text)
+    monkeypatch.setattr(collect, "rewards", toy_training.by_text)
 
 
 @pytest.mark.parametrize("stage", ["rl-math", "rl-multi"])
 def test_steps_that_skip_every_group_change_nothing(inputs, tmp_path, monkeypatch, stage):
     """Faults: NaN from a mean over nothing; weights that decay or drift where nothing was learned."""
-    monkeypatch.setattr(grpo, "rewards", lambda rows, transcripts: [Verdict(1.0, "right")] * len(rows))
+    monkeypatch.setattr(collect, "rewards", lambda rows, transcripts: [Verdict(1.0, "right")] * len(rows))
     toy_training.attempt(stage, tmp_path, inputs)
     start, end = (load_file(folder / "model.safetensors") for folder in (inputs["sft"], tmp_path / "out"))
     assert all(torch.equal(start[name], weight) for name, weight in end.items())

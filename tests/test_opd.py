@@ -13,16 +13,17 @@ import torch.nn.functional as F
 import toy_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2rl_core import opd
+from m2rl_core import losses
 from m2rl_core.attention import Causal
 from m2rl_core.domains import Row
 from m2rl_core.grpo import backward
 from m2rl_core.losses import Loss, Totals
-from m2rl_core.opd import backward_full, backward_sampled, by_domain
+from m2rl_core.opd import backward_full, backward_sampled
 from m2rl_core.policy import Policy
 from m2rl_core.profile import load_profile
 from m2rl_core.qwen3 import head, hidden_states, prepare
 from m2rl_core.rollout import Rollout, logprobs
+from m2rl_core.teachers import by_domain
 
 WORDS, PROMPT, NEAR = 3, [0, 2, 1], 1e-6
 LOSS = Loss.of(load_profile("smoke").opd, loss="grpo")
@@ -156,7 +157,7 @@ def test_chunks_do_not_show(student, teacher, chunk):
         return (p.exp() * (p - q.detach())).sum(-1)
     found = []
     whole = run(plain)
-    parts = run(lambda own: opd.reverse_kl(student, teacher, own, theirs, 0.7, chunk))
+    parts = run(lambda own: losses.reverse_kl(student, teacher, own, theirs, 0.7, chunk))
     assert torch.allclose(found[1], found[0], atol=1e-6) and size(whole) > 0.01
     assert toy_policy.furthest(parts, whole) < NEAR
 
@@ -169,7 +170,7 @@ def test_no_more_than_a_chunk_of_the_vocabulary_is_held():
     hidden, theirs = torch.randn(tokens, 8, requires_grad=True), torch.randn(tokens, 8)
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
-        found = opd.reverse_kl(student, teacher, hidden, theirs, 1.0, chunk)
+        found = losses.reverse_kl(student, teacher, hidden, theirs, 1.0, chunk)
     assert sum(held) < tokens * vocab / 16
 
     class Largest(TorchDispatchMode):
@@ -181,7 +182,7 @@ def test_no_more_than_a_chunk_of_the_vocabulary_is_held():
     sizes = []
     with Largest():
         found.sum().backward()
-        opd.reverse_kl(student, teacher, hidden, theirs, 1.0, chunk)
+        losses.reverse_kl(student, teacher, hidden, theirs, 1.0, chunk)
     assert max(sizes) == chunk * vocab
 
 

@@ -24,7 +24,7 @@ import toy_policy
 import yaml
 from scipy import stats
 
-from m2rl_core import engines, grpo, rollout, vllm_engine
+from m2rl_core import collect, engines, grpo, rollout, vllm_engine
 from m2rl_core import policy as policies
 from m2rl_core.domains import BENCHMARKS, Verdict, module, rewards
 from m2rl_core.errors import StudyError
@@ -236,7 +236,7 @@ def test_grpo_steps_with_new_weights_each(engine, toy, tmp_path, monkeypatch, lo
         __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
 
     monkeypatch.setattr(grpo, "open_engine", lambda asked: Kept() if asked.engine == "vllm" else None)
-    monkeypatch.setattr(grpo, "rewards", lambda rows, turns: [Verdict(float(len(t[0]) % 2), "") for t in turns])
+    monkeypatch.setattr(collect, "rewards", lambda rows, turns: [Verdict(float(len(t[0]) % 2), "") for t in turns])
     grpo.build(ctx)
     steps = [json.loads(line) for line in (ctx.out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3 and len(loads) == 4  # one a step, and the last for the evaluation after the third

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 import toy_policy
 
-from m2rl_core import evaluate, grpo, opd, trainer
+from m2rl_core import collect, evaluate, grpo, opd, trainer
 from m2rl_core import policy as policies
 from m2rl_core.domains import DOMAINS, Verdict
 from m2rl_core.profile import load_profile
@@ -89,7 +89,7 @@ def in_a_fork(*args) -> int:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
-    grpo.rewards = by_text
+    collect.rewards = by_text
     sft = toy_policy.make(toy_policy.tokenizer())
     for i, name in enumerate(("sft", *(f"rl-{domain}" for domain in DOMAINS))):
         policies.save(toy_policy.nudged(sft, 0.5, seed=i) if i else sft, root / "models" / name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from m2rl_core import plots
 from m2rl_core.losses import Loss, advantages, importance_weights, policy_loss
 from m2rl_core.merging import merge_state
-from m2rl_core.opd import reverse_kl
+from m2rl_core.losses import reverse_kl
 from m2rl_core.policy import Policy
 
 CLIP = (0.2, 0.28)
@@ -123,7 +123,7 @@ def logits_of(parameters: Tensor) -> Tensor:
 
 
 def full_loss(parameters: Tensor, teacher: Tensor) -> Tensor:
-    """Exact reverse KL of the toy student to the toy teacher, through `opd.reverse_kl`."""
+    """Exact reverse KL of the toy student to the toy teacher, through `losses.reverse_kl`."""
     head = identity_policy(3)
     return reverse_kl(head, head, logits_of(parameters), teacher[None], 1.0).sum()
 
