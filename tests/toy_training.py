@@ -29,7 +29,7 @@ STEPS, EVERY, SEED = 6, 2, 7
 TRAINING = (("rewards", 2), ("save", 1), ("clip", 4), ("look", 2))
 STAGES = {"rl-math": (grpo.build, TRAINING), "rl-multi": (grpo.build, TRAINING), "mt-opd": (opd.build, TRAINING),
           "eval-sft": (evaluate.build, (("look", 4),))}
-PLACES = {"rewards": (grpo, "rewards"), "clip": (torch.nn.utils, "clip_grad_norm_"), "look": (evaluate, "rewards"),
+PLACES = {"rewards": (collect, "rewards"), "clip": (torch.nn.utils, "clip_grad_norm_"), "look": (evaluate, "rewards"),
           "save": (trainer.torch, "save")}
 
 
