@@ -89,3 +89,5 @@ def test_the_engine_bench_gives_all_sides_the_same_work(tmp_path, capsys):
     said, shown = views.sentence(pd.DataFrame(rows), "engine").data, views.shown(pd.DataFrame(rows))
     assert "of 2 comparisons with a bar" in said and "masking keeps 100.00 %" in said
     assert shown["bar"].tolist() == ["4", "–", "5"]
+    assert abs(sum(step["profile"].values()) - 1) < 0.01 and 0 < step["profile"]["matrix products"] < 0.9
+    assert views.parts(pd.DataFrame(rows))["what"].tolist() == ["sampling 256 rollouts", "a step of GRPO"]

@@ -81,7 +81,7 @@ class Bench:
     def rows(self) -> list[dict]:
         """One row for each comparison: medians of seconds for the work, tokens a second, peaks of memory in MB.
 
-        vLLM's has its mismatch too: the largest and the mean difference of a log-prob to the trainer's, in nats, and
+        `profile` says where our own time went, in shares of 1. vLLM's has its mismatch too: the largest and the mean difference of a log-prob to the trainer's, in nats, and
         the share of tokens that the profile's importance weights keep.
         """
         found = []
@@ -90,6 +90,9 @@ class Bench:
             for row, (side, label) in ((r, pair) for r in rows for pair in (("ours", ours), ("peer", peer))):
                 row[f"{side}_tokens_per_second"] = round(1 / statistics.median(
                     run["per_token"] for run in self.runs.found[label]))
+            for row in rows:
+                profiles = [run["shares"] for run in self.runs.found[ours]]
+                row["profile"] = {part: round(statistics.median(p[part] for p in profiles), 3) for part in profiles[0]}
             for row in rows if peer == "vllm" else ():
                 runs = self.runs.found[peer]
                 row |= {"mismatch_max": max(run["mismatch_max"] for run in runs), "kept": min(run["kept"] for run in runs),

@@ -111,6 +111,24 @@ def multiplying(policy: Policy, work: Work) -> Callable[[int], int]:
     return run
 
 
+PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"),
+         "attention": ("aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
+                       "aten::_scaled_dot_product_flash_attention_for_cpu_backward")}
+
+
+def shares(run: Callable[[int], int]) -> dict[str, float]:
+    """Where a repetition spends its time, by PyTorch's profiler: shares of 1 by kind of operation, outside of them the rest."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        start = time.perf_counter()
+        run(1)
+        whole = time.perf_counter() - start
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in seen.key_averages() if event.key.startswith("aten::")}
+    found = {part: sum(spent.get(name, 0.0) for name in names) / whole for part, names in PARTS.items()}
+    found["other operations"] = sum(spent.values()) / whole - sum(found.values())
+    return found | {"Python between them": 1 - sum(found.values())}
+
+
 def main(argv: list[str]) -> int:
     side, folder = argv[0], Path(argv[1])
     work = Work.load(folder)
@@ -126,6 +144,8 @@ def main(argv: list[str]) -> int:
             start = time.perf_counter()
             tokens.append(run(i))
             seconds.append(time.perf_counter() - start)
+        if side in ("sample", "step"):
+            facts["shares"] = shares(run)
         if side == "vllm":  # two processes did it
             facts |= memory("self", engine.process.process.pid)
             facts |= agreement(policy, drawn(policy, work, 0, engine), work.temperature)

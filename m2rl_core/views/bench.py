@@ -51,6 +51,13 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
     } for r in found.to_dict("records")])
 
 
+def parts(found: pd.DataFrame) -> pd.DataFrame:
+    """Where our own time went in each kind of work (percent), and how much of it the arithmetic alone would take."""
+    lines = [{"what": r["name"], **{part: f"{100 * share:.0f}" for part, share in r["profile"].items()},
+              "arithmetic alone": f"{100 / r['floor_multiple']:.0f}"} for r in found.dropna(subset="bar").to_dict("records")]
+    return pd.DataFrame(lines)
+
+
 def _seconds(value: float) -> str:
     return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
