@@ -6,6 +6,8 @@ and only for the products of queries and keys, do sequences stand as padded rows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -112,37 +114,32 @@ class Grouped:
         return torch.cat((first, joined(self.responses, y)))
 
 
+@dataclass
 class Cache:
     """One new token for each row of a batch in flight: it sees its prompt, shared by the group, and its own past.
 
-    The rows' own keys and values end at one column, so that every step writes one column for all. `group` (b,) is
-    the prompt of each row, `start` (b,) the first column that is its own.
+    The rows' own keys and values end at one column, so that every step writes one column for all.
     """
 
-    def __init__(self, prompts: Causal, group: Tensor):
-        self.lengths, inside = prompts.padding.lengths.to(group.device), prompts.padding.inside
-        self.prompts = [(k.contiguous(), v.contiguous()) for k, v in prompts.kept]  # (P, KVH, S, d)
-        self.hidden = torch.where(inside, 0.0, float("-inf")).to(self.prompts[0][0].dtype)  # (P, S)
-        self.group, self.start, self.columns = group, torch.zeros_like(group), 0
-        _, kv_heads, _, d = self.prompts[0][0].shape
-        self.own = [tuple(x.new_zeros(len(group), kv_heads, BLOCK, d) for x in pair) for pair in self.prompts]
-        self._arrange()
+    lengths: Tensor  # (P,) of the prompts
+    inside: Tensor  # (P, S): what is no padding of them
+    prompts: list[tuple[Tensor, Tensor]]  # keys and values of each layer, (P, KVH, S, d)
+    own: list[tuple[Tensor, Tensor]]  # likewise of each row, (b, KVH, C, d), with room for more
+    group: Tensor  # (b,) the prompt of each row
+    start: Tensor  # (b,) its first own column
+    columns: int = 0  # filled
 
-    def _arrange(self) -> None:
-        """The rows' prompts, and the place of each row among those of its prompt."""
-        near, at = torch.unique(self.group, return_inverse=True)
-        every = len(near) == len(self.lengths)
-        self.near = self.prompts if every else [tuple(x[near] for x in pair) for pair in self.prompts]
-        self.mask = self.hidden[near][:, None, None]  # (P, 1, 1, S)
-        counts = torch.bincount(at)
-        self.P, self.n = len(near), int(counts.max())
-        order = torch.argsort(at, stable=True)
-        rank = torch.empty_like(at)
-        rank[order] = torch.arange(len(at), device=at.device) - (counts.cumsum(0) - counts)[at[order]]
-        slots = at * self.n + rank
-        self.slots = None if torch.equal(slots, torch.arange(self.P * self.n, device=at.device)) else slots
-        late = torch.arange(self.columns, device=at.device) < self.start[:, None]  # columns before a row's own
-        self.late = torch.where(late, float("-inf"), 0.0).to(self.hidden.dtype)[:, None, None] if late.any() else None
+    @staticmethod
+    def of(prompts: Causal, group: Tensor) -> Cache:
+        """Of rows that have said nothing yet, after their prompts have run."""
+        kept = [(k.contiguous(), v.contiguous()) for k, v in prompts.kept]
+        _, kv_heads, _, d = kept[0][0].shape
+        own = [tuple(x.new_zeros(len(group), kv_heads, BLOCK, d) for x in pair) for pair in kept]
+        return Cache(prompts.padding.lengths.to(group.device), prompts.padding.inside, kept, own, group, torch.zeros_like(group))
+
+    @cached_property
+    def places(self) -> Places:
+        return Places(self)
 
     @property
     def positions(self) -> Tensor:
@@ -151,11 +148,8 @@ class Cache:
 
     def take(self, rows: Tensor) -> Cache:
         """A cache of these rows alone."""
-        found = object.__new__(Cache)
-        found.__dict__ |= self.__dict__ | {"group": self.group[rows], "start": self.start[rows]}
-        found.own = [tuple(F.pad(x[rows, :, :self.columns], (0, 0, 0, BLOCK)) for x in pair) for pair in self.own]
-        found._arrange()
-        return found
+        own = [tuple(F.pad(x[rows, :, :self.columns], (0, 0, 0, BLOCK)) for x in pair) for pair in self.own]
+        return replace(self, own=own, group=self.group[rows], start=self.start[rows])
 
     def advance(self) -> None:
         """Make room for the next column, after all layers have written theirs."""
@@ -165,29 +159,54 @@ class Cache:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (b, H, d), k and v (b, KVH, d) of one new token a row."""
-        (keys, values), (pk, pv), end = self.own[layer], self.near[layer], self.columns + 1
+        places, (keys, values), end = self.places, self.own[layer], self.columns + 1
+        pk, pv = places.prompts[layer]
         keys[:, :, self.columns], values[:, :, self.columns] = k, v
         b, heads, d = q.shape
         q = (q * d**-0.5).view(b, k.shape[1], -1, d)  # (b, KVH, h, d)
-        of_prompt = torch.matmul(self._together(q), pk.mT).add_(self.mask)
+        of_prompt = torch.matmul(places.together(q), pk.mT).add_(places.mask)
         of_own = torch.matmul(q, keys[:, :, :end].mT)
-        if self.late is not None:
-            of_own[..., :self.late.shape[-1]] += self.late
-        weights = torch.cat((self._apart(of_prompt, b), of_own), dim=-1).softmax(-1)
+        if places.late is not None:
+            of_own[..., :places.late.shape[-1]] += places.late
+        weights = torch.cat((places.apart(of_prompt), of_own), dim=-1).softmax(-1)
         to_prompt, to_own = weights.split((pk.shape[2], end), dim=-1)
-        y = self._apart(torch.matmul(self._together(to_prompt), pv), b) + torch.matmul(to_own, values[:, :, :end])
+        y = places.apart(torch.matmul(places.together(to_prompt), pv)) + torch.matmul(to_own, values[:, :, :end])
         return y.reshape(b, heads * d)
 
-    def _together(self, x: Tensor) -> Tensor:
-        """(b, KVH, h, ·) to (P, KVH, n h, ·): the rows of a prompt side by side."""
+
+class Places:
+    """Where the rows of a cache stand when those of a prompt stand side by side, so that its keys are read once for all."""
+
+    def __init__(self, cache: Cache):
+        near, at = torch.unique(cache.group, return_inverse=True)
+        every = len(near) == len(cache.lengths)
+        self.prompts = cache.prompts if every else [tuple(x[near] for x in pair) for pair in cache.prompts]
+        self.mask = _masked(cache.inside[near], self.prompts)  # (P, 1, 1, S)
+        counts = torch.bincount(at)
+        self.P, self.n = len(near), int(counts.max())
+        order = torch.argsort(at, stable=True)
+        rank = torch.empty_like(at)
+        rank[order] = torch.arange(len(at), device=at.device) - (counts.cumsum(0) - counts)[at[order]]
+        slots = at * self.n + rank
+        self.slots = None if torch.equal(slots, torch.arange(self.P * self.n, device=at.device)) else slots
+        own = torch.arange(cache.columns, device=at.device) >= cache.start[:, None]
+        self.late = None if own.all() else _masked(own, self.prompts)  # columns before a row's own
+
+    def together(self, x: Tensor) -> Tensor:
+        """(b, KVH, h, ·) to (P, KVH, n h, ·)."""
         if self.slots is not None:
             x = x.new_zeros(self.P * self.n, *x.shape[1:]).index_copy_(0, self.slots, x)
         return x.view(self.P, self.n, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
-    def _apart(self, x: Tensor, b: int) -> Tensor:
+    def apart(self, x: Tensor) -> Tensor:
         """(P, KVH, n h, ·) to (b, KVH, h, ·)."""
         x = x.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)
         return x if self.slots is None else x.index_select(0, self.slots)
+
+
+def _masked(seen: Tensor, like: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What to add to scores: 0 where seen (n, S), minus infinity elsewhere; (n, 1, 1, S)."""
+    return torch.where(seen, 0.0, float("-inf")).to(like[0][0].dtype)[:, None, None]
 
 
 class Replies:
@@ -197,19 +216,14 @@ class Replies:
     """
 
     def __init__(self, parts: Sequence[Cache], sizes: Tensor):
-        cache = self.cache = object.__new__(Cache)
-        cache.__dict__ |= parts[0].__dict__
-        cache.group = torch.cat([part.group for part in parts])
         held = torch.cat([part.columns - part.start for part in parts])
-        cache.columns = int((held + sizes).max())
-        cache.start = cache.columns - held - sizes
-        columns = torch.arange(cache.columns, device=sizes.device)
-        begins = cache.start.split([len(part.group) for part in parts])
-        sources = [(columns - begin[:, None] + part.start[:, None]).clamp_(0, part.columns - 1)
-                   for part, begin in zip(parts, begins, strict=True)]  # column of the old cache for each of the new
-        cache.own = [tuple(torch.cat([_columns(part.own[layer][i], at) for part, at in zip(parts, sources, strict=True)])
-                           for i in range(2)) for layer in range(len(cache.prompts))]
-        cache._arrange()
+        end = int((held + sizes).max())
+        start, columns = end - held - sizes, torch.arange(end, device=sizes.device)
+        sources = [(columns - begin[:, None] + part.start[:, None]).clamp_(0, part.columns - 1) for part, begin in zip(
+            parts, start.split([len(part.group) for part in parts]), strict=True)]  # where each column was
+        own = [tuple(torch.cat([_columns(part.own[layer][i], at) for part, at in zip(parts, sources, strict=True)])
+                     for i in range(2)) for layer in range(len(parts[0].prompts))]
+        cache = self.cache = replace(parts[0], own=own, group=torch.cat([part.group for part in parts]), start=start, columns=end)
         self.row = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)  # of each token
         ends = sizes.cumsum(0)
         back = ends[self.row] - torch.arange(len(self.row), device=sizes.device)  # 1 for the last token of a row
@@ -218,7 +232,7 @@ class Replies:
         self.last = ends - 1
         query = columns[cache.columns - self.width:, None]
         own = (columns >= cache.start[:, None, None]) & (columns <= query)  # (b, R, C)
-        seen = (cache.hidden == 0)[cache.group][:, None].expand(-1, self.width, -1)
+        seen = cache.inside[cache.group][:, None].expand(-1, self.width, -1)
         self.mask = torch.cat((seen, own), dim=2)[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class _Wave:
         tokens, lengths = flat(prompts, self.policy.device)
         attend = Causal([len(p) for p in prompts], tokens.device, keep=True)
         hidden = hidden_states(self.model, tokens, places(lengths), attend)
-        self.cache = Cache(attend, torch.arange(len(prompts), device=tokens.device).repeat_interleave(n))
+        self.cache = Cache.of(attend, torch.arange(len(prompts), device=tokens.device).repeat_interleave(n))
         self.logits = self._logits(hidden[lengths.cumsum(0) - 1]).repeat_interleave(n, 0)
 
     def run(self):

@@ -19,7 +19,6 @@ import torch
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, load_weights, save
 
-
 SHOWN = ("reward", "loss", "verifier_failures")  # in the line of a step, where they are recorded
 
 

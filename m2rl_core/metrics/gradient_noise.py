@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from torch import Tensor
 
-from m2rl_core.metrics.interference import WHOLE, clear, group_of
+from m2rl_core.metrics.groups import WHOLE, group_of
+from m2rl_core.metrics.interference import clear
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout
 

@@ -5,7 +5,6 @@ gradient of a batch is the sum over its domains, so each domain's part is one ba
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
@@ -13,21 +12,9 @@ import pandas as pd
 from torch import Tensor
 
 from m2rl_core.metrics.every import Every
+from m2rl_core.metrics.groups import WHOLE, group_of
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout
-
-WHOLE = "all weights"
-THIRDS = ("first third", "middle third", "last third")
-
-
-def group_of(name: str, layers: int) -> str:
-    """The group that a weight belongs to: the embedding, or attention, MLP or norms of a third of the layers."""
-    found = re.match(r"model\.layers\.(\d+)\.(self_attn|mlp)?", name)
-    if found is None:
-        return "last norm" if name == "model.norm.weight" else "embedding"
-    kind = "norms" if name.endswith("norm.weight") else {"self_attn": "attention", "mlp": "MLP"}[found[2]]
-    return f"{kind}, {THIRDS[int(found[1]) * 3 // layers]}"
-
 
 def cosines(gradients: dict[str, dict[str, Tensor]], layers: int) -> pd.DataFrame:
     """Every pair of domains in every group of weights: group, a, b, cosine, norm_a, norm_b; NaN without a gradient.

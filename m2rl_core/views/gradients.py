@@ -7,14 +7,12 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.special import stdtrit
 
+from m2rl_core.metrics.groups import ORDER, WHOLE
 from m2rl_core.metrics.stats import Estimate
 from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views.opening import interval
 
-WHOLE, GAP = "all weights", "sampled - full"  # as `metrics.interference` and `metrics.gradient_noise` name them
-THIRDS = ("first third", "middle third", "last third")
-ORDER = (WHOLE, *(f"attention, {third}" for third in THIRDS), "embedding", *(f"MLP, {third}" for third in THIRDS),
-         *(f"norms, {third}" for third in THIRDS), "last norm")
+GAP = "sampled - full"  # as `metrics.gradient_noise` names it, which brings torch along
 UNSEEN = "*Not measured in this profile: its `{}` is zero.*"
 
 
