@@ -134,7 +134,7 @@ class Cache:
         """Of rows that have said nothing yet, after their prompts have run."""
         kept = [(k.contiguous(), v.contiguous()) for k, v in prompts.kept]
         _, kv_heads, _, d = kept[0][0].shape
-        own = [tuple(x.new_zeros(len(group), kv_heads, BLOCK, d) for x in pair) for pair in kept]
+        own = [tuple(x.new_empty(len(group), kv_heads, BLOCK, d) for x in pair) for pair in kept]
         return Cache(prompts.padding.lengths.to(group.device), prompts.padding.inside, kept, own, group, torch.zeros_like(group))
 
     @cached_property
@@ -148,14 +148,14 @@ class Cache:
 
     def take(self, rows: Tensor) -> Cache:
         """A cache of these rows alone."""
-        own = [tuple(F.pad(x[rows, :, :self.columns], (0, 0, 0, BLOCK)) for x in pair) for pair in self.own]
+        own = [tuple(_with_room(x[rows, :, :self.columns]) for x in pair) for pair in self.own]
         return replace(self, own=own, group=self.group[rows], start=self.start[rows])
 
     def advance(self) -> None:
         """Make room for the next column, after all layers have written theirs."""
         self.columns += 1
         if self.columns == self.own[0][0].shape[2]:
-            self.own = [tuple(F.pad(x, (0, 0, 0, BLOCK)) for x in pair) for pair in self.own]
+            self.own = [tuple(_with_room(x) for x in pair) for pair in self.own]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (b, H, d), k and v (b, KVH, d) of one new token a row."""
@@ -250,4 +250,12 @@ class Replies:
 def _columns(x: Tensor, at: Tensor) -> Tensor:
     """Columns `at` (b, C) of each row of a cache (b, KVH, ·, d), and room for more: (b, KVH, C + BLOCK, d)."""
     found = x[torch.arange(len(x), device=x.device)[:, None], :, at].transpose(1, 2)
-    return F.pad(found, (0, 0, 0, BLOCK))
+    return _with_room(found)
+
+
+def _with_room(x: Tensor) -> Tensor:
+    """The columns of a cache (b, KVH, C, d), and room for more, which holds anything: (b, KVH, C + BLOCK, d)."""
+    columns = x.shape[2]
+    found = x.new_empty(*x.shape[:2], columns + BLOCK, x.shape[3])
+    found[:, :, :columns] = x
+    return found

@@ -33,7 +33,7 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
     (N,). Rollouts that were left out because their advantage is zero stay in `totals`. `reference` is needed for a
     KL term; its log-probs are of the loss's temperature, like the policy's.
     """
-    sums, off = dict.fromkeys(("loss", "kept", "entropy", *(("kl",) if loss.kl else ())), 0.0), 0.0
+    sums, off = dict.fromkeys(("loss", "kept", "entropy", "mismatch_mean", *(("kl",) if loss.kl else ())), 0.0), 0.0
     count = sum(r.length for r in rollouts)
     if not rollouts:
         return sums | {"kept": 1.0, "mismatch": off}
@@ -56,8 +56,10 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
         sums["loss"] += float(found.detach())
         sums["kept"] += int(counted.sum())
         sums["entropy"] += float(entropy.detach().sum())
-        off = max(off, float((logp.detach() - sampler).abs().max()))
-    return sums | {"kept": sums["kept"] / count, "entropy": sums["entropy"] / count, "mismatch": off}
+        gap = (logp.detach() - sampler).abs()
+        sums["mismatch_mean"] += float(gap.sum())
+        off = max(off, float(gap.max()))
+    return sums | {name: sums[name] / count for name in ("kept", "entropy", "mismatch_mean")} | {"mismatch": off}
 
 
 def learner(policy: Policy, rollouts: list[Rollout], advantage: Tensor, loss: Loss, longest: int,

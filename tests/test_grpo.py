@@ -287,7 +287,8 @@ def test_a_batch_of_skipped_groups_only_has_no_gradient(learner, played, loss):
     """Fault: a mean over no rollouts, which is not a number."""
     nothing = torch.zeros(len(played) // 3, 3)
     used, update = grpo.learner(learner, played, nothing, dataclasses.replace(LOSS, loss=loss), LONGEST)
-    assert used == [] and update(used) == {"loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0}
+    assert used == [] and update(used) == {
+        "loss": 0.0, "kept": 1.0, "entropy": 0.0, "mismatch": 0.0, "mismatch_mean": 0.0}
     assert all(w.grad is None for w in learner.weights.values())
 
 
@@ -311,6 +312,8 @@ def test_mismatch_between_sampler_and_trainer(policy, learner, played, advantage
     wanted = toy_policy.plain_gradient(policy, rollouts, advantage, len(rollouts), weights)
     assert toy_policy.furthest(found, wanted) < NEAR
     assert stats["mismatch"] == pytest.approx(math.log(4), abs=1e-4)
+    shifts = [abs({1: math.log(4), 3: math.log(1.6)}.get(t % 4, 0.0)) for r in rollouts for t in range(r.length)]
+    assert stats["mismatch_mean"] == pytest.approx(sum(shifts) / len(shifts), abs=1e-5)
     dropped = sum(int((w == 0).sum()) for w in weights) / sum(len(w) for w in weights)
     assert stats["kept"] == pytest.approx(1 - dropped)
 

@@ -81,8 +81,9 @@ class Bench:
     def rows(self) -> list[dict]:
         """One row for each comparison: medians of seconds for the work, tokens a second, peaks of memory in MB.
 
-        `profile` says where our own time went, in shares of 1. vLLM's has its mismatch too: the largest and the mean difference of a log-prob to the trainer's, in nats, and
-        the share of tokens that the profile's importance weights keep.
+        `profile` says where our own time went, in shares of 1. vLLM's has its mismatch too: the largest and the mean
+        difference of a log-prob to the trainer's, in nats, and the share of tokens that the profile's importance
+        weights keep.
         """
         found = []
         for name, (ours, peer, peer_name, bar) in AGAINST.items():

@@ -84,6 +84,7 @@ def policy_table(steps: Mapping[str, pd.DataFrame], manifests: Mapping[str, dict
             "last reward (%)": 100 * frame["reward"].tail(part).mean(), "lowest kept (%)": 100 * sure["kept"].min(),
             "skipped groups (%)": 100 * frame["skipped_groups"].mean(),
             "largest mismatch (nats)": sure["mismatch"].max() if "mismatch" in sure else np.nan,
+            "mean mismatch (nats)": sure["mismatch_mean"].mean() if "mismatch" in sure else np.nan,
             "time": duration(manifests[model]["seconds"]), "key": manifests[model]["key"][:8],
             "SHA-256 of the weights": manifests[model]["digests"]["model.safetensors"][:12]})
     table = pd.DataFrame(lines)
@@ -100,8 +101,9 @@ def agreement(steps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for model, frame in steps.items():
         if "mismatch" in frame:
             sure = defined(frame)
-            seen = {"largest mismatch (log10 of nats)": np.log10(sure["mismatch"].where(sure["mismatch"] > 0)),
-                    "tokens kept (%)": 100 * sure["kept"]}
+            seen = {f"{name} mismatch (log10 of nats)": np.log10(sure[column].where(sure[column] > 0))
+                    for name, column in (("largest", "mismatch"), ("mean", "mismatch_mean"))}
+            seen["tokens kept (%)"] = 100 * sure["kept"]
             parts += [pd.DataFrame({"model": model, "step": sure["step"], "panel": panel, "value": value})
                       for panel, value in seen.items()]
     return pd.concat(parts, ignore_index=True)
@@ -116,8 +118,9 @@ def agreement_sentence(steps: Mapping[str, pd.DataFrame], engine: str) -> str:
     off, least = sure.loc[sure["mismatch"].idxmax()], sure.loc[sure["kept"].idxmin()]
     masked = "no token was masked" if least["kept"] == 1 else (
         f"the least that a step kept is {100 * least['kept']:.2f} % of its tokens ({least['model']}, step {least['step']})")
-    return (f"Sampled by {engine}: over {len(sure):,} steps with an update the largest mismatch is "
-            f"{off['mismatch']:.1e} nats ({off['model']}, step {off['step']}), and {masked}.")
+    return (f"Sampled by {engine}: over {len(sure):,} steps with an update a token's log-probs differ by "
+            f"{sure['mismatch_mean'].mean():.0e} nats on average and by at most {off['mismatch']:.1e} ({off['model']}, "
+            f"step {off['step']}), and {masked}.")
 
 
 def table8(run, rng: np.random.Generator) -> pd.DataFrame:

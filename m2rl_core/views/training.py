@@ -15,7 +15,7 @@ from m2rl_core.study import EXPERTS
 from m2rl_core.views.opening import interval, miniature
 
 ROUTES = {"rl-multi": "GRPO on the mix of all five domains", "mt-opd": "distillation from the five experts"}
-UPDATED = ("kept", "entropy", "mismatch", "grad_norm")  # say nothing of a step whose groups were all skipped
+UPDATED = ("kept", "entropy", "mismatch", "mismatch_mean", "grad_norm")  # say nothing of a step whose groups were all skipped
 PANELS = {
     "length": "response length (tokens)", "truncated": "truncated (share)", "skipped_groups": "skipped groups (share)",
     "kept": "tokens kept (share)", "entropy": "entropy (nats a token)", "grad_norm": "gradient norm",
@@ -124,7 +124,7 @@ def match_sentence(steps: pd.DataFrame) -> str:
     if steps.empty or "mismatch" not in steps:
         return "Sampler against trainer: undefined, for no step of this run recorded an update by policy gradient."
     return (f"Steps with an update: {len(steps)}. In them sampler and trainer differed by at most "
-            f"{steps['mismatch'].max():.1e} nats on a token; the importance weights kept at least "
+            f"{steps['mismatch'].max():.1e} nats on a token, {steps['mismatch_mean'].mean():.0e} on average; the importance weights kept at least "
             f"{100 * steps['kept'].min():.2f} % of the tokens, {100 * steps['kept'].mean():.2f} % on average.")
 
 
