@@ -190,8 +190,10 @@ def hold(path: Path, stage: str, say: Callable[[str], None] = print, count: int 
     try:
         yield
     finally:
-        os.ftruncate(found, 0)
-        os.close(found)  # and with it the lock
+        try:
+            os.ftruncate(found, 0)
+        finally:
+            os.close(found)  # and with it the lock
 
 
 def _claim(paths: list[Path], stage: str) -> int | Path:
