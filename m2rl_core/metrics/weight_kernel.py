@@ -131,3 +131,17 @@ def halve(values, out):
     """out := the bits of the nearest bfloat16; float32 (P,) to uint16 (P,)."""
     for i in range(len(out)):
         out[i] = bfloat16(values[i])
+
+
+@kernel
+def drain(table, total, seen):
+    """total += table and table := 0, both (magnitudes, patterns); seen[m] := True where a magnitude occurs."""
+    for m in range(len(table)):
+        some, row = np.int32(0), table[m]
+        for p in range(len(row)):
+            some |= row[p]
+        if some:
+            seen[m] = True
+            for p in range(len(row)):
+                total[m, p] += row[p]
+                row[p] = 0

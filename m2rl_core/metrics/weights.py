@@ -26,7 +26,7 @@ from m2rl_core.merging.reader import Reader
 from m2rl_core.merging.stored import as_float, count_of
 from m2rl_core.metrics.masks import BINS, ETA
 from m2rl_core.metrics.projection import Projection, check, columns
-from m2rl_core.metrics.weight_kernel import CODES, ROWS, halve, look
+from m2rl_core.metrics.weight_kernel import CODES, ROWS, drain, halve, look
 
 MATRICES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
             "down": "mlp.down_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj"}
@@ -44,8 +44,8 @@ class Stretch(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What is known of one matrix. counts: int64 (magnitudes, 2^experts), how many weights have the upper 16 bits of |w|
-    and were changed by just those experts; sums: float64 (groups, pairs, 3), of a squared, b squared and a times b over
+    """What is known of one matrix. counts: int64 (magnitudes, 2^experts), how many weights have these upper 16 bits of |w|
+    and were changed by just those experts, for the magnitudes that occur, in order; sums: float64 (groups, pairs, 3), of a squared, b squared and a times b over
     shifts that both changed; folds: float64 (pairs, 2, columns), the same shifts folded by the projection."""
 
     counts: np.ndarray
@@ -76,6 +76,7 @@ class Stream:
         self.pairs = len(models) * (len(models) - 1) // 2
         self._tables: dict[tuple, np.ndarray] = {}  # of each thread, tensor and way of reading it
         self._free: list[np.ndarray] = []
+        self._total, self._seen = np.zeros((1 << CODES, 1 << len(models)), np.int64), np.zeros(1 << CODES, bool)
 
     def __call__(self, names: Sequence[str]) -> Iterator[tuple[str, Counted, Counted]]:
         """(name, weights as stored, weights rounded to bfloat16) of each tensor, in order."""
@@ -124,32 +125,32 @@ class Stream:
 
     def _collect(self, name: str, way: int, parts: Sequence[tuple]) -> Counted:
         """All stretches of a tensor together, in their order; ValueError where a model holds NaN or Inf there."""
-        counts = np.zeros(1 << CODES + len(self.models), np.int64)
         for key in [key for key in self._tables if key[1:] == (name, way)]:
             table = self._tables.pop(key)
-            counts += table
-            table[:] = 0
+            drain(table.reshape(self._total.shape), self._total, self._seen)
             self._free.append(table)
+        filled = np.flatnonzero(self._seen)
+        counts = self._total[filled]
+        self._total[filled], self._seen[filled] = 0, False
         sums, folds = np.zeros((parts[-1][0] + 1, self.pairs, 3)), 0
         for group, (some, more) in parts:
             sums[group] += some
             folds = folds + more
         if not np.isfinite(sums).all():
             Reader(self.base, self.models).refuse_nonfinite(name, "nothing to compare")
-        return Counted(counts.reshape(1 << CODES, -1), sums, folds)
+        return Counted(counts, sums, folds)
 
 
-def overlaps(found: Counted, names: Sequence[str]) -> list[dict]:
-    """Of every pair: jaccard, its two nulls, the shares of changed weights, and n, how many both changed.
+def overlaps(found: Counted, names: Sequence[str]) -> list[tuple[dict, dict]]:
+    """Of every pair {a, b}: jaccard, its two nulls, the shares of changed weights, and n, how many both changed.
 
     The overlap with an expert that changed nothing is undefined: NaN, and so are its nulls.
     """
     bits = np.arange(1 << len(names))[:, None] >> np.arange(len(names)) & 1  # (patterns, experts)
     size = found.counts.sum(1)
-    filled = np.flatnonzero(size)
-    middle = np.cumsum(size[filled]) - size[filled] / 2
+    middle = np.cumsum(size) - size / 2
     bins = np.minimum(middle / size.sum() * BINS, BINS - 1).astype(int)  # grows: magnitudes of one bin lie side by side
-    in_bin = np.add.reduceat(found.counts[filled], np.flatnonzero(np.diff(bins, prepend=-1)))  # (bins, patterns)
+    in_bin = np.add.reduceat(found.counts, np.flatnonzero(np.diff(bins, prepend=-1)))  # (bins, patterns)
     patterns, weights = in_bin.sum(0), in_bin.sum(1)
     changed = in_bin @ bits  # (bins, experts)
     rows = []
@@ -158,9 +159,9 @@ def overlaps(found: Counted, names: Sequence[str]) -> list[dict]:
         in_a, in_b = int(changed[:, a].sum()), int(changed[:, b].sum())
         both = {"jaccard": n, "jaccard_random": in_a * in_b / size.sum(),
                 "jaccard_null": float((changed[:, a] * changed[:, b] / weights).sum())}
-        rows.append({"a": names[a], "b": names[b], **{
-            name: x / (in_a + in_b - x) if in_a and in_b else math.nan for name, x in both.items()},
-            "share_a": in_a / int(size.sum()), "share_b": in_b / int(size.sum()), "n": n})
+        rows.append(({"a": names[a], "b": names[b]}, {
+            **{name: x / (in_a + in_b - x) if in_a and in_b else math.nan for name, x in both.items()},
+            "share_a": in_a / int(size.sum()), "share_b": in_b / int(size.sum()), "n": n}))
     return rows
 
 
@@ -229,17 +230,15 @@ def measure(
     stream = Stream(base, models, eta=eta, k=k, seed=seed, threads=threads)([name for _, _, name in work])
     for done, ((layer, matrix, _), (name, *ways)) in enumerate(zip(work, stream, strict=True), 1):
         projection = Projection(count_of(base.meta[name]), k, seed, name)
-        for bf16, found in zip((False, True), ways, strict=True):
-            for overlap, angle in zip(overlaps(found, names), angles(found, projection), strict=True):
-                n, head = overlap.pop("n"), {"layer": layer, "matrix": matrix, "bf16": bf16}
-                pair = head | {"a": overlap["a"], "b": overlap["b"]}
-                table.append(head | overlap | {"eta": eta})
-                cosines.append(pair | angle | {"n": n})
+        found = {id(way): list(zip(overlaps(way, names), angles(way, projection), strict=True)) for way in ways}
+        for bf16, way in zip((False, True), ways, strict=True):  # of bfloat16 files, twice the same
+            for (pair, overlap), angle in found[id(way)]:
+                head = {"layer": layer, "matrix": matrix, **pair, "bf16": bf16}
+                table.append(head | {key: x for key, x in overlap.items() if key != "n"} | {"eta": eta})
+                cosines.append(head | angle | {"n": overlap["n"]})
         if report:
             report(done, len(work))
-    head = ["layer", "matrix", "a", "b", "bf16"]
-    frames = map(pd.DataFrame, (table, cosines))
-    return tuple(frame[[*head, *frame.columns.difference(head, sort=False)]] for frame in frames)
+    return pd.DataFrame(table), pd.DataFrame(cosines)
 
 
 def build(ctx) -> None:
