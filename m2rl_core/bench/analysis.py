@@ -78,7 +78,7 @@ class Bench:
     def rows(self) -> list[dict]:
         """One row for each comparison: medians of seconds, peaks of memory in MB; the floor is the read.
 
-        `profile` says where our own time went, in shares of 1 of both threads' time.
+        `profile` says where our own processor time went, in shares of 1.
         """
         found = []
         for name, (ours, other, other_name, bar) in AGAINST.items():

@@ -16,6 +16,7 @@ from m2rl_core.bench import measure
 from m2rl_core.merging.checkpoint import Checkpoint
 from m2rl_core.merging.pool import cores
 from m2rl_core.merging.states import State
+from m2rl_core.merging.stored import count_of
 from m2rl_core.metrics import masks, weights
 
 TRY = "model.layers.0.self_attn.q_proj.weight"
@@ -28,24 +29,25 @@ def read(folder: Path) -> dict:
 
 
 def ours(folder: Path) -> dict:
-    """`weights.measure` as the notebook's stage calls it; what its parts cost alone on two matrices comes after."""
+    """`weights.measure` as the notebook's stage calls it; what its parts cost alone comes after."""
     small = State({TRY: torch.ones(8, 256, dtype=torch.bfloat16)})
     weights.measure(small, {name: small for name in "abcde"})  # loads or compiles the kernel
     with ExitStack() as stack:
         base, *experts = (stack.enter_context(Checkpoint(path)) for path in sorted(folder.iterdir()))
         named = dict(zip("abcde", experts, strict=True))
+        busy = time.process_time()
         whole = seconds(lambda: weights.measure(base, named))
-        return {"seconds": whole, "profile": profile(base, named, whole)}
+        return {"seconds": whole, "profile": profile(base, named, time.process_time() - busy)}
 
 
-def profile(base: Checkpoint, models: dict, whole: float) -> dict:
-    """Shares of `whole` x threads: the kernel alone on memory it has seen, the rest of a stretch, and all else."""
-    weigh = sum(int(np.prod(base.meta[name][1])) for _, _, name in weights.matrices(base.meta))
-    parts = [s for s in weights.stretches(TRY, int(np.prod(base.meta[TRY][1])), 256)][:16]
+def profile(base: Checkpoint, models: dict, busy: float) -> dict:
+    """Shares of the processor time `busy`: of a part of one matrix, what reading it costs and what the kernel adds."""
+    size = {name: count_of(base.meta[name]) for _, _, name in weights.matrices(base.meta)}
+    parts = weights.stretches(TRY, size[TRY], 256)[:16]
     stream = weights.Stream(base, models)
-    touched = min(seconds(lambda: [touch(stream, part) for part in parts]) for _ in range(3))
-    looked = min(seconds(lambda: [stream._look(part) for part in parts]) for _ in range(3))
-    scale = weigh / sum(part.count for part in parts) / whole / cores()
+    touched, looked = (min(seconds(lambda work=work: [work(part) for part in parts], time.process_time) for _ in range(3))
+                       for work in (lambda part: touch(stream, part), stream._look))
+    scale = sum(size.values()) / sum(part.count for part in parts) / busy
     return {"mapping and reading": round(touched * scale, 3), "counting and sums": round((looked - touched) * scale, 3),
             "the rest": round(1 - looked * scale, 3)}
 
@@ -85,11 +87,11 @@ def plain(base: torch.Tensor, experts: list[torch.Tensor]) -> list[tuple]:
     return found
 
 
-def seconds(work: Callable) -> float:
-    """Of wall time."""
-    start = time.perf_counter()
+def seconds(work: Callable, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Of wall time, or by another clock."""
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 SIDES = {"read": read, "ours": ours, "torch": torch_side}
