@@ -105,7 +105,7 @@ def test_signs_are_fair_and_unrelated():
     # 2^18 signs: the mean, and the mean product with the next in the row, the next row and another tensor's, are
     # within 5 standard errors of 0. Catches bits used twice and a shift that goes wrong.
     signs = Projection(1 << 18, 256, 1, "x").signs()
-    others = (np.ones(1), np.roll(signs, 1), np.roll(signs, 256), np.roll(signs, 256 * 32), Projection(1 << 18, 256, 1, "y").signs())
+    others = (np.ones(1), *(np.roll(signs, by) for by in (1, 256, 256 * 32)), Projection(1 << 18, 256, 1, "y").signs())
     assert set(signs) == {-1, 1} and all(abs((signs * other).mean()) < 5 / 512 for other in others)
 
 

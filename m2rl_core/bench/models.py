@@ -49,7 +49,8 @@ def make(
 ) -> None:
     """Writes base, e0 .. e4 into `folder`: bf16, each expert one bf16 step off in a share `changed` of the weights.
 
-    sizes: the tensors' shapes by name, where they are not those of `shapes(layers, vocab)`. Steps of one unit in the last place are what RLVR at a small learning rate does to bf16 weights.
+    sizes: the tensors' shapes by name, where they are not those of `shapes(layers, vocab)`. Steps of one unit in the last
+    place are what RLVR at a small learning rate does to bf16 weights.
     """
     sizes = sizes or shapes(layers, vocab)
     generator = torch.Generator().manual_seed(seed)

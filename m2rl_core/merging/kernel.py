@@ -1,8 +1,9 @@
 """How loops over weights are compiled: by numba, to vector instructions, outside of Python's lock.
 
-No fast math: every operation is rounded by itself, in the order written, so that results have the same bits
-everywhere. Loops either take all experts of one weight in registers, or go block by block, so that what they keep for
-each weight stays in the nearest cache. Machine code is kept on disk until the kernel's file or any file beside this one changes.
+No fast math in a `kernel`: every operation is rounded by itself, in the order written, so that results have the same
+bits everywhere; sums of an analysis may be `fused`. Loops either take all experts of one weight in registers, or go
+block by block, so that what they keep for each weight stays in the nearest cache. Machine code is kept on disk until
+the kernel's file or any file beside this one changes.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def kernel(function: Callable, **options) -> Callable:
 
 
 def fused(function: Callable) -> Callable:
-    """A kernel whose x * y + z may be rounded once: for sums that nobody asks to have the same bits on all machines."""
+    """A kernel that may reorder sums and round x * y + z once: its bits are those of one machine, whatever the threads."""
     return kernel(function, fastmath={"contract", "reassoc", "nsz"})
 
 

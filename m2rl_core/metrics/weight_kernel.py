@@ -1,7 +1,7 @@
 """One look at a stretch of the base and all experts counts all that section 3.3 asks about it (see `weights`).
 
-Weights are taken as rows of `width` in a row, and what is summed is summed by column: so vector units add, and so the
-projection folds. A column is added in float32 over SPAN rows at most, which are then added in float64; the order is fixed.
+Weights are taken as rows of `width`, and the projection folds them by column: as vector units add. Sums are float32
+over a few rows, a fold's over SPAN, and then added in float64.
 """
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ ROWS = 4  # taken at once: their shifts fit the nearest cache
 WORD = 32  # rows whose signs come from one draw of a 32-bit word for each column
 SPAN = 256
 CODES = 15  # bits of a magnitude: the upper ones of |w| as float32
-SUMS = 5  # of a pair (a, b), by column: a as projected, b as projected, a squared, b squared, a times b
 TOP, REST = np.uint32(1 << 31), np.uint32((1 << 31) - 1)
 
 

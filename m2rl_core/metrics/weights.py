@@ -44,9 +44,12 @@ class Stretch(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What is known of one matrix. counts: int64 (magnitudes, 2^experts), how many weights have these upper 16 bits of |w|
-    and were changed by just those experts, for the magnitudes that occur, in order; sums: float64 (groups, pairs, 3), of a squared, b squared and a times b over
-    shifts that both changed; folds: float64 (pairs, 2, columns), the same shifts folded by the projection."""
+    """What is known of one matrix.
+
+    counts: int64 (magnitudes, 2^experts), how many weights have these upper 16 bits of |w| and were changed by just
+    those experts, for the magnitudes that occur, in order; sums: float64 (groups, pairs, 3), of a squared, b squared and
+    a times b over shifts that both changed; folds: float64 (pairs, 2, columns), the same shifts folded by the projection.
+    """
 
     counts: np.ndarray
     sums: np.ndarray

@@ -78,9 +78,10 @@ def index_sentence(jaccard: pd.DataFrame, layer: int) -> Markdown:
     columns = [c for c in here if f"{c}_random" in here]
     gap = (here[columns] - there[columns]).abs().stack()
     above = [int((t[columns].to_numpy() > t[[f"{c}_null" for c in columns]].to_numpy()).sum()) for t in (here, there)]
-    return Markdown(f"Counted from 1, layer {layer} is the one before. Mean overlap {_two(here[columns].stack().mean())} (from 0) and "
-                    f"{_two(there[columns].stack().mean())} (from 1); cells differ by {_two(gap.mean())} on average and "
-                    f"{_two(gap.max())} at most; {above[0]} and {above[1]} of {gap.size} exceed masks that are random given $|w|$.")
+    means = [_two(t[columns].stack().mean()) for t in (here, there)]
+    return Markdown(f"Counted from 1, layer {layer} is the one before. Mean overlap {means[0]} (from 0) and {means[1]} "
+                    f"(from 1); cells differ by {_two(gap.mean())} on average and {_two(gap.max())} at most; {above[0]} and "
+                    f"{above[1]} of {gap.size} exceed masks that are random given $|w|$.")
 
 
 def unchanged_sentence(jaccard: pd.DataFrame) -> Markdown:
@@ -100,8 +101,9 @@ def eta_sentence(eta: float) -> Markdown:
     numbers = torch.arange(0, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
     told = [int(masks.changed(numbers[1:], other, eta).sum()) for other in (numbers[:-1], numbers[1:])]
     bits = [int(masks.changed_bits(numbers[1:], other).sum()) for other in (numbers[:-1], numbers[1:])]
-    return Markdown(f"Of all {len(numbers) - 1:,} pairs of neighbouring bfloat16 numbers, {told[0]:,} pass the test at η = {eta:g} and "
-                    f"{bits[0]:,} differ in a bit; of as many numbers beside themselves, {told[1]} and {bits[1]}.")
+    return Markdown(f"Of all {len(numbers) - 1:,} pairs of neighbouring bfloat16 numbers, {told[0]:,} pass the test at "
+                    f"η = {eta:g} and {bits[0]:,} differ in a bit; of as many numbers beside themselves, {told[1]} and "
+                    f"{bits[1]}.")
 
 
 def precision(jaccard: pd.DataFrame, cosine: pd.DataFrame) -> pd.DataFrame:
