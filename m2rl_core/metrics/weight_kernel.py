@@ -91,7 +91,7 @@ def look(rows, row, eta, state, counts, sums, folds):
 
     rows: the same stretch of the base and of each expert (P,), which begins at row `row`, a multiple of ROWS, of the
     tensor; eta: None or float32; state: of the stream of signs. counts: int32 (2^CODES << experts,), by magnitude and
-    which experts changed it; sums: float64 (pairs, SUMS, width).
+    which experts changed it; sums: float64 (pairs, 3), folds: float64 (pairs, 2, width), see `_add_pair`.
     """
     base, experts, width = rows[0], len(rows) - 1, folds.shape[2]
     block, size, known = ROWS * width, len(base), -1
