@@ -87,7 +87,7 @@ def _count(cells, counts):
 
 @kernel
 def look(rows, row, eta, state, counts, sums, folds):
-    """Adds a stretch of a tensor to `counts` and `sums`.
+    """Adds a stretch of a tensor to `counts`, `sums` and `folds`.
 
     rows: the same stretch of the base and of each expert (P,), which begins at row `row`, a multiple of ROWS, of the
     tensor; eta: None or float32; state: of the stream of signs. counts: int32 (2^CODES << experts,), by magnitude and
