@@ -78,9 +78,9 @@ why: setup ## why a notebook or a stage would run again (NB=3.3 or NB=rl-math)
 estimate: setup ## what PROFILE costs: steps, rollouts, tokens and measured seconds
 	$(M2RL) estimate --profile "$(PROFILE)"
 
-bench: setup $(PEERS)/.ready $(if $(filter engine,$(NB)),vllm) ## measure against other tools (NB=merge or engine, PAIRS=5; goes on where it stopped)
-	@test "$(NB)" = merge -o "$(NB)" = engine || { echo "usage: make bench NB=merge PAIRS=5   (or NB=engine)"; exit 2; }
-	$(PEERS)/bin/python tests/golden/make_$(if $(filter merge,$(NB)),mergekit,trl).py --check
+bench: setup $(if $(filter analysis,$(NB)),,$(PEERS)/.ready) $(if $(filter engine,$(NB)),vllm) ## measure against other tools (NB=merge, engine or analysis, PAIRS=5; goes on where it stopped)
+	@test "$(NB)" = merge -o "$(NB)" = engine -o "$(NB)" = analysis || { echo "usage: make bench NB=merge PAIRS=5   (or NB=engine, NB=analysis)"; exit 2; }
+	$(if $(filter analysis,$(NB)),,$(PEERS)/bin/python tests/golden/make_$(if $(filter merge,$(NB)),mergekit,trl).py --check)
 	$(M2RL) bench $(NB) --pairs $(PAIRS)
 
 $(PEERS)/.ready: requirements-peers.txt

@@ -169,15 +169,15 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
             command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")
             command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
-    commands.add_parser("bench", help="measure merging or the engine against other tools (bench merge --help)", add_help=False)
+    commands.add_parser("bench", help="measure merging, the engine or the weight analysis (bench merge --help)", add_help=False)
     commands.add_parser("merge", help="merge checkpoints of your own (merge --help)", add_help=False)
     return top
 
 
 def _bench(argv: list[str]) -> int:
     """Runs one bench by its name."""
-    if argv[:1] not in (["merge"], ["engine"]):
-        print(f"error: no bench {' '.join(argv[:1]) or '(none)'}; there are: merge, engine", file=sys.stderr)
+    if argv[:1] not in (["merge"], ["engine"], ["analysis"]):
+        print(f"error: no bench {' '.join(argv[:1]) or '(none)'}; there are: merge, engine, analysis", file=sys.stderr)
         return 2
     return importlib.import_module(f"m2rl_core.bench.{argv[0]}").main(argv[1:])
 

@@ -17,7 +17,7 @@ from m2rl_core.profile import Profile
 from m2rl_core.specs import keyed
 
 # Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
-VERSION = {"base": 4, "sft": 2, "rl": 2, "opd": 2, "merge": 2, "eval": 2, "weights": 1, "kl": 2, "judge": 2, "sweep": 1}
+VERSION = {"base": 4, "sft": 2, "rl": 2, "opd": 2, "merge": 2, "eval": 2, "weights": 2, "kl": 2, "judge": 2, "sweep": 1}
 
 GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models",
          "eval": "evals", "judge": "evals", "sweep": "evals", "weights": "analyses", "kl": "analyses"}

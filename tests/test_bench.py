@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from m2rl_core.bench import engine, measure, merge, models
+from m2rl_core.bench import analysis, engine, measure, merge, models
 from m2rl_core.merging.checkpoint import Checkpoint
 from m2rl_core.views import bench as views
 
@@ -91,3 +91,24 @@ def test_the_engine_bench_gives_all_sides_the_same_work(tmp_path, capsys):
     assert shown["bar"].tolist() == ["4", "–", "5"]
     assert abs(sum(step["profile"].values()) - 1) < 0.01 and 0 < step["profile"]["matrix products"] < 0.9
     assert views.parts(pd.DataFrame(rows))["what"].tolist() == ["sampling 256 rollouts", "a step of GRPO"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drops files from Linux's page cache")
+def test_the_analysis_bench_reads_what_it_counts(tmp_path, capsys):
+    sizes = models.matrices(1)
+    assert sum(math.prod(shape) for shape in sizes.values()) == 100_925_440  # a layer of Qwen3-4B without its norms
+    assert sizes["model.layers.0.mlp.down_proj.weight"] == (2560, 9728)
+    arguments = ["--scratch", str(tmp_path / "s"), "--out", str(tmp_path / "analysis.json"), "--layers", "1",
+                 "--hidden", "160", "--pairs", "1"]
+    assert analysis.main(arguments) == 0 and analysis.main(arguments) == 0
+    assert capsys.readouterr().out.count("run 1") == 5, "measured again"
+    rows = json.loads((tmp_path / "analysis.json").read_text())
+    assert [(row["peer_name"], row["bar"]) for row in rows] == [("read", 0.8), ("read", None), ("torch", None)]
+    read = rows[0]
+    assert read["floor"] == read["peer"] and read["floor_multiple"] == pytest.approx(read["ours"] / read["peer"], rel=0.01)
+    assert 0 < read["ours_anonymous_mb"] < 1000 and read["gigabytes"] == pytest.approx(
+        6 * 2 * sum(math.prod(shape) for shape in models.matrices(1, 160).values()) / 1e9, abs=0.01)
+    assert sum(read["profile"].values()) == pytest.approx(1, abs=0.01)
+    assert "of 1 comparisons with a bar" in views.sentence(pd.DataFrame(rows), "analysis").data
+    assert views.parts(pd.DataFrame(rows), "reading alone").loc[0, "what"] == "one read of the files"
+    assert views.sentence(pd.DataFrame(), "analysis").data.count("make bench NB=analysis") == 1

@@ -110,8 +110,8 @@ def weights(value=0.5, share=0.4):
     jaccard = [{**c, "jaccard": value, "jaccard_random": 0.25, "jaccard_null": 0.6, "share_a": share, "share_b": share}
                for c in cells]
     inner = {"math", "coding", "science"}
-    cosine = [{**c, "cosine": 0.3 if {c["a"], c["b"]} <= inner else 0.1, "cosine_projected": 0.2, "projection_sd": 0.06}
-              for c in cells]
+    cosine = [{**c, "cosine": 0.3 if {c["a"], c["b"]} <= inner else 0.1, "cosine_projected": 0.2, "projection_sd": 0.06,
+               "cosine_sd": 0.02} for c in cells]
     return pd.DataFrame(jaccard), pd.DataFrame(cosine)
 
 
@@ -141,7 +141,43 @@ def test_directions_by_group():
     assert found.loc[("reasoning with reasoning", 0), "exact"] == pytest.approx(0.3)
     assert found.loc[("IF with agent", 1), "cells"] == 7  # one pair, seven matrices, weights as stored only
     square = mechanisms.figure3(cosine, 0)
-    assert len(square) == 2 * 20 and set(square["exact"]) == {"exact 0.30", "exact 0.10"}
+    assert len(square) == 2 * 20
+    # attention has four matrices, of 0.02 each: 1.96 x 0.02 / sqrt(4) = 0.02; FFN three: 1.96 x 0.02 / sqrt(3) = 0.02
+    assert set(square["exact"]) == {"exact 0.30±0.02", "exact 0.10±0.02"}
+    # Pairs of one matrix do not add to what is known (seven matrices: 0.02 / sqrt(7)), or 21 cells would give 0.004.
+    assert found.loc[("reasoning with reasoning", 0), "error"] == pytest.approx(0.02 / 7**0.5)
+    assert found.loc[("reasoning with reasoning", 0), "noise"] == pytest.approx(0.06 / 7**0.5)
+    shown = mechanisms.directions_shown(mechanisms.directions(cosine))
+    assert shown.loc[0, "layer 1"] == "0.20 (0.30±0.01)"
+
+
+def test_both_ways_to_count_layers_are_shown():
+    """Layer 1 from 0 is the second; the same number counted from 1 is the first. A layer 0 has no other reading."""
+    jaccard, _ = weights()
+    jaccard.loc[jaccard["layer"] == 0, "jaccard"] = 0.7
+    shown = mechanisms.index_bases(jaccard, 1)
+    assert len(shown) == 10 and shown.loc[0, "q"] == "0.50\nfrom 1: 0.70"
+    said = mechanisms.index_sentence(jaccard, 1).data
+    assert "0.50 (from 0) and 0.70 (from 1)" in said and "0.20 at most; 0 and 70 of 70" in said
+    assert mechanisms.index_bases(jaccard, 0).empty and "is the first" in mechanisms.index_sentence(jaccard, 0).data
+
+
+def test_an_expert_that_is_sft_is_named():
+    """Science changed nothing in one matrix; nothing is said where all changed something."""
+    jaccard, _ = weights()
+    assert mechanisms.unchanged_sentence(jaccard).data == ""
+    here = (jaccard["layer"] == 1) & (jaccard["matrix"] == "v")
+    for side in "ab":
+        jaccard.loc[here & (jaccard[side] == "science"), f"share_{side}"] = 0.0
+    said = mechanisms.unchanged_sentence(jaccard).data
+    assert "Science's expert is identical to SFT in 1 of 14 matrices" in said and "undefined" in said
+
+
+def test_on_bfloat16_eta_decides_nothing_and_a_larger_one_would():
+    """The sentence counts; at 2^-6 the test misses neighbours that differ in a bit."""
+    said = mechanisms.eta_sentence(1e-3).data
+    assert "Of all 32,639 pairs" in said and "32,639 pass" in said and "32,639 differ" in said and said.endswith("0 and 0.")
+    assert "32,639 pass" not in mechanisms.eta_sentence(2**-6).data
 
 
 # -- section 3.4 -----------------------------------------------------------------------------------------------------

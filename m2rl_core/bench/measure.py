@@ -20,6 +20,14 @@ def warm(files: Sequence[Path]) -> None:
                 pass
 
 
+def drop(files: Sequence[Path]) -> None:
+    """Drops files from the page cache, so that the next read is from the disk."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def run(command: Sequence[str], log: Path) -> dict:
     """Runs a command to its end: seconds of wall time, peak of anonymous memory and of all resident memory in MB.
 

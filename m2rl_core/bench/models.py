@@ -1,4 +1,4 @@
-"""Synthetic models for the merge bench: true shapes of Qwen3-0.6B, weights drawn at random."""
+"""Synthetic models for the benches: true shapes of Qwen3-0.6B or -4B, weights drawn at random."""
 from __future__ import annotations
 
 import json
@@ -33,12 +33,26 @@ def shapes(layers: int = 28, vocab: int = 151936) -> dict[str, tuple[int, ...]]:
     return found | {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in layer.items()}
 
 
-def make(folder: Path, layers: int, vocab: int, seed: int = 0, changed: float = 0.3) -> None:
+def matrices(layers: int, hidden: int = 2560) -> dict[str, tuple[int, ...]]:
+    """The seven matrices of some layers of Qwen3-4B by name; another hidden size for a try-out."""
+    inner, wide, narrow = hidden * 19 // 5, hidden * 8 // 5, hidden * 2 // 5  # 9728, 4096, 1024
+    layer = {
+        "self_attn.q_proj": (wide, hidden), "self_attn.k_proj": (narrow, hidden), "self_attn.v_proj": (narrow, hidden),
+        "self_attn.o_proj": (hidden, wide), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    return {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in layer.items()}
+
+
+def make(
+    folder: Path, layers: int, vocab: int, seed: int = 0, changed: float = 0.3, sizes: dict | None = None,
+) -> None:
     """Writes base, e0 .. e4 into `folder`: bf16, each expert one bf16 step off in a share `changed` of the weights.
 
-    Steps of one unit in the last place are what RLVR at a small learning rate does to bf16 weights.
+    sizes: the tensors' shapes by name, where they are not those of `shapes(layers, vocab)`. Steps of one unit in the last
+    place are what RLVR at a small learning rate does to bf16 weights.
     """
-    sizes = shapes(layers, vocab)
+    sizes = sizes or shapes(layers, vocab)
     generator = torch.Generator().manual_seed(seed)
     writers = []
     for name in ("base", *(f"e{i}" for i in range(EXPERTS))):

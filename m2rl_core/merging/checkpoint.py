@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import threading
@@ -84,6 +85,23 @@ class Checkpoint(Mapping):
         got = os.preadv(self._open[path].fileno(), [out.data], self._begin[name] + first * out.itemsize)
         if got != out.nbytes:
             raise ValueError(f"{path} is cut short at {name}: it changed while it was read")
+
+    def view(self, name: str, first: int, count: int) -> np.ndarray:
+        """The values that `read` gives, where they lie in the page cache: read-only, mapped for as long as they are held.
+
+        For work that looks at every byte once, as mapping costs a tenth of copying. A file cut short before is a
+        ValueError; in the milliseconds while it is mapped, the end of the process.
+        """
+        path, dtype = self._home[name], DTYPES[self.meta[name][0]]
+        file, begin = self._open[path].fileno(), self._begin[name] + first * dtype.itemsize
+        end, page = begin + count * dtype.itemsize, begin - begin % mmap.ALLOCATIONGRANULARITY
+        if os.fstat(file).st_size < end:
+            raise ValueError(f"{path} is cut short at {name}: it changed while it was read")
+        mapped = mmap.mmap(file, end - page, access=mmap.ACCESS_READ, offset=page)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            mapped.madvise(mmap.MADV_WILLNEED)  # from a disk: all at once, not page by page
+        values = np.frombuffer(mapped, dtype, count, begin - page)
+        return values if values.flags.aligned else values.copy()
 
     def digest(self) -> str:
         """The `Digest` of all tensors."""

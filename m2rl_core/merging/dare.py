@@ -28,7 +28,7 @@ def start_of(seed: int, model: str, tensor: str) -> int:
 
 
 @kernel
-def _fill(state, out):
+def fill(state, out):
     """out[i] := SplitMix64's output for state + i GAMMA; uint64."""
     for i in range(len(out)):
         z = state + np.uint64(i) * STEP
@@ -40,11 +40,11 @@ def _fill(state, out):
 def words(start: int, first: int, count: int) -> np.ndarray:
     """Words first .. first+count-1 of a stream: uint64 (count,)."""
     out = np.empty(count, np.uint64)
-    _fill(_state(start, first), out)
+    fill(state_of(start, first), out)
     return out
 
 
-def _state(start: int, word: int) -> np.uint64:
+def state_of(start: int, word: int) -> np.uint64:
     return np.uint64((start + (word + 1) * GAMMA) % 2**64)
 
 
@@ -57,7 +57,7 @@ def _drop(row, base, state, odd, limit, factor, out):
     drawn, nonzero = np.empty(BLOCK // 2 + 1, np.uint64), 0
     for first in range(0, len(out), BLOCK):
         here, origin, kept = row[first : first + BLOCK], base[first : first + BLOCK], out[first : first + BLOCK]
-        _fill(state + np.uint64(first // 2) * STEP, drawn)
+        fill(state + np.uint64(first // 2) * STEP, drawn)
         halves = drawn.view(np.uint32)[odd : odd + len(kept)]
         left = np.int32(0)
         for i in range(len(kept)):
@@ -74,7 +74,7 @@ def drop(row: np.ndarray, base: np.ndarray, drop_rate: float, factor: float, sta
 
     The row begins at element `first` of the stream's tensor. Returns how many are not 0.
     """
-    return _drop(row, base, _state(start, first // 2), first % 2, np.uint32(_limit(drop_rate)), np.float32(factor), out)
+    return _drop(row, base, state_of(start, first // 2), first % 2, np.uint32(_limit(drop_rate)), np.float32(factor), out)
 
 
 @kernel
@@ -83,7 +83,7 @@ def _norms(row, base, state, odd, limit, sums):
     drawn, lanes = np.empty(BLOCK // 2 + 1, np.uint64), np.zeros(2 * BLOCK)  # sums side by side: see `diagnosis._round`
     for first in range(0, len(row), BLOCK):
         here, origin = row[first : first + BLOCK], base[first : first + BLOCK]
-        _fill(state + np.uint64(first // 2) * STEP, drawn)
+        fill(state + np.uint64(first // 2) * STEP, drawn)
         halves = drawn.view(np.uint32)[odd : odd + len(here)]
         for i in range(len(here)):
             x = abs(shift(here[i], origin[i]))
@@ -97,7 +97,7 @@ def _norms(row, base, state, odd, limit, sums):
 def norms(row: np.ndarray, base: np.ndarray, drop_rate: float, start: int, first: int) -> np.ndarray:
     """The L1 norms of a row's shifts before and after dropping, without rescaling; float64 (2,)."""
     sums = np.zeros(2)
-    _norms(row, base, _state(start, first // 2), first % 2, np.uint32(_limit(drop_rate)), sums)
+    _norms(row, base, state_of(start, first // 2), first % 2, np.uint32(_limit(drop_rate)), sums)
     return sums
 
 

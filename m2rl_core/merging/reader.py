@@ -55,7 +55,7 @@ class Reader:
             return memory[: len(codes) * count * dtypes[0].itemsize].view(dtypes[0]).reshape(len(codes), -1)
         return [memory[i * count * WIDEST :][: count * dtype.itemsize].view(dtype) for i, dtype in enumerate(dtypes)]
 
-    def refuse_nonfinite(self, name: str) -> None:
+    def refuse_nonfinite(self, name: str, so: str = "nothing to merge") -> None:
         """ValueError with the counts where the base or an expert holds NaN or Inf in this tensor; base first."""
         for label, model in {"the base": self.base, **self.experts}.items():
             code, nan, inf = model.meta[name][0], 0, 0
@@ -66,4 +66,4 @@ class Reader:
                 nan, inf = nan + more[0], inf + more[1]
             if nan or inf:
                 raise ValueError(f"{label}: {name} holds {nan} NaN and {inf} Inf of {self.sizes[name]} values: "
-                                 "nothing to merge")
+                                 f"{so}")

@@ -31,6 +31,10 @@ class State:
         """out := the flat tensor's values from `first` on, in its own type."""
         out[:] = self.flat[name][first : first + len(out)]
 
+    def view(self, name: str, first: int, count: int) -> np.ndarray:
+        """The same values where they lie."""
+        return self.flat[name][first : first + count]
+
 
 class StateMerger(Merger):
     """A `Merger` of dicts of tensors."""

@@ -1,151 +1,201 @@
 """How RLVR moves the weights (section 3.3, Table 5, Fig. 3): which ones change, and in which direction.
 
-Beside the paper's figures stand two things that it lacks. A null for the overlap: a relative test fires
-mostly where |w| is small, so two unrelated runs overlap more than random masks do; `jaccard_by_magnitude`
-says how much. And the exact cosine, next to that of the 256 projected values with its noise.
+Beside the paper's figures stand two things that it lacks. A null for the overlap: a relative test fires mostly where
+|w| is small, so two unrelated runs overlap more than random masks do; `jaccard_null` says how much. And the exact
+cosine, next to that of the projected values. All of it comes from one read of the models, stretch by stretch.
 """
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from m2rl_core.domains import DOMAINS
 from m2rl_core.merging.checkpoint import Checkpoint
+from m2rl_core.merging.dare import state_of
+from m2rl_core.merging.pool import Pool, cores
+from m2rl_core.merging.reader import Reader
+from m2rl_core.merging.stored import as_float, count_of
+from m2rl_core.metrics.masks import BINS, ETA
+from m2rl_core.metrics.projection import Projection, check, columns
+from m2rl_core.metrics.weight_kernel import CODES, ROWS, drain, halve, look
 
 MATRICES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
             "down": "mlp.down_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj"}
-ETA = 1e-3  # the paper's; section 3.3
-BINS = 64  # quantile bins of |w| for the conditioned null
+GROUPS = 32  # blocks of a matrix that the interval of a cosine leaves out one by one
+LARGEST = 1 << 20  # weights of a stretch: what a thread holds at once
 
 
-def changed(a: Tensor, b: Tensor, eta: float = ETA) -> Tensor:
-    """|a - b| > eta max(|a|, |b|), the paper's test; bool, the inputs' shape. Computed in float32."""
-    a, b = a.float(), b.float()
-    return (a - b).abs() > eta * torch.maximum(a.abs(), b.abs())
+class Stretch(NamedTuple):
+    """Weights first .. first+count-1 of the flat tensor, which lie in block `group` of it."""
+
+    name: str
+    group: int
+    first: int
+    count: int
 
 
-def changed_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Whether two bfloat16 tensors differ at all: the same mask as `changed` for every eta below 2^-8.
+class Counted(NamedTuple):
+    """What is known of one matrix.
 
-    Neighbouring bfloat16 numbers differ by at least 2^-8 of the larger, so eta never decides; +0 and -0 are
-    equal to both. ValueError for other types, where that is not so.
-    """
-    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
-        raise ValueError(f"changed_bits compares bfloat16 tensors, not {a.dtype} and {b.dtype}: cast first")
-    return a != b
-
-
-def jaccard(a: Tensor, b: Tensor) -> float:
-    """|a and b| / |a or b| of two bool masks; NaN where both are empty."""
-    return _ratio(int((a & b).sum()), int((a | b).sum()))
-
-
-def jaccard_random(share_a: float, share_b: float) -> float:
-    """The overlap expected of independent masks with these shares: pA pB / (pA + pB - pA pB)."""
-    return _ratio(share_a * share_b, share_a + share_b - share_a * share_b)
-
-
-def jaccard_by_magnitude(a: Tensor, b: Tensor, weights: Tensor, bins: int = BINS) -> float:
-    """The overlap expected of masks that are independent given |w|: sum pA pB / sum (pA + pB - pA pB).
-
-    pA, pB are the masks' shares in about `bins` equally filled bins of |weights|; values that are equal to
-    16 bits share a bin. All three tensors have one shape.
-    """
-    bins_of = magnitude_bins(weights, bins)
-    size, in_a, in_b = (np.bincount(bins_of, weights=x, minlength=bins) for x in (None, _flat(a), _flat(b)))
-    filled = size > 0
-    both = in_a[filled] * in_b[filled] / size[filled]
-    return _ratio(both.sum(), (in_a[filled] + in_b[filled] - both).sum())
-
-
-def magnitude_bins(weights: Tensor, bins: int) -> np.ndarray:
-    """The quantile bin of each |weight|: int (n,), 0 .. bins-1, by the upper 16 bits of its float32 pattern."""
-    codes = weights.float().abs().reshape(-1).view(torch.int32) >> 16  # grows with the magnitude
-    counts = torch.bincount(codes, minlength=1 << 15)
-    middle = torch.cumsum(counts, 0) - counts / 2
-    return (middle / codes.numel() * bins).long().clamp(max=bins - 1)[codes].numpy()
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """The cosine of two tensors taken as vectors, in float64; NaN where one is zero."""
-    a, b = a.double().reshape(-1), b.double().reshape(-1)
-    return _ratio(float(a @ b), math.sqrt(float(a @ a) * float(b @ b)))
-
-
-class Projection:
-    """A random orthogonal map from n to k values: sign flips, a Hadamard transform, k of its rows.
-
-    n is padded with zeros to a power of two; on the padded space the k rows are exactly orthonormal (a
-    subsampled randomised Hadamard transform), at O(n log n) and without a k x n matrix.
+    counts: int64 (magnitudes, 2^experts), how many weights have these upper 16 bits of |w| and were changed by just
+    those experts, for the magnitudes that occur, in order; sums: float64 (groups, pairs, 3), of a squared, b squared and
+    a times b over shifts that both changed; folds: float64 (pairs, 2, columns), the same shifts folded by the projection.
     """
 
-    def __init__(self, n: int, k: int, *seed: int):
-        self.n, self.width = n, 1 << max(0, n - 1).bit_length()
-        self.k = min(k, self.width)
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-        self.signs = torch.from_numpy(rng.integers(0, 2, n) * 2.0 - 1.0)
-        self.rows = torch.from_numpy(rng.permutation(self.width)[: self.k])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: (..., n) -> (..., k), float64."""
-        padded = torch.zeros(*x.shape[:-1], self.width, dtype=torch.float64)
-        padded[..., : self.n] = x.double() * self.signs
-        return hadamard(padded)[..., self.rows] / math.sqrt(self.width)
-
-    def noise(self, rho: float) -> float:
-        """The standard deviation of a projected cosine whose true value is `rho`, over draws of the projection."""
-        return (1 - rho**2) * math.sqrt((1 - self.k / self.width) / self.k)
+    counts: np.ndarray
+    sums: np.ndarray
+    folds: np.ndarray
 
 
-def hadamard(x: Tensor) -> Tensor:
-    """The Walsh-Hadamard transform of the last axis, whose length is a power of two; not normalised."""
-    shape, inner = x.shape, 1
-    while inner < shape[-1]:  # H of the whole is a Kronecker product: up to six of its levels in one product
-        size = min(64, shape[-1] // inner)
-        block = torch.ones(1, 1, dtype=x.dtype)
-        while len(block) < size:
-            block = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=x.dtype), block)
-        x = x.reshape(-1, size) @ block if inner == 1 else block @ x.reshape(-1, size, inner)
-        inner *= size
-    return x.reshape(shape)
+def stretches(name: str, size: int, width: int) -> list[Stretch]:
+    """A tensor in order, cut into GROUPS blocks of about equal size, and these into equal parts of at most LARGEST."""
+    unit = ROWS * width
+    units, found = -(-size // unit), []
+    edges = [units * g // min(GROUPS, units) for g in range(min(GROUPS, units) + 1)]
+    for group, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        parts = -(-(end - begin) * unit // LARGEST)
+        cuts = [begin + (end - begin) * p // parts for p in range(parts + 1)]
+        found += [Stretch(name, group, a * unit, min(b * unit, size) - a * unit)
+                  for a, b in zip(cuts, cuts[1:], strict=False)]
+    return found
 
 
-def compare(
-    base: Tensor, models: Mapping[str, Tensor], *, eta: float = ETA, bf16: bool = False, k: int = 256,
-    seed: tuple[int, ...] = (0,),
-) -> Iterator[tuple[dict, dict]]:
-    """For every pair of models: a row of jaccard.parquet and one of cosine.parquet; one matrix each.
+class Stream:
+    """Reads a base and its experts, each a `Checkpoint`, entered, or a `states.State`, once, in threads."""
 
-    A model's mask is what it changed of `base`; the cosine is that of the two shifts where both changed.
-    With `bf16` all tensors are rounded to bfloat16 first.
+    def __init__(self, base, models: Mapping, *, eta: float = ETA, k: int = 256, seed: int = 0, threads: int = 0):
+        check(k)
+        self.base, self.models, self.eta, self.k, self.seed = base, dict(models), eta, k, seed
+        self.threads = threads or cores()
+        self.pairs = len(models) * (len(models) - 1) // 2
+        self._tables: dict[tuple, np.ndarray] = {}  # of each thread, tensor and way of reading it
+        self._free: list[np.ndarray] = []
+        self._total, self._seen = np.zeros((1 << CODES, 1 << len(models)), np.int64), np.zeros(1 << CODES, bool)
+
+    def __call__(self, names: Sequence[str]) -> Iterator[tuple[str, Counted, Counted]]:
+        """(name, weights as stored, weights rounded to bfloat16) of each tensor, in order."""
+        work = [s for name in names for s in stretches(name, count_of(self.base.meta[name]), columns(self.k))]
+        with Pool(self.threads) as pool:
+            parts: list[list] = []
+            for i, (stretch, part) in enumerate(zip(work, pool.map(self._look, work), strict=True)):
+                parts.append([stretch.group, *part])
+                if i + 1 == len(work) or work[i + 1].name != stretch.name:
+                    found = [self._collect(stretch.name, way, [(p[0], p[1 + way]) for p in parts])
+                             for way in range(len(part))]
+                    yield stretch.name, found[0], found[-1]
+                    parts = []
+
+    def _look(self, stretch: Stretch) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(sums, folds) of a stretch as stored and, where that is another thing, in bfloat16."""
+        models = [self.base, *self.models.values()]
+        rows = tuple(model.view(stretch.name, stretch.first, stretch.count) for model in models)
+        codes = [model.meta[stretch.name][0] for model in models]
+        if set(codes) == {"BF16"}:
+            return [self._add(stretch, rows, 0)]
+        rows = tuple(as_float(values, code) for values, code in zip(rows, codes, strict=True))
+        halves = np.empty((len(rows), stretch.count), np.uint16)
+        for values, out in zip(rows, halves, strict=True):
+            halve(values, out)
+        return [self._add(stretch, rows, 0), self._add(stretch, tuple(halves), 1)]
+
+    def _add(self, stretch: Stretch, rows: Sequence[np.ndarray], way: int) -> tuple[np.ndarray, np.ndarray]:
+        for values in rows:
+            values.flags.writeable = False  # mapped files are: one kind of arguments, one kernel
+        width, bf16 = columns(self.k), rows[0].dtype == np.uint16
+        sums, folds = np.zeros((self.pairs, 3)), np.zeros((self.pairs, 2, width))
+        eta = None if bf16 and self.eta < 2**-8 else np.float32(self.eta)  # on bfloat16 it decides nothing: see `masks`
+        start = Projection(stretch.count, self.k, self.seed, stretch.name).start
+        look(rows, stretch.first // width, eta, state_of(start, 0), self._table(stretch.name, way), sums, folds)
+        return sums, folds
+
+    def _table(self, name: str, way: int) -> np.ndarray:
+        key = (threading.get_ident(), name, way)
+        if key not in self._tables:
+            try:
+                self._tables[key] = self._free.pop()
+            except IndexError:
+                self._tables[key] = np.zeros(1 << CODES + len(self.models), np.int32)
+        return self._tables[key]
+
+    def _collect(self, name: str, way: int, parts: Sequence[tuple]) -> Counted:
+        """All stretches of a tensor together, in their order; ValueError where a model holds NaN or Inf there."""
+        for key in [key for key in self._tables if key[1:] == (name, way)]:
+            table = self._tables.pop(key)
+            drain(table.reshape(self._total.shape), self._total, self._seen)
+            self._free.append(table)
+        filled = np.flatnonzero(self._seen)
+        counts = self._total[filled]
+        self._total[filled], self._seen[filled] = 0, False
+        sums, folds = np.zeros((parts[-1][0] + 1, self.pairs, 3)), 0
+        for group, (some, more) in parts:
+            sums[group] += some
+            folds = folds + more
+        if not np.isfinite(sums).all():
+            Reader(self.base, self.models).refuse_nonfinite(name, "nothing to compare")
+        return Counted(counts, sums, folds)
+
+
+def overlaps(found: Counted, names: Sequence[str]) -> list[tuple[dict, dict]]:
+    """Of every pair {a, b}: jaccard, its two nulls, the shares of changed weights, and n, how many both changed.
+
+    The overlap with an expert that changed nothing is undefined: NaN, and so are its nulls.
     """
-    base = (base.bfloat16() if bf16 else base).float()
-    models = {name: (tensor.bfloat16() if bf16 else tensor).float() for name, tensor in models.items()}
-    masks = {name: changed(tensor, base, eta) for name, tensor in models.items()}
-    shifts = {name: (tensor - base).reshape(-1) for name, tensor in models.items()}
-    shares = {name: float(mask.float().mean()) for name, mask in masks.items()}
-    projection = Projection(base.numel(), k, *seed)
-    for a, b in combinations(models, 2):
-        both = (masks[a] & masks[b]).reshape(-1)
-        exact = cosine(shifts[a] * both, shifts[b] * both)
-        projected = projection(torch.stack((shifts[a] * both, shifts[b] * both)))
-        pair = {"a": a, "b": b, "bf16": bf16}
-        yield (
-            pair | {"jaccard": jaccard(masks[a], masks[b]), "jaccard_random": jaccard_random(shares[a], shares[b]),
-                    "jaccard_null": jaccard_by_magnitude(masks[a], masks[b], base),
-                    "share_a": shares[a], "share_b": shares[b], "eta": eta},
-            pair | {"cosine": exact, "cosine_projected": cosine(projected[0], projected[1]),
-                    "projection_sd": projection.noise(exact), "n": int(both.sum())},
-        )
+    bits = np.arange(1 << len(names))[:, None] >> np.arange(len(names)) & 1  # (patterns, experts)
+    size = found.counts.sum(1)
+    middle = np.cumsum(size) - size / 2
+    bins = np.minimum(middle / size.sum() * BINS, BINS - 1).astype(int)  # grows: magnitudes of one bin lie side by side
+    in_bin = np.add.reduceat(found.counts, np.flatnonzero(np.diff(bins, prepend=-1)))  # (bins, patterns)
+    patterns, weights = in_bin.sum(0), in_bin.sum(1)
+    changed = in_bin @ bits  # (bins, experts)
+    rows = []
+    for a, b in combinations(range(len(names)), 2):
+        n = int(patterns @ (bits[:, a] & bits[:, b]))
+        in_a, in_b = int(changed[:, a].sum()), int(changed[:, b].sum())
+        both = {"jaccard": n, "jaccard_random": in_a * in_b / size.sum(),
+                "jaccard_null": float((changed[:, a] * changed[:, b] / weights).sum())}
+        rows.append(({"a": names[a], "b": names[b]}, {
+            **{name: x / (in_a + in_b - x) if in_a and in_b else math.nan for name, x in both.items()},
+            "share_a": in_a / int(size.sum()), "share_b": in_b / int(size.sum()), "n": n}))
+    return rows
+
+
+def angles(found: Counted, projection: Projection) -> list[dict]:
+    """Of every pair: cosine, its standard error `cosine_sd` (see `jackknife`), that of the projected shifts, and the
+    noise that the projection adds; NaN where no weight was changed by both."""
+    folds = found.folds.reshape(*found.folds.shape[:2], -1, projection.k).sum(2)
+    rows = []
+    for pair, (a, b) in enumerate(folds):
+        exact = float(_cosine(found.sums[:, pair].sum(0)))
+        rows.append({"cosine": exact, "cosine_sd": jackknife(found.sums[:, pair]),
+                     "cosine_projected": float(_cosine(np.array([a @ a, b @ b, a @ b]))),
+                     "projection_sd": projection.noise(exact)})
+    return rows
+
+
+def jackknife(sums: np.ndarray) -> float:
+    """The standard error of a cosine by leaving out one group at a time (Efron 1982); sums: (groups, 3).
+
+    It says how much the cosine differs from block to block of this matrix; nothing about another run of training.
+    """
+    groups = len(sums)
+    left = _cosine(sums.sum(0) - sums)
+    return math.sqrt((groups - 1) / groups * ((left - left.mean()) ** 2).sum()) if groups > 1 else math.nan
+
+
+def _cosine(sums: np.ndarray) -> np.ndarray:
+    """From (..., 3): a squared, b squared, a times b; NaN where one is zero."""
+    aa, bb, ab = np.moveaxis(sums, -1, 0)
+    whole = np.sqrt(aa) * np.sqrt(bb)
+    return np.divide(ab, whole, out=np.full_like(whole, math.nan), where=whole > 0)
 
 
 def matrices(names: Mapping) -> list[tuple[int, str, str]]:
@@ -161,39 +211,46 @@ def matrices(names: Mapping) -> list[tuple[int, str, str]]:
     return sorted(found, key=lambda entry: (entry[0], list(MATRICES).index(entry[1])))
 
 
+def check_models(base, models: Mapping, label: str = "sft") -> None:
+    """ValueError unless every expert has the matrices of the base, of the same shapes."""
+    shapes = {name: base.meta[name][1] for _, _, name in matrices(base.meta)}
+    for model, state in models.items():
+        theirs = {name: state.meta[name][1] for _, _, name in matrices(state.meta)}
+        for name in sorted(shapes.keys() | theirs.keys()):
+            if shapes.get(name) != theirs.get(name):
+                said = [f"shape {list(found[name])}" if name in found else "no such tensor" for found in (theirs, shapes)]
+                raise ValueError(f"{name}: {model} has {said[0]} and {label} has {said[1]}: "
+                                 f"compare experts that were trained from this very {label} model")
+
+
 def measure(
-    base: Mapping[str, Tensor], models: Mapping[str, Mapping[str, Tensor]], *, eta: float = ETA, k: int = 256,
-    seed: int = 0, report=None,
+    base, models: Mapping, *, eta: float = ETA, k: int = 256, seed: int = 0, threads: int = 0, report=None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(jaccard, cosine) over all layers, matrices and pairs, as stored and in bfloat16; streams matrices."""
-    overlaps, cosines = [], []
-    work = matrices(base)
-    for done, (layer, matrix, name) in enumerate(work, 1):
-        key = (seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
-        tensors = {model: state[name] for model, state in models.items()}
-        for bf16 in (False, True):
-            for overlap, angle in compare(base[name], tensors, eta=eta, bf16=bf16, k=k, seed=key):
-                overlaps.append({"layer": layer, "matrix": matrix, **overlap})
-                cosines.append({"layer": layer, "matrix": matrix, **angle})
+    """(jaccard, cosine) over all layers, matrices and pairs, as stored and in bfloat16; models as for `Stream`."""
+    check_models(base, models)
+    work, names = matrices(base.meta), list(models)
+    table, cosines = [], []
+    stream = Stream(base, models, eta=eta, k=k, seed=seed, threads=threads)([name for _, _, name in work])
+    for done, ((layer, matrix, _), (name, *ways)) in enumerate(zip(work, stream, strict=True), 1):
+        projection = Projection(count_of(base.meta[name]), k, seed, name)
+        found = {id(way): list(zip(overlaps(way, names), angles(way, projection), strict=True)) for way in ways}
+        for bf16, way in zip((False, True), ways, strict=True):  # of bfloat16 files, twice the same
+            for (pair, overlap), angle in found[id(way)]:
+                head = {"layer": layer, "matrix": matrix, **pair, "bf16": bf16}
+                table.append(head | {key: x for key, x in overlap.items() if key != "n"} | {"eta": eta})
+                cosines.append(head | angle | {"n": overlap["n"]})
         if report:
             report(done, len(work))
-    return pd.DataFrame(overlaps), pd.DataFrame(cosines)
+    return pd.DataFrame(table), pd.DataFrame(cosines)
 
 
 def build(ctx) -> None:
     """jaccard.parquet and cosine.parquet of the five experts against `sft`; `a` and `b` are domains."""
     settings = ctx.stage.settings
-    models = {domain: Checkpoint(Path(ctx.inputs[f"rl-{domain}"])) for domain in DOMAINS}
-    overlaps, cosines = measure(
-        Checkpoint(Path(ctx.inputs["sft"])), models, eta=settings["eta"], k=settings["random_projection"],
-        seed=settings["seed"], report=ctx.progress.step)
-    overlaps.to_parquet(ctx.out / "jaccard.parquet", index=False)
-    cosines.to_parquet(ctx.out / "cosine.parquet", index=False)
-
-
-def _flat(mask: Tensor) -> np.ndarray:
-    return mask.reshape(-1).numpy()
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
+    with ExitStack() as stack:
+        base, *models = (stack.enter_context(Checkpoint(Path(ctx.inputs[name])))
+                         for name in ("sft", *(f"rl-{domain}" for domain in DOMAINS)))
+        found = measure(base, dict(zip(DOMAINS, models, strict=True)), eta=settings["eta"],
+                        k=settings["random_projection"], seed=settings["seed"], report=ctx.progress.step)
+    for name, frame in zip(("jaccard", "cosine"), found, strict=True):
+        frame.to_parquet(ctx.out / f"{name}.parquet", index=False)

@@ -51,10 +51,10 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
     } for r in found.to_dict("records")])
 
 
-def parts(found: pd.DataFrame) -> pd.DataFrame:
-    """Where our own time went in each kind of work (percent), and how much of it the arithmetic alone would take."""
+def parts(found: pd.DataFrame, floor: str = "arithmetic alone") -> pd.DataFrame:
+    """Where our own time went in each kind of work (percent), and how much of it what the floor measures would take."""
     lines = [{"what": r["name"], **{part: f"{100 * share:.0f}" for part, share in r["profile"].items()},
-              "arithmetic alone": f"{100 / r['floor_multiple']:.0f}"} for r in found.dropna(subset="bar").to_dict("records")]
+              floor: f"{100 / r['floor_multiple']:.0f}"} for r in found.dropna(subset="bar").to_dict("records")]
     return pd.DataFrame(lines)
 
 
