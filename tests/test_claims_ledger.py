@@ -21,7 +21,8 @@ from m2rl_core.views.grid import grid
 
 ROOT = repo_root()
 PAIRS = [f"pair-{a}-{b}" for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1:]]
-HOURS = {"rl-math": 4.0, "rl-coding": 6.0, "rl-science": 2.0, "rl-if": 2.0, "rl-agent": 6.0 - 1e-9, "rl-multi": 10.0, "mt-opd": 1.0}
+HOURS = {"rl-math": 4.0, "rl-coding": 6.0, "rl-science": 2.0, "rl-if": 2.0, "rl-agent": 6.0 - 1e-9, "rl-multi": 10.0,
+         "mt-opd": 1.0}
 COSTS = pd.DataFrame({"model": list(HOURS), "hours": list(HOURS.values())})
 
 
@@ -138,7 +139,8 @@ def test_skills_on_most_benchmarks():
 
 def test_judges_each_benchmark_and_each_cell():
     def level(m, b, mode):
-        return {("rl-agent", "ifeval"): 0.3, ("rl-multi", "ifeval"): 0.1, ("rl-multi", "lcb_v5"): 0.9}.get((m, b), 0.95 if m == "rl-agent" else 0.6)
+        special = {("rl-agent", "ifeval"): 0.3, ("rl-multi", "ifeval"): 0.1, ("rl-multi", "lcb_v5"): 0.9}
+        return special.get((m, b), 0.95 if m == "rl-agent" else 0.6)
     found = Evidence(judged=judged(level), resamples=300)
     among = list(EXPERT.values())
     assert judging.best_judge(found, "rl-agent", among, "process").verdict == "supported"
