@@ -47,7 +47,7 @@ def index(facts: dict, verdicts: list[dict], report: Path) -> str:
                      for path in sorted((report / "tables").glob("*.csv")))
     return "\n".join([
         f"<h1>Mix or merge: the study at profile <code>{_text(facts['profile'])}</code></h1>",
-        "<h2>Verdicts</h2>", verdict_table(verdicts),
+        "<h2>Verdicts</h2>", verdict_table(sorted(verdicts, key=lambda claim: str(claim.get("section")))),
         f'<h2>One figure</h2><img src="{figure}" alt="{Path(figure).stem}">' if figure else "",
         "<h2>Notebooks</h2>", notebook_table(facts["notebooks"], report),
         f'<h2>Tables</h2><ul>{tables}</ul>' if tables else "",
@@ -79,7 +79,7 @@ def verdict_table(verdicts: list[dict]) -> str:
         if claim["where"]:
             cells[0] = f'<td><a href="{_text(claim["where"]["verdict"])}">{_text(claim["section"])}</a></td>'
         cells[1] = f'<td>{_linked(claim)}<br><span class="small">{_text(claim["rule"])}</span></td>'
-        needs = f'<br><span class="small">{_text(claim["needs"])}</span>' if claim["needs"] else ""
+        needs = f'<br><span class="small">needs: {_text(claim["needs"])}</span>' if claim["needs"] else ""
         cells[4] = f'<td class="{_text(kind)}">{_text(claim["run_verdict"])}{needs}</td>'
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

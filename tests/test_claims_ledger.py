@@ -184,6 +184,7 @@ def test_a_claim_waits_for_its_slowest_part():
     soon, late = (lines.undecided(Estimate(1, -1, 3, 9, 1), items=n) for n in (30, 300))
     found = lines.every({"a": replace(soon, low=-9), "b": late})
     assert "300 items would tell (b, the slowest of 2 open parts)" in found.needs and found.items == 300
+    assert found.needs in found.note and "30 items" not in found.note.replace("300", "")  # one number, not two
 
 
 def whole(noise, n=30):

@@ -92,7 +92,7 @@ def _line(claim: dict, printed_evidence: Evidence, evidence: Evidence) -> dict:
     try:
         of_run = judge(claim, evidence)
     except Missing as error:
-        of_run = Verdict("not run", note=str(error), needs=f"what is missing: {error}")
+        of_run = Verdict("not run", note=str(error), needs=f"what is missing ({error})")
     told = [claim[key] for key in ("id", "section", "text", "printed", "rule", "test", "params")]
     values = [*told, of_paper.verdict, of_run.verdict, *_numbers(of_run), of_run.n or None, of_run.note, of_run.needs]
     return dict(zip(KEYS, [*values, *_numbers(of_paper), of_paper.note, where(claim)], strict=True))

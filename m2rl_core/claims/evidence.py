@@ -178,13 +178,13 @@ def every(parts: Mapping[str, Verdict]) -> Verdict:
     name, worst = min(parts.items(), key=lambda part: (order[part[1].verdict], _distance(part[1])))
     held = sum(part.verdict == "supported" for part in parts.values())
     note = f"{held} of {len(parts)} parts supported; shown: {name}" if len(parts) > 1 else ""
-    note = "; ".join(filter(None, [note, worst.note]))
-    open_ = {part: v for part, v in parts.items() if v.verdict == "undecided"}
+    told, open_ = worst.note, {part: v for part, v in parts.items() if v.verdict == "undecided"}
     if worst.verdict == "undecided" and len(open_) > 1:  # the claim waits for the part that waits longest
         last = max(open_, key=lambda part: -1.0 if isnan(open_[part].items) else open_[part].items)
-        worst = replace(worst, needs=f"{open_[last].needs} ({last}, the slowest of {len(open_)} open parts)",
-                        items=open_[last].items)
-    return replace(worst, note=note)
+        needs = f"{open_[last].needs} ({last}, the slowest of {len(open_)} open parts)"
+        told = told.replace(worst.needs, needs) if worst.needs else needs
+        worst = replace(worst, needs=needs, items=open_[last].items)
+    return replace(worst, note="; ".join(filter(None, [note, told])))
 
 
 def _distance(v: Verdict) -> float:

@@ -122,7 +122,7 @@ def variants(evidence: Evidence, sweep: pd.DataFrame | None) -> list[Reading]:
     """Every merge of the sweep in its method's place, on the sweep's items; the methods' own readings are the base."""
     if sweep is None or evidence.scores is None:
         return []
-    rows = evidence.scores
+    rows = evidence.scores if "seed" not in evidence.scores else evidence.scores[evidence.scores["seed"] <= 1]
     k = sweep["sample"].nunique()
     others = rows[~rows["model"].isin(MERGES) & rows["item"].isin(set(sweep["item"])) & (rows["sample"] < k)]
     own = sweep[sweep["model"].isin(MERGES)]

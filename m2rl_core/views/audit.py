@@ -18,7 +18,7 @@ def ledger(decided: list[dict]) -> pd.DataFrame:
     """`claims.decide(None, Evidence())` for a reader: section, claim, printed number, rule and test, the paper's verdict."""
     return pd.DataFrame([{
         "section": c["section"], "id": c["id"], "claim": c["text"], "printed": c["printed"], "rule": c["rule"],
-        "test": c["test"], "by the paper's numbers":
+        "test": c["test"], "where": c["where"]["notebook"], "by the paper's numbers":
         c["paper_verdict"], "estimate": interval(*(math.nan if v is None else float(v) for v in (
             c["paper_estimate"], c["paper_low"], c["paper_high"])), 2).replace(" [undefined]", "")} for c in decided])
 

@@ -11,7 +11,7 @@ from m2rl_core.claims import Evidence, readings
 from m2rl_core.claims.evidence import EXPERT, MERGES
 from m2rl_core.claims.readings import Reading
 from m2rl_core.domains import DOMAINS
-from m2rl_core.views import readings as views
+from m2rl_core.views import rereadings as views
 
 PAIRS = [f"pair-{a}-{b}" for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1:]]
 
