@@ -80,6 +80,12 @@ def test_a_choice_that_is_not_the_best_says_what_it_risks():
     assert f"it may be up to {-gap['gap_low']:.1f} points lower, about " in text and "items would tell the two apart" in text
 
 
+def test_without_intervals_nothing_is_advised():
+    """Catches advice from one item a benchmark, where no option can be shown to be lower."""
+    text = said(evidence({"rl-multi": 0.9}, n=1))
+    assert text.count("cannot tell.** There are too few items") == 2 and "Starting from SFT: cannot tell" in text
+
+
 def test_domains_are_compared_one_by_one():
     levels = {"merge-ties": 0.5, "rl-multi": 0.5, ("rl-multi", "math"): 0.9, ("merge-ties", "agent"): 0.95}
     found = decision.by_domain(evidence(levels)).set_index("domain")

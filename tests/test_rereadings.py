@@ -125,7 +125,8 @@ def made(*flips):
 
 def test_the_sentence_counts_who_hangs_on_what():
     still = views.sentence(made()).data
-    assert "Of 3 headlines, **3 keep" in still and "0 hang on one thing" in still and "No reading turns" in still
+    assert "Of 3 headlines, **3 keep" in still and "3 supported (mix scores like the best merge, " in still
+    assert "0 hang on one thing" in still and "No reading turns" in still
     one = views.sentence(made(("masks-overlap", "merging"))).data
     assert "**2 keep" in one and "1 hang on one thing" in one
     assert "*masks overlap beyond chance* on merging (other: supported becomes undecided)" in one

@@ -48,8 +48,9 @@ def options(found: Evidence, experts_at_hand: bool = False, models=OPTIONS) -> p
     rows = []
     for m in models:
         gap = (0.0, 0.0, 0.0) if m == best else found.contrast(difference(m, best, BENCHMARKS), len(models) - 1)[:3]
-        rows.append({"model": m, "cost": known[m], "value": means[m].estimate, "low": means[m].low, "high": means[m].high,
-                     "gap": gap[0], "gap_low": gap[1], "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
+        rows.append({
+            "model": m, "cost": known[m], "value": means[m].estimate, "low": means[m].low, "high": means[m].high, "gap": gap[0],
+            "gap_low": gap[1], "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
     frame = pd.DataFrame(rows).sort_values(["cost", "value"], ascending=[True, False], kind="stable", ignore_index=True)
     chosen = frame.loc[~frame["lower"]].index[0]  # the best one at least is not lower
     return frame.assign(chosen=frame.index == chosen)
@@ -62,7 +63,8 @@ def shown(from_scratch: pd.DataFrame, at_hand: pd.DataFrame) -> pd.DataFrame:
     for r in from_scratch.sort_values("value", ascending=False, kind="stable").itertuples():
         said = ("the best" if r.gap == r.gap_low == r.gap_high == 0 else "lower" if r.lower else
                 f"comparable: within {MARGIN:g} points" if r.comparable else "not shown to be lower")
-        takes = [name for name, on in (("from SFT", r.chosen), ("with the experts at hand", later.loc[r.model, "chosen"])) if on]
+        ways = (("from SFT", r.chosen), ("with the experts at hand", later.loc[r.model, "chosen"]))
+        takes = [name for name, on in ways if on]
         rows.append({
             "option": r.model, "training from SFT (%)": f"{r.cost:.0f}",
             "with the experts at hand (%)": f"{later.loc[r.model, 'cost']:.0f}",
@@ -85,6 +87,8 @@ def sentence(found: Evidence, from_scratch: pd.DataFrame, at_hand: pd.DataFrame)
 
 def _choice(found: Evidence, frame: pd.DataFrame, experts_at_hand: bool) -> str:
     take, best = frame[frame["chosen"]].iloc[0], frame.loc[frame["value"].idxmax(), "model"]
+    if not frame.loc[frame["model"] != best, "gap_low"].notna().any():
+        return "cannot tell.** There are too few items for an interval, so no option is shown to be lower."
     spent = found.costs
     costs = [f"{cost(spent, column, experts_at_hand)[take['model']]:.0f} % {name}" for column, name in MEASURES.items()
              if column in spent and spent[column].notna().all()]
@@ -97,8 +101,8 @@ def _choice(found: Evidence, frame: pd.DataFrame, experts_at_hand: bool) -> str:
         text += (f"; not shown to be lower, though dearer or no better: {', '.join(f'`{m}`' for m in rivals['model'])}."
                  if len(rivals) else ", and every other one is shown to be lower.")
     else:
-        text += f"The best, `{best}`, costs {frame.loc[frame['value'].idxmax(), 'cost']:.0f} % and is not shown to score higher: "
-        text += f"the difference is {interval(take['gap'], take['gap_low'], take['gap_high'])} points"
+        price = frame.loc[frame["value"].idxmax(), "cost"]
+        text += f"The best, `{best}`, costs {price:.0f} % and is not shown to score higher: the difference is {interval(take['gap'], take['gap_low'], take['gap_high'])} points"
         text += "." if take["comparable"] else _open(found, take, best, len(frame) - 1)
     cheaper = frame[(frame["cost"] < take["cost"]) & frame["lower"]]
     if len(cheaper):

@@ -74,8 +74,11 @@ def sentence(found: pd.DataFrame) -> Markdown:
         values = ", ".join(f"{label(r.reading)}: {r.before} becomes {r.verdict}" for r in part.itertuples())
         return f"{part['group'].iloc[0]} ({values})"
 
+    verdict = found[found["own"]].groupby("headline")["verdict"].first()  # on all items, where there is that
+    same = {v: [name for name in kept if verdict[name] == v] for v in LETTERS}
+    named = "; ".join(f"{len(names)} {v} ({', '.join(names)})" for v, names in same.items() if names)
     text = [f"Of {len(tried)} headlines, **{len(kept)} keep their verdict under every reading tried**"
-            + (f" ({'; '.join(kept)})." if kept else ".")]
+            + (f": {named}." if named else ".")]
     text.append(f"{len(hang)} hang on one thing that the paper leaves open"
                 + (": " + "; ".join(f"*{name}* on {told(part)}" for name, part in hang.items()) if hang else "") + ".")
     if more:
