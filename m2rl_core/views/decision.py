@@ -48,9 +48,9 @@ def options(found: Evidence, experts_at_hand: bool = False, models=OPTIONS) -> p
     rows = []
     for m in models:
         gap = (0.0, 0.0, 0.0) if m == best else found.contrast(difference(m, best, BENCHMARKS), len(models) - 1)[:3]
-        rows.append({
-            "model": m, "cost": known[m], "value": means[m].estimate, "low": means[m].low, "high": means[m].high, "gap": gap[0],
-            "gap_low": gap[1], "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
+        value, low, high = means[m][:3]
+        rows.append({"model": m, "cost": known[m], "value": value, "low": low, "high": high, "gap": gap[0], "gap_low": gap[1],
+                     "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
     frame = pd.DataFrame(rows).sort_values(["cost", "value"], ascending=[True, False], kind="stable", ignore_index=True)
     chosen = frame.loc[~frame["lower"]].index[0]  # the best one at least is not lower
     return frame.assign(chosen=frame.index == chosen)
@@ -102,7 +102,8 @@ def _choice(found: Evidence, frame: pd.DataFrame, experts_at_hand: bool) -> str:
                  if len(rivals) else ", and every other one is shown to be lower.")
     else:
         price = frame.loc[frame["value"].idxmax(), "cost"]
-        text += f"The best, `{best}`, costs {price:.0f} % and is not shown to score higher: the difference is {interval(take['gap'], take['gap_low'], take['gap_high'])} points"
+        text += f"The best, `{best}`, costs {price:.0f} % and is not shown to score higher: the difference is "
+        text += f"{interval(take['gap'], take['gap_low'], take['gap_high'])} points"
         text += "." if take["comparable"] else _open(found, take, best, len(frame) - 1)
     cheaper = frame[(frame["cost"] < take["cost"]) & frame["lower"]]
     if len(cheaper):
