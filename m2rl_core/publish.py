@@ -16,8 +16,8 @@ from pathlib import Path
 
 from m2rl_core.store import write_atomic
 
-CLAIM_KEYS = ("id", "section", "text", "printed", "rule", "paper_verdict", "run_verdict",
-              "estimate", "low", "high", "n")
+CLAIM_KEYS = ("id", "section", "text", "printed", "rule", "test", "params", "paper_verdict", "run_verdict", "estimate", "low",
+              "high", "n", "note", "needs", "paper_estimate", "paper_low", "paper_high", "paper_note", "where")
 
 
 def report_folder() -> Path | None:

@@ -47,7 +47,7 @@ def index(facts: dict, verdicts: list[dict], report: Path) -> str:
                      for path in sorted((report / "tables").glob("*.csv")))
     return "\n".join([
         f"<h1>Mix or merge: the study at profile <code>{_text(facts['profile'])}</code></h1>",
-        "<h2>Verdicts</h2>", verdict_table(verdicts),
+        "<h2>Verdicts</h2>", verdict_table(sorted(verdicts, key=lambda claim: str(claim.get("section")))),
         f'<h2>One figure</h2><img src="{figure}" alt="{Path(figure).stem}">' if figure else "",
         "<h2>Notebooks</h2>", notebook_table(facts["notebooks"], report),
         f'<h2>Tables</h2><ul>{tables}</ul>' if tables else "",
@@ -59,11 +59,15 @@ def index(facts: dict, verdicts: list[dict], report: Path) -> str:
 
 
 def verdict_table(verdicts: list[dict]) -> str:
-    """One row a claim: the paper's own data beside this run's verdict, with its interval and n."""
+    """One row a claim: the paper's own data beside this run's verdict, with its interval and n.
+
+    The claim leads to the cell that shows its numbers, the section to the verdict with its note and rows.
+    """
     if not verdicts:
         return "<p>No claim was judged in this run.</p>"
     head = "".join(f"<th>{name}</th>" for name in
-                   ("Section", "Claim", "Printed", "By the paper's numbers", "Here", "Estimate", "95 % interval", "n"))
+                   ("Section", "Claim and its rule", "Printed", "By the paper's numbers", "Here", "Estimate", "95 % interval",
+                    "n"))
     rows = []
     for claim in verdicts:
         claim = {key: claim.get(key) for key in CLAIM_KEYS}
@@ -72,7 +76,11 @@ def verdict_table(verdicts: list[dict]) -> str:
         cells = [claim["section"], claim["text"], claim["printed"], claim["paper_verdict"], claim["run_verdict"],
                  _number(claim["estimate"]), interval, claim["n"]]
         cells = [f"<td>{_text(cell)}</td>" for cell in cells]
-        cells[4] = cells[4].replace("<td>", f'<td class="{_text(kind)}">')
+        if claim["where"]:
+            cells[0] = f'<td><a href="{_text(claim["where"]["verdict"])}">{_text(claim["section"])}</a></td>'
+        cells[1] = f'<td>{_linked(claim)}<br><span class="small">{_text(claim["rule"])}</span></td>'
+        needs = f'<br><span class="small">needs: {_text(claim["needs"])}</span>' if claim["needs"] else ""
+        cells[4] = f'<td class="{_text(kind)}">{_text(claim["run_verdict"])}{needs}</td>'
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
@@ -138,6 +146,13 @@ def _headline(report: Path) -> str:
     there = sorted(path.stem for path in (report / "figures").glob("*.png"))
     chosen = next((name for name in HEADLINES if name in there), there[0] if there else "")
     return f"figures/{chosen}.png" if chosen else ""
+
+
+def _linked(claim: dict) -> str:
+    """The claim's text as a link to the cell that shows its numbers; reports of older code name no place."""
+    place = claim["where"]
+    text = _text(claim["text"])
+    return f'<a href="{_text(place["notebook"])}.html#{_text(place["anchor"])}">{text}</a>' if place else text
 
 
 def _number(value) -> str:

@@ -12,11 +12,12 @@ from math import isfinite
 from m2rl_core import paper
 from m2rl_core.claims import judging, mechanisms, scores
 from m2rl_core.claims.evidence import Evidence, Missing, Verdict
+from m2rl_core.claims.places import where
 from m2rl_core.paper import printed
 
 KEYS = (
-    "id", "section", "text", "printed", "rule", "paper_verdict", "run_verdict", "estimate", "low", "high", "n", "note",
-    "paper_estimate", "paper_low", "paper_high", "paper_note",
+    "id", "section", "text", "printed", "rule", "test", "params", "paper_verdict", "run_verdict", "estimate", "low", "high",
+    "n", "note", "needs", "paper_estimate", "paper_low", "paper_high", "paper_note", "where",
 )
 
 
@@ -37,17 +38,21 @@ def combined(evidence: Evidence, claims: list[str]) -> Verdict:
     rest = [name for name in found if name not in held and name not in against]
     parts = [("supported", held), ("contradicted", against), ("undecided", rest)]
     note = "; ".join(f"{name}: {', '.join(ids)}" for name, ids in parts if ids)
-    return Verdict(verdict, float(len(held)), n=len(claims), note=note)
+    needs = "; ".join(f"{name}: {found[name].needs}" for name in rest) if verdict == "undecided" else ""
+    return Verdict(verdict, float(len(held)), n=len(claims), note=note, needs=needs)
 
 
 RULES = (
     scores.no_harm, scores.lifts, scores.unmoved, scores.best_at_home, scores.higher, scores.as_good_as_merging,
-    scores.cheaper, scores.ranked, scores.seesaw, scores.beside_own_experts, scores.steady,
-    mechanisms.changed_share, mechanisms.overlap_above_chance, mechanisms.directions_agree, mechanisms.reasoning_closer,
-    mechanisms.no_link, mechanisms.nearest, mechanisms.asymmetric, mechanisms.neighbour_helps,
-    mechanisms.neighbour_beats_others, mechanisms.gains_overlap, mechanisms.most_consistent, mechanisms.more_consistent,
-    judging.judge_correlation, judging.process_better, judging.outcome_better, judging.best_judge, judging.judge_falls,
-    judging.judge_keeps, judging.best_generation_and_judge, combined,
+    scores.cheaper, scores.costs_extra, scores.costs_differ, scores.dearest, scores.ranked, scores.leads, scores.seesaw,
+    scores.beside_own_experts, scores.beside_each_expert, scores.trends_inconsistent, scores.not_always_superior,
+    scores.steady, scores.flat, mechanisms.gradients_agree,
+    mechanisms.changed_share, mechanisms.overlap_above_chance, mechanisms.directions_agree, mechanisms.directions_modest,
+    mechanisms.reasoning_closer, mechanisms.no_link, mechanisms.nearest, mechanisms.asymmetric, mechanisms.neighbour_helps,
+    mechanisms.neighbour_beats_others, mechanisms.strangers_need_not_help, mechanisms.gains_overlap,
+    mechanisms.most_consistent, mechanisms.more_consistent, mechanisms.more_consistent_on_most, mechanisms.gains_differ,
+    judging.judge_correlation, judging.process_better, judging.outcome_better, judging.waves_through, judging.judges_better,
+    judging.best_judge, judging.judge_falls, judging.judge_keeps, judging.best_generation_and_judge, combined,
 )
 TESTS = {rule.__name__: rule for rule in RULES}
 
@@ -67,8 +72,9 @@ def paper_evidence() -> Evidence:
 def decide(section: str | None, evidence: Evidence) -> list[dict]:
     """Every claim of `section` (None or "4": all) with the paper's verdict and the run's, as dicts with KEYS.
 
-    Ready for JSON: `estimate`, `low`, `high`, `n` and `note` are the run's, `paper_*` what the rule makes of the
-    printed numbers; None where there is none. ValueError for a section without claims.
+    Ready for JSON: `estimate`, `low`, `high`, `n`, `note` and `needs` (what would decide it) are the run's, `paper_*` what
+    the rule makes of the printed numbers; None where there is none. `where` says which cell and rows it rests on. ValueError
+    for a section without claims.
     """
     claims = [claim for claim in paper.claims() if section in (None, "4", claim["section"])]
     if not claims:
@@ -86,10 +92,10 @@ def _line(claim: dict, printed_evidence: Evidence, evidence: Evidence) -> dict:
     try:
         of_run = judge(claim, evidence)
     except Missing as error:
-        of_run = Verdict("not run", note=str(error))
-    told = [claim[key] for key in ("id", "section", "text", "printed", "rule")]
-    values = [*told, of_paper.verdict, of_run.verdict, *_numbers(of_run), of_run.n or None, of_run.note]
-    return dict(zip(KEYS, [*values, *_numbers(of_paper), of_paper.note], strict=True))
+        of_run = Verdict("not run", note=str(error), needs=f"what is missing ({error})")
+    told = [claim[key] for key in ("id", "section", "text", "printed", "rule", "test", "params")]
+    values = [*told, of_paper.verdict, of_run.verdict, *_numbers(of_run), of_run.n or None, of_run.note, of_run.needs]
+    return dict(zip(KEYS, [*values, *_numbers(of_paper), of_paper.note, where(claim)], strict=True))
 
 
 def _numbers(v: Verdict) -> list[float | None]:

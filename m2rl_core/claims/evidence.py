@@ -5,8 +5,9 @@ Scores and differences are in points, intervals are over items and paired where 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from math import isfinite, nan
+from dataclasses import dataclass, field, replace
+from math import ceil, inf, isfinite, isnan, log, log1p, nan
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,10 @@ class Missing(LookupError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`verdict` is supported, contradicted or undecided; the estimate is that of the part that decided."""
+    """`verdict` is supported, contradicted or undecided; the estimate is that of the part that decided.
+
+    `needs` says what would decide an undecided one, `items` how many items that takes (NaN: items are not what it lacks).
+    """
 
     verdict: str
     estimate: float = nan
@@ -38,15 +42,18 @@ class Verdict:
     high: float = nan
     n: int = 0
     note: str = ""
+    needs: str = ""
+    items: float = nan
 
 
 @dataclass
 class Evidence:
     """What claims are decided on; every frame may be missing.
 
-    scores, along (with `step`): evaluation rows. judged: model, benchmark, item, sample, mode, correct.
+    scores, along (with `step`): evaluation rows. judged: model, benchmark, item, sample, mode, correct (truth, said).
     kl: expert, policy, domain, prompt, tokens, kl_exact (nats a token). costs: model, hours (and cpu_hours). jaccard
-    and cosine: as `metrics.weights` writes them; weights as stored are used. `cells` replaces frames by ready estimates.
+    and cosine: as `metrics.weights` writes them; weights as stored are used. gradients: step, group, a, b, cosine, as
+    RL-Multi records them. `cells` replaces frames by ready estimates.
     """
 
     scores: pd.DataFrame | None = None
@@ -56,6 +63,7 @@ class Evidence:
     cosine: pd.DataFrame | None = None
     along: pd.DataFrame | None = None
     costs: pd.DataFrame | None = None
+    gradients: pd.DataFrame | None = None
     neighbours: Mapping[str, str] | None = None
     cells: dict = field(default_factory=dict)
     seed: int = 0
@@ -71,6 +79,10 @@ class Evidence:
     def measured(self, name: str) -> Measured:
         """Frame `name` as resampled cells (benchmark, column), made once."""
         if name not in self.cells:
+            if name == "passed":  # wrong answers that a judge calls right
+                rows = self.frame("judged", "truth", "said").query("truth == 0")
+                self.cells[name] = _judged(rows.assign(correct=rows["said"] == 1), self.rng(), self.resamples)
+                return self.cells[name]
             rows, scale = self.frame(name), 100.0
             if name == "judged":
                 self.cells[name] = _judged(rows, self.rng(), self.resamples)
@@ -120,19 +132,35 @@ def _judged(rows: pd.DataFrame, rng: np.random.Generator, resamples: int) -> Mea
 def above(e: Estimate, line: float = 0.0, parts: int = 1) -> Verdict:
     """Supported where the whole interval is above `line`, contradicted where it is below."""
     if not isfinite(e.low):
-        return Verdict("undecided", e.estimate, e.low, e.high, e.n, "a single item says nothing of its spread")
+        return undecided(e, "a single item says nothing of its spread: more items")
     if e.low > line or e.high < line:
         return Verdict("supported" if e.low > line else "contradicted", e.estimate, e.low, e.high, e.n)
-    items = stats.needed(e, line, level=1 - 0.05 / parts)
-    note = "" if items is None else f"about {items} items would tell" if items < 1e6 else "no feasible n would tell"
-    return Verdict("undecided", e.estimate, e.low, e.high, e.n, note)
+    return undecided(e, items=items_that_tell(e, line, parts))
+
+
+def items_that_tell(e: Estimate, line: float, parts: int = 1) -> float:
+    """How many items would tell `e` from `line`, were its size true; infinite where it lies on the line."""
+    level, gap = 1 - 0.05 / parts, abs(e.estimate - line)
+    if gap == 0 or not isfinite(e.estimate):
+        return inf
+    if e.se == 0:  # all items agree: as many as would show a rarer kind, see `stats.widen`
+        return ceil(log(0.5 - level / 2) / log1p(-gap / 100)) if gap < 100 else 1.0
+    reach = NormalDist().inv_cdf(0.5 + level / 2)
+    e = e if isfinite(e.se) else e._replace(se=(e.high - e.low) / 2 / reach)
+    return stats.needed(e, line, level=level) or inf
+
+
+def undecided(e: Estimate, needs: str = "", items: float = nan, note: str = "") -> Verdict:
+    """An open verdict on `e`; where only `items` are lacking, it says how many."""
+    needs = needs or (f"about {items:.0f} items would tell" if items < 1e6 else "no feasible n would tell")
+    return Verdict("undecided", e.estimate, e.low, e.high, e.n, "; ".join(filter(None, [note, needs])), needs, items)
 
 
 def below(e: Estimate, line: float = 0.0, parts: int = 1) -> Verdict:
     """Supported where the whole interval is below `line`, contradicted where it is above."""
     found = above(e, line, parts)
     swapped = {"supported": "contradicted", "contradicted": "supported"}.get(found.verdict, found.verdict)
-    return Verdict(swapped, found.estimate, found.low, found.high, found.n, found.note)
+    return replace(found, verdict=swapped)
 
 
 def within(e: Estimate, margin: float = MARGIN, parts: int = 1) -> Verdict:
@@ -150,8 +178,13 @@ def every(parts: Mapping[str, Verdict]) -> Verdict:
     name, worst = min(parts.items(), key=lambda part: (order[part[1].verdict], _distance(part[1])))
     held = sum(part.verdict == "supported" for part in parts.values())
     note = f"{held} of {len(parts)} parts supported; shown: {name}" if len(parts) > 1 else ""
-    note = "; ".join(filter(None, [note, worst.note]))
-    return Verdict(worst.verdict, worst.estimate, worst.low, worst.high, worst.n, note)
+    told, open_ = worst.note, {part: v for part, v in parts.items() if v.verdict == "undecided"}
+    if worst.verdict == "undecided" and len(open_) > 1:  # the claim waits for the part that waits longest
+        last = max(open_, key=lambda part: -1.0 if isnan(open_[part].items) else open_[part].items)
+        needs = f"{open_[last].needs} ({last}, the slowest of {len(open_)} open parts)"
+        told = told.replace(worst.needs, needs) if worst.needs else needs
+        worst = replace(worst, needs=needs, items=open_[last].items)
+    return replace(worst, note="; ".join(filter(None, [note, told])))
 
 
 def _distance(v: Verdict) -> float:
@@ -171,7 +204,7 @@ def every_above(parts: Mapping[str, Estimate], line: float = 0.0) -> Verdict:
     return every({name: above(e, line, len(parts)) for name, e in parts.items()})
 
 
-def extremes(values: pd.Series, verdict: str, note: str) -> Verdict:
+def extremes(values: pd.Series, verdict: str, note: str, needs: str = "") -> Verdict:
     """Verdict on quantities without sampling error: mean, smallest and largest cell."""
     return Verdict(verdict, float(values.mean()), float(values.min()), float(values.max()), len(values),
-                   f"{note}; low and high are the extreme cells, not an interval")
+                   f"{note}; low and high are the extreme cells, not an interval", needs)

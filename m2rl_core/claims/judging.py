@@ -1,6 +1,7 @@
 """Rules on self-verification (Section 3.6)."""
 from __future__ import annotations
 
+from dataclasses import replace
 from math import atanh, ceil
 
 from m2rl_core.claims.evidence import (
@@ -23,28 +24,50 @@ def judge_correlation(evidence, mode, sign):
     left = stats.leave_one_out(names, x, y)["r"]
     found = above(e) if sign > 0 else below(e)
     note = f"leaving one model out: {left.min():.2f} to {left.max():.2f}"
-    if found.verdict == "undecided" and 0 < abs(e.estimate) < 1:
-        note += f"; about {ceil((2.8 / atanh(e.estimate)) ** 2 + 3)} models would tell"
-    return Verdict(found.verdict, *e[:4], note)
+    if found.verdict != "undecided":
+        return Verdict(found.verdict, *e[:4], note)
+    known = 0 < abs(e.estimate) < 1
+    needs = f"about {ceil((2.8 / atanh(e.estimate)) ** 2 + 3)} models would tell" if known else "models that differ"
+    return Verdict(found.verdict, *e[:4], f"{note}; {needs}", needs)
 
 
-def process_better(evidence, benchmarks, consistently):
-    """Process minus outcome above 0: in every (model, benchmark) cell, or in the mean over all cells."""
+def process_better(evidence, benchmarks, consistently, line=0.0):
+    """Process minus outcome above `line`: in every (model, benchmark) cell, or in the mean over all cells."""
     models = _judges(evidence, ("outcome", "process"), benchmarks)
     triples = [(f"{m}/process", f"{m}/outcome", [b]) for m in models for b in benchmarks]
     if consistently:
-        return every_above(differences(evidence, triples, "judged"))
+        return every_above(differences(evidence, triples, "judged"), line)
     weights: dict = {}
     for a, b, on in triples:
         weights.update(difference(a, b, on))
-    return above(evidence.contrast({cell: w / len(triples) for cell, w in weights.items()}, of="judged"))
+    return above(evidence.contrast({cell: w / len(triples) for cell, w in weights.items()}, of="judged"), line)
 
 
-def outcome_better(evidence, benchmarks):
-    """Outcome minus process above 0 in the mean over models and `benchmarks`."""
-    found = process_better(evidence, benchmarks, consistently=False)
+def outcome_better(evidence, benchmarks, margin=0.0):
+    """Outcome minus process above `margin` in the mean over models and `benchmarks`."""
+    found = process_better(evidence, benchmarks, consistently=False, line=-margin)
     swapped = {"supported": "contradicted", "contradicted": "supported"}.get(found.verdict, found.verdict)
-    return Verdict(swapped, -found.estimate, -found.high, -found.low, found.n, found.note)
+    return replace(found, verdict=swapped, estimate=-found.estimate, low=-found.high, high=-found.low)
+
+
+def waves_through(evidence, benchmark):
+    """Share of wrong answers called right by process minus that by outcome, mean over models, above 0."""
+    passed = evidence.measured("passed")
+    models = [m for m in ("sft", *EXPERT.values(), *MERGES, "rl-multi", "mt-opd")
+              if all(passed.has(benchmark, f"{m}/{mode}") for mode in ("process", "outcome"))]
+    if not models:
+        raise Missing(f"no wrong answers on {benchmark}")
+    weights: dict = {}
+    for m in models:
+        weights.update(difference(f"{m}/process", f"{m}/outcome", [benchmark]))
+    weights = {cell: w / len(models) for cell, w in weights.items()}
+    return above(evidence.contrast(weights, of="passed"))
+
+
+def judges_better(evidence, cells):
+    """Model a above model b in judging, averaged over benchmarks, for every (a, b, mode, *benchmarks) of `cells`."""
+    triples = [(f"{a}/{mode}", f"{b}/{mode}", list(on)) for a, b, mode, *on in cells]
+    return every_above(differences(evidence, triples, "judged"))
 
 
 def _judges(evidence, modes, benchmarks):
@@ -56,15 +79,21 @@ def _judges(evidence, modes, benchmarks):
     return models
 
 
-def best_judge(evidence, model, among, mode, benchmarks=JUDGED):
-    """`model` above every other of `among` in judging by `mode`, averaged over `benchmarks`."""
-    cells = [(f"{model}/{mode}", f"{other}/{mode}", list(benchmarks)) for other in among if other != model]
+def best_judge(evidence, model, among, mode, benchmarks=JUDGED, each=False):
+    """`model` above every other of `among` in judging by `mode`, averaged over `benchmarks` (or, with `each`, on each)."""
+    groups = [[b] for b in benchmarks] if each else [list(benchmarks)]
+    cells = [(f"{model}/{mode}", f"{other}/{mode}", on) for other in among if other != model for on in groups]
     return every_above(differences(evidence, cells, "judged"))
 
 
-def judge_falls(evidence, model, by, mode="process"):
-    """`model` more than `by` points below SFT in judging by `mode`, averaged over the four benchmarks."""
-    return below(evidence.contrast(difference(f"{model}/{mode}", f"sft/{mode}", JUDGED), of="judged"), -by)
+def judge_falls(evidence, model, by, mode="process", benchmarks=JUDGED, each=False):
+    """`model` more than `by` points below SFT in judging by `mode`, averaged over `benchmarks` (or, with `each`, on each)."""
+    groups = [[b] for b in benchmarks] if each else [list(benchmarks)]
+    parts = differences(evidence, [(f"{model}/{mode}", f"sft/{mode}", on) for on in groups], "judged")
+    if each:  # turned round, so that the part that stands worst is shown
+        turned = {f"{name}, turned": e._replace(estimate=-e.estimate, low=-e.high, high=-e.low) for name, e in parts.items()}
+        return every_above(turned, by)
+    return below(next(iter(parts.values())), -by)
 
 
 def judge_keeps(evidence, models, by, mode="process"):

@@ -15,9 +15,10 @@ NOT_DRAWN = "cannot be decided from printed numbers"
 
 
 def ledger(decided: list[dict]) -> pd.DataFrame:
-    """`claims.decide(None, Evidence())` for a reader: section, claim, rule, and what the paper's own numbers say."""
+    """`claims.decide(None, Evidence())` for a reader: section, claim, printed number, rule and test, the paper's verdict."""
     return pd.DataFrame([{
-        "section": c["section"], "id": c["id"], "claim": c["text"], "rule": c["rule"], "by the paper's numbers":
+        "section": c["section"], "id": c["id"], "claim": c["text"], "printed": c["printed"], "rule": c["rule"],
+        "test": c["test"], "where": c["where"]["notebook"], "by the paper's numbers":
         c["paper_verdict"], "estimate": interval(*(math.nan if v is None else float(v) for v in (
             c["paper_estimate"], c["paper_low"], c["paper_high"])), 2).replace(" [undefined]", "")} for c in decided])
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import html
 from math import isfinite
+from typing import NamedTuple
 
 import pandas as pd
 from IPython.display import HTML
@@ -11,6 +12,13 @@ from m2rl_core.views.opening import VERDICT_COLOURS
 
 SMALL = "font-size:0.8em;font-weight:normal;color:#555"
 CELL = "text-align:left;vertical-align:top;padding:.3rem .4rem"
+
+
+class Link(NamedTuple):
+    """A cell that leads elsewhere: what it says (small print after a line break) and the address."""
+
+    text: str
+    address: str
 
 
 def bounds(low: float, high: float, digits: int = 1) -> str:
@@ -31,8 +39,10 @@ def grid(frame: pd.DataFrame, wrap: bool = False) -> HTML:
 
 
 def _cell(value, wrap: bool, tag: str = "td") -> str:
-    text = str(value)
+    text = value.text if isinstance(value, Link) else str(value)
     first, *rest = (html.escape(line) for line in text.split("\n"))
+    if isinstance(value, Link):
+        first = f'<a href="{html.escape(value.address)}">{first}</a>'
     small = "".join(f'<br><span style="{SMALL}">{line}</span>' for line in rest)
     style = CELL + ("" if wrap else ";white-space:nowrap")
     colour = VERDICT_COLOURS.get(text)

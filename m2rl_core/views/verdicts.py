@@ -12,14 +12,16 @@ from IPython.display import Markdown
 from scipy.optimize import isotonic_regression
 
 from m2rl_core import claims, paper, plots
+from m2rl_core.claims import places
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
 from m2rl_core.domains import BENCHMARKS
 from m2rl_core.metrics.stats import average, difference
 from m2rl_core.study import JUDGED, MODELS
-from m2rl_core.views import scores
+from m2rl_core.views import gradients, scores
+from m2rl_core.views.grid import Link
 from m2rl_core.views.opening import interval
 
-FRAMES = ("scores", "pairs", "along", "costs", "jaccard", "cosine", "kl", "judged")
+FRAMES = ("scores", "pairs", "along", "costs", "jaccard", "cosine", "kl", "judged")  # costs: gradients too, if measured
 COMBINED = {claim["id"] for claim in paper.claims() if claim["test"] == "combined"}
 VERDICTS = ("supported", "contradicted", "undecided", "not run", "cannot be decided from printed numbers")
 LINE = 0.05  # the height of a name in the headline as a share of the picture's
@@ -42,7 +44,8 @@ def evidence(run, *frames: str) -> Evidence:
     if "along" in wanted:
         found["along"] = scores.along_with_start(run.along(), run.scores(["sft"]))
     if "costs" in wanted:
-        found["costs"] = scores.costs(run)
+        found["costs"] = scores.costs(run)  # a claim of 3.2 rests on what rl-multi noted while it trained
+        found["gradients"] = gradients.interference(run)
     for name in ("jaccard", "cosine"):
         if name in wanted:
             found[name] = run.table("weights", f"{name}.parquet")
@@ -54,13 +57,23 @@ def evidence(run, *frames: str) -> Evidence:
 
 
 def table(lines: Sequence[dict]) -> pd.DataFrame:
-    """Verdicts for the eye: the claim and its rule, by the paper's printed numbers and by this run."""
+    """Verdicts for the eye: the claim and its rule, by the paper's printed numbers and by this run, and where to look.
+
+    The links are to pages of the report: the cell that shows the numbers, and below it the rows that these rest on.
+    """
     return pd.DataFrame([{
         "section": line["section"], "claim": f"{line['text']}\nRule: {line['rule']}.",
         "by the paper's numbers": line["paper_verdict"], "paper's estimate": _estimate(line, "paper_"),
         "by this run": line["run_verdict"], "estimate [95 %]": _estimate(line, ""), "n": line["n"] or "",
-        "note": line["note"],
+        "note": line["note"] + _needs(line),
+        "where": Link("\n".join([line["where"]["notebook"], *line["where"]["data"]]), places.link(line["where"])),
     } for line in lines])
+
+
+def _needs(line: dict) -> str:
+    """What an open verdict lacks, where the note does not say it already."""
+    told = line["run_verdict"] != "undecided" or not line["needs"] or line["needs"] in line["note"]
+    return "" if told else f"\nneeds: {line['needs']}"
 
 
 def _estimate(line: dict, of: str) -> str:
@@ -104,6 +117,7 @@ def agreement(lines: Sequence[dict], run_verdict: str) -> Markdown:
     for line in part:
         here, theirs = _estimate(line, ""), _estimate(line, "paper_")
         note = line["note"] if run_verdict in ("undecided", "not run") or line["low"] is None else ""
+        note += _needs(line).replace("\n", "; ")
         told.append(f"* **{line['text']}** (Section {line['section']}) Here: "
                     + "; ".join(filter(None, [here, note])) + f". By the paper's own numbers: {line['paper_verdict']}"
                     + (f", {theirs}." if theirs else "."))
