@@ -191,15 +191,16 @@ class Run:
     def scores(self, models: Iterable[str] | None = None) -> pd.DataFrame:
         """Evaluation rows of these models (all of the study's): one for each (model, benchmark, item, sample).
 
-        With several training seeds also one for each `seed` from 1; what all seeds share (base, sft) has seed 0.
+        With several training seeds also one for each `seed` from 1, and seed 0 for what these share (base, sft); models
+        that are all shared have no such column.
         """
         import pandas as pd
-        seeds = self.profile.seeds
-        if seeds == 1:
-            return self._stack(f"eval-{model}" for model in models or MODELS)
+        names = [(model, seed, name) for model in models or MODELS
+                 for seed, name in seeds_of(model, self.profile.seeds).items()]
+        if self.profile.seeds == 1 or not any(seed for _, seed, _ in names):
+            return self._stack(f"eval-{name}" for _, _, name in names)
         return pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
-                          for model in models or MODELS for seed, name in seeds_of(model, seeds).items()],
-                         ignore_index=True)
+                          for model, seed, name in names], ignore_index=True)
 
     def seconds_a_rollout(self, model: str) -> float:
         """What one sample of one item took when the model was evaluated, verified and all; the mean over its seeds."""

@@ -106,7 +106,8 @@ def levers(spread: Spread, difference: float, power: float = 0.8, level: float =
     """How many times as many items, samples an item or training seeds would each alone tell `difference` from 0.
 
     Infinity where no number does, for it shrinks its own part only; NaN where its part is not known. One seed's part
-    is taken as 0 for the others: an interval over items is about this one run.
+    is taken as 0 for the others: an interval over items is about this one run. The parts count as known, which few
+    seeds do not make them: at two or three, the numbers are a guide.
     """
     allowed = (difference / _reach(power, level)) ** 2
     items, samples, seeds = spread.items, spread.samples, spread.seeds

@@ -6,7 +6,7 @@ seconds that evaluation, and for a seed also training, took here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil, inf, isfinite, isinf, isnan, nan
+from math import ceil, copysign, inf, isfinite, isinf, isnan, nan
 
 import pandas as pd
 from IPython.display import Markdown
@@ -19,7 +19,7 @@ from m2rl_core.progress import spoken
 from m2rl_core.study import SHARED, upstream
 from m2rl_core.views.opening import interval
 
-NEVER = "no number suffices"
+NEVER, ENOUGH = "no number suffices", "what there is may do"
 
 
 def headlines(evidence: Evidence) -> list[tuple[str, str]]:
@@ -45,7 +45,9 @@ def levers(run, evidence: Evidence, pairs: Iterable[tuple[str, str]] | None = No
                  **{f"{name}_share": 100 * part / whole if whole else nan
                     for name, part in zip(("items", "samples", "seeds"), parts, strict=False)}}
         for question, line, verdict in _questions(e):
-            times = stats.levers(parts, e.estimate - line) if e.estimate != line else dict.fromkeys(parts._fields[:3], inf)
+            times = dict.fromkeys(("items", "samples", "seeds"), inf if whole else nan)  # no spread: nothing to go by
+            if whole and e.estimate != line:
+                times = stats.levers(parts, e.estimate - line)
             lines.append({
                 **known, "question": question, "line": line, "verdict": verdict,
                 **{f"times_{name}": value for name, value in times.items()},
@@ -59,7 +61,7 @@ def _questions(e: Estimate) -> list[tuple[str, float, str]]:
     higher = "higher" if e.low > 0 else "lower" if e.high < 0 else ""
     answer = {"supported": "equal", "contradicted": "not equal"}.get(within(e).verdict, "")
     return [("which is higher", 0.0, higher),
-            (f"equal within {MARGIN:g} points", MARGIN if e.high >= MARGIN else -MARGIN, answer)]
+            (f"equal within {MARGIN:g} points", copysign(MARGIN, e.estimate), answer)]
 
 
 def training_seconds(run, models: Iterable[str]) -> float:
@@ -84,7 +86,7 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
 def _levers(r) -> list[str]:
     items, seeds = (ceil(times * count) if isfinite(times) else 0
                     for times, count in ((r.times_items, r.items), (r.times_seeds, r.seeds)))
-    return [_lever(r.times_items, f"{items:,} items", r.items_seconds, ""),
+    return [_lever(r.times_items, f"{items:,} items", r.items_seconds, "all items alike: not known"),
             _lever(r.times_samples, f"{r.times_samples:.1f} times K", r.samples_seconds, "one sample an item: not known"),
             _lever(r.times_seeds, f"{seeds:,} seeds", r.seeds_seconds, "one seed: not known")]
 
@@ -92,6 +94,8 @@ def _levers(r) -> list[str]:
 def _lever(times: float, what: str, seconds: float, unknown: str) -> str:
     if isnan(times):
         return unknown
+    if times <= 1:  # it is the interval of few seeds or items that is too wide yet
+        return ENOUGH
     if not isfinite(times):
         return NEVER
     return what + (f", {spoken(seconds)} more" if isfinite(seconds) and seconds > 0 else "")
@@ -104,10 +108,10 @@ def sentence(found: pd.DataFrame) -> Markdown:
         return Markdown("All of these questions are decided.")
     told = []
     for r, line in zip(still.itertuples(), shown(still).to_dict("records"), strict=True):
-        ways = [(seconds, line[name]) for name, times, seconds in (
+        ways = [(inf if isnan(seconds) else seconds, line[name]) for name, times, seconds in (
             ("more items", r.times_items, r.items_seconds), ("more samples an item", r.times_samples, r.samples_seconds),
-            ("more seeds", r.times_seeds, r.seeds_seconds)) if isfinite(times) and isfinite(seconds)]
-        best = min(ways)[1] if ways else "no single lever"
+            ("more seeds", r.times_seeds, r.seeds_seconds)) if 1 < times < inf]
+        best = min(ways)[1] if ways else ENOUGH if r.times_items <= 1 else "no single lever"
         more = "; no K suffices: what varies from item to item or run to run is too much already" * isinf(r.times_samples)
         told.append(f"* `{r.a}` minus `{r.b}`, {r.question}: the cheapest way is **{best}**{more}.")
     return Markdown("\n".join(told))
