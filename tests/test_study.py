@@ -6,7 +6,8 @@ import pytest
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import load_profile
 from m2rl_core.study import (
-    EXPERTS, JUDGED, MERGES, MODELS, SHARED, Stage, UnknownStage, find, first, replica, seed_of, seeds_of, study, upstream, work,
+    EXPERTS, JUDGED, MERGES, MODELS, SHARED, Stage, UnknownStage, find, first, replica, seed_of, seeds_of, study, upstream,
+    work,
 )
 
 PROFILE = load_profile("smoke")
@@ -143,7 +144,8 @@ def test_seeds_differ_in_training_and_share_their_data():
 
 def test_names_of_seeds():
     assert first("eval-rl-math@12") == "eval-rl-math" and first("rl-math") == "rl-math" and replica("rl-math", 1) == "rl-math"
-    assert seeds_of("rl-math", 3) == {1: "rl-math", 2: "rl-math@2", 3: "rl-math@3"} and seeds_of("rl-math", 1) == {1: "rl-math"}
+    assert seeds_of("rl-math", 3) == {1: "rl-math", 2: "rl-math@2", 3: "rl-math@3"}
+    assert seeds_of("rl-math", 1) == {1: "rl-math"}
     assert seeds_of("sft", 3) == {0: "sft"} and seeds_of("pair-math-if", 3) == {1: "pair-math-if"}
     with pytest.raises(UnknownStage, match="did you mean 'rl-math@3'"):
         find(THREE, "rl-math@4")

@@ -167,7 +167,9 @@ def would_tell(e: Estimate, line: float = 0.0, level: float = 0.95) -> str:
     if e.spread is None or e.estimate == line:
         return "" if items is None else "no feasible n would tell"
     runs = stats.levers(e.spread, e.estimate - line, level=level)["seeds"] * e.spread.runs
-    return f"no number of items, but about {ceil(runs)} training seeds would tell" if runs < 1e3 else "no feasible n would tell"
+    if runs < 1e3:
+        return f"no number of items, but about {ceil(runs)} training seeds would tell"
+    return "no feasible n would tell"
 
 
 def below(e: Estimate, line: float = 0.0, parts: int = 1) -> Verdict:

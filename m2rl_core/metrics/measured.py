@@ -76,7 +76,8 @@ class Stratum:
         """Single scores (S, n, K, C), as `values` but one for each sample; NaN where a model has fewer."""
         rows, column, score, scale = self.rows
         seeds = _seeds(rows["seed"]) if "seed" in rows else [SHARED]
-        item, model = (pd.Index(known).get_indexer(rows[name]) for known, name in ((self.items, "item"), (self.columns, column)))
+        item, model = (pd.Index(known).get_indexer(rows[name])
+                       for known, name in ((self.items, "item"), (self.columns, column)))
         number = pd.factorize(rows["sample"], sort=True)[0] if "sample" in rows else np.zeros(len(rows), int)
         found = np.full((len(seeds), len(self.items), number.max() + 1, len(self.columns)), nan)
         for i, seed in enumerate(seeds):

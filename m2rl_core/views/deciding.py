@@ -86,9 +86,9 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
 def _levers(r) -> list[str]:
     items, seeds = (ceil(times * count) if isfinite(times) else 0
                     for times, count in ((r.times_items, r.items), (r.times_seeds, r.seeds)))
-    return [_lever(r.times_items, f"{items:,} items", r.items_seconds, "all items alike: not known"),
-            _lever(r.times_samples, f"{r.times_samples:.1f} times K", r.samples_seconds, "one sample an item: not known"),
-            _lever(r.times_seeds, f"{seeds:,} seeds", r.seeds_seconds, "one seed: not known")]
+    return [_lever(r.times_items, f"{items:,} items", r.items_seconds, "not known: all items alike"),
+            _lever(r.times_samples, f"{r.times_samples:.1f} times K", r.samples_seconds, "not known" + ": one sample an item" * (not isnan(r.times_items))),
+            _lever(r.times_seeds, f"{seeds:,} seeds", r.seeds_seconds, "not known" + ": one seed" * (r.seeds == 1))]
 
 
 def _lever(times: float, what: str, seconds: float, unknown: str) -> str:
@@ -111,6 +111,9 @@ def sentence(found: pd.DataFrame) -> Markdown:
         ways = [(inf if isnan(seconds) else seconds, line[name]) for name, times, seconds in (
             ("more items", r.times_items, r.items_seconds), ("more samples an item", r.times_samples, r.samples_seconds),
             ("more seeds", r.times_seeds, r.seeds_seconds)) if 1 < times < inf]
+        if isnan(r.times_items):
+            told.append(f"* `{r.a}` minus `{r.b}`, {r.question}: all items scored alike, so nothing says what would tell.")
+            continue
         best = min(ways)[1] if ways else ENOUGH if r.times_items <= 1 else "no single lever"
         more = "; no K suffices: what varies from item to item or run to run is too much already" * isinf(r.times_samples)
         told.append(f"* `{r.a}` minus `{r.b}`, {r.question}: the cheapest way is **{best}**{more}.")
