@@ -87,7 +87,8 @@ def _levers(r) -> list[str]:
     items, seeds = (ceil(times * count) if isfinite(times) else 0
                     for times, count in ((r.times_items, r.items), (r.times_seeds, r.seeds)))
     return [_lever(r.times_items, f"{items:,} items", r.items_seconds, "not known: all items alike"),
-            _lever(r.times_samples, f"{r.times_samples:.1f} times K", r.samples_seconds, "not known" + ": one sample an item" * (not isnan(r.times_items))),
+            _lever(r.times_samples, f"{r.times_samples:.1f} times K", r.samples_seconds,
+                   "not known" + ": one sample an item" * (not isnan(r.times_items))),
             _lever(r.times_seeds, f"{seeds:,} seeds", r.seeds_seconds, "not known" + ": one seed" * (r.seeds == 1))]
 
 
