@@ -131,9 +131,10 @@ def clean(args) -> int:
 def notebook_stages(here: Run, name: str) -> list[str]:
     """The stages whose names stand in a notebook's chapter of the study; raises UnknownStage for no such notebook."""
     from m2rl_core import study
-    models = [f"eval-{model}" for model in study.MODELS]
+    models = [f"eval-{name}" for model in study.MODELS for name in study.seeds_of(model, here.profile.seeds).values()]
+    trained = [name for model in study.TRAINED for name in study.seeds_of(model, here.profile.seeds).values()]
     chapters = {
-        "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*study.TRAINED, *models, "sweep"],
+        "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*trained, *models, "sweep"],
         "3.3": ["weights"], "3.4": ["neighborhoods", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
         "3.5": models, "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
         "A": [*study.TRAINED], "B": [],

@@ -13,6 +13,7 @@ from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generato
 from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout
+from m2rl_core.study import first
 from m2rl_core.trainer import write_lines
 
 END_OF_TURN = "<|im_end|>"
@@ -74,8 +75,8 @@ class Watch:
         if step == 0 or step % self.spec.eval_every and step != self.ctx.stage.settings["steps"]:
             return
         k = dict.fromkeys(self.items, self.spec.eval_k)
-        rows = evaluate(policy, self.ctx.stage.name, self.items, k, self.ctx.profile.eval, self.ctx.profile.seed,
-                        self.engine)
+        rows = evaluate(policy, first(self.ctx.stage.name), self.items, k, self.ctx.profile.eval,
+                        self.ctx.profile.seed, self.engine)
         rows.drop(columns=["prompt", "response", "reason"]).assign(step=step).to_parquet(
             self.ctx.state / f"along-{step:06d}.parquet", index=False)
 

@@ -22,6 +22,7 @@ from m2rl_core.metrics.interference import Interference
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import token_logprobs
 from m2rl_core.rollout import Rollout, logprobs, micro_batches, response_hidden
+from m2rl_core.study import first
 from m2rl_core.trainer import Optimization, fit
 
 
@@ -81,7 +82,7 @@ def learner(policy: Policy, rollouts: list[Rollout], advantage: Tensor, loss: Lo
 def build(ctx) -> None:
     """Train one policy by GRPO: an expert on its domain's rows, `rl-multi` on the natural mix of all."""
     spec, seed = ctx.profile.rl, ctx.profile.seed
-    name = ctx.stage.name.removeprefix("rl-")
+    name = first(ctx.stage.name).removeprefix("rl-")
     domains = DOMAINS if name == "multi" else (name,)
     policy = policies.load(ctx.inputs["sft"])
     rows = rl_rows(spec, domains, seed)

@@ -35,12 +35,26 @@ def card(run: Run, section: str) -> str:
         "profile": f"`{profile.name}`: {profile.about}",
         "model": f"Qwen3, {parameters(model) / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
                  f"{model.vocab} tokens), context {model.context}",
-        "seed": f"{profile.seed} ({profile.seeds} run)",
+        "seed": f"{profile.seed} ({profile.seeds} run{'s of every policy after SFT' if profile.seeds > 1 else ''})",
         "code": f"commit {commit()}",
         "software": f"Python {here['python']}, torch {versions['torch']}, transformers {versions['transformers']}",
         "machine": f"{here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']} {here['processor']}",
     }
     return "\n".join(["| run card | |", "|---|---|", *(f"| {key} | {value} |" for key, value in lines.items())])
+
+
+def seeds_note(run: Run, section: str) -> Markdown | None:
+    """What a section does not show of the training seeds: of one, where scores are compared; of several, everywhere."""
+    n = run.profile.seeds
+    one = "One training run of each policy: the intervals cover the choice of items and the samples, not another run."
+    pooled = (f"Scores are pooled over {n} training seeds and their intervals cover these, all of one SFT model: another SFT "
+              "run is not shown.")
+    told = {
+        "3.2": [one] if n == 1 else [pooled, "Costs, accuracy on the way, diagnoses of merges and the sweep are the first "
+                                     "seed's."],
+        "4": [one] if n == 1 else [pooled, "Weights, policies, skills and judging are the first seed's."],
+    }.get(section, [f"There are {n} training seeds of each policy; this notebook looks at the first."] if n > 1 else [])
+    return Markdown("\n".join(f"* {line}" for line in told)) if told else None
 
 
 def parameters(model) -> int:

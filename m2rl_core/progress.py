@@ -19,6 +19,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def spoken(seconds: float) -> str:
+    """About how long: `40 seconds`, `4 minutes`, `3.2 hours`."""
+    for most, unit, name in ((90, 1, "seconds"), (90 * 60, 60, "minutes")):
+        if seconds < most:
+            count = max(1, round(seconds / unit))
+            return f"{count} {name if count > 1 else name.removesuffix('s')}"
+    return f"{seconds / 3600:,.1f} hours"
+
+
 def line(name: str, step: int, total: int, numbers: dict[str, float], left: float | None) -> str:
     """`rl-math · step 12/40 · reward 0.61 · 1:20 left`"""
     parts = [name, f"step {step}/{total}", *(f"{key} {value:.3g}" for key, value in numbers.items())]

@@ -6,7 +6,6 @@ so nothing here imports torch.
 """
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -21,7 +20,7 @@ from m2rl_core import progress, publish
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
-from m2rl_core.study import JUDGED, MODELS, TRAINED, Stage, find, study, upstream, work
+from m2rl_core.study import JUDGED, MODELS, TRAINED, Stage, find, first, seed_of, seeds_of, study, upstream, work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +41,8 @@ class MissingArtifact(LookupError):
 class BuilderContext:
     """What a builder gets: it reads `inputs`, writes its files into `out` and what it needs to resume into `state`.
 
-    `seed` is this stage's own, from the profile's seed and the stage's name.
+    `seed` is this stage's own, from the profile's seed and the stage's name. `inputs` go by the names of the first
+    training seed, so a builder makes every seed's stage alike.
     """
 
     profile: Profile
@@ -87,6 +87,10 @@ class Run:
             self._make(self.stages[part])
         return self.path(name)
 
+    def need_seeds(self, model: str) -> list[Path]:
+        """The finished folders of a policy on every training seed, the first one first."""
+        return [self.need(name) for name in seeds_of(model, self.profile.seeds).values()]
+
     def missing(self, name: str) -> list[str]:
         """What `need(name)` would make, in order; inputs of finished stages do not count."""
         if self.has(name):
@@ -106,14 +110,13 @@ class Run:
 
     def seed(self, name: str) -> int:
         """A stage's own seed in [0, 2^31)."""
-        digest = hashlib.sha256(f"{self.profile.seed}/{name}".encode()).hexdigest()
-        return int(digest[:8], 16) % 2**31
+        return seed_of(self.profile.seed, name)
 
     def _make(self, stage: Stage) -> None:
         with self.store.lock(stage.name, progress.say):
             if self.store.is_complete(stage):  # another process made it while this one waited
                 return self.store.sweep(stage)
-            inputs = {name: self.path(name) for name in stage.needs}
+            inputs = {first(name): self.path(name) for name in stage.needs}
             out = self.store.begin(stage)
             spent = _Spent(out / STATE / "seconds")
             shown = progress.Progress(stage.name, spent.tick)
@@ -140,7 +143,10 @@ class Run:
     # Cost -----------------------------------------------------------------------------------------
 
     def expected_seconds(self, name: str) -> float | None:
-        """Measured seconds of the newest finished stage of that name in this profile; None if there is none."""
+        """Measured seconds of the newest finished stage of that name in this profile; None if there is none.
+
+        What was never made on its training seed takes as long as on the first.
+        """
         stage = find(self.stages, name)
         found = _measured(self.store.root, stage)
         return found[0] if found else None
@@ -183,8 +189,23 @@ class Run:
         return pd.read_json(path, lines=True) if path.suffix == ".jsonl" else pd.read_parquet(path)
 
     def scores(self, models: Iterable[str] | None = None) -> pd.DataFrame:
-        """Evaluation rows of these models (all of the study's): one for each (model, benchmark, item, sample)."""
-        return self._stack(f"eval-{model}" for model in models or MODELS)
+        """Evaluation rows of these models (all of the study's): one for each (model, benchmark, item, sample).
+
+        With several training seeds also one for each `seed` from 1, and seed 0 for what these share (base, sft); models
+        that are all shared have no such column.
+        """
+        import pandas as pd
+        names = [(model, seed, name) for model in models or MODELS
+                 for seed, name in seeds_of(model, self.profile.seeds).items()]
+        if self.profile.seeds == 1 or not any(seed for _, seed, _ in names):
+            return self._stack(f"eval-{name}" for _, _, name in names)
+        return pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
+                          for model, seed, name in names], ignore_index=True)
+
+    def seconds_a_rollout(self, model: str) -> float:
+        """What one sample of one item took when the model was evaluated, verified and all; the mean over its seeds."""
+        names = [f"eval-{name}" for name in seeds_of(model, self.profile.seeds).values()]
+        return sum(self.manifest(name)["seconds"] / work(self.stages[name])["rollouts"] for name in names) / len(names)
 
     def judged(self, models: Iterable[str] | None = None) -> pd.DataFrame:
         """Self-verification rows (section 3.6) of these models (those of Table 7)."""
@@ -243,10 +264,11 @@ def open_run(profile: str | Path, root: Path | str | None = None) -> Run:
 
 
 def _measured(folder: Path, stage: Stage) -> tuple[float, dict] | None:
-    """Seconds and amount of work of the newest finished stage of that name in a profile's store."""
-    found = [path for path in folder.glob(f"{stage.group}/{stage.name}-*/manifest.json")
-             if len(path.parent.name) == len(stage.name) + 9]
-    for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns):
+    """Seconds and amount of work of the newest finished stage of that name (else of its first seed's) in a store."""
+    found = [path for name in dict.fromkeys((stage.name, first(stage.name)))
+             for path in sorted(folder.glob(f"{stage.group}/{name}-*/manifest.json"), key=lambda p: -p.stat().st_mtime_ns)
+             if len(path.parent.name) == len(name) + 9]
+    for path in found:
         old = json.loads(path.read_text(encoding="utf-8"))
         past = Stage(stage.name, stage.kind, (), old["settings"], old["version"], {})
         if past.settings.keys() == stage.settings.keys():

@@ -163,6 +163,8 @@ class Profile:
     """One scale of the study; `name` is the file's.
 
     `engine` samples (see `engines`); `gpu_memory` is the share of a GPU's memory that vLLM takes beside the trainer.
+    `seed` makes the data and the evaluation's draws; `seeds`: how often everything after SFT (experts, mix, merges,
+    distillation and their evaluations) is made, each time with other orders and samples, n times the price of these.
     """
 
     name: str

@@ -2,7 +2,8 @@
 
 Fig. 1 is drawn from it and the order of work follows it. A stage's key is a hash of its name, kind,
 version, its own settings and its inputs' keys, so a change rebuilds what depends on it and no more.
-Settings that cannot change a result (threads) stand in no key.
+Settings that cannot change a result (threads) stand in no key. With `seeds: n` every policy after SFT is made n
+times; the first keeps its name and key, so that raising n later makes only what is new: rl-math, rl-math@2, ...
 """
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ SWEEP = (  # what section 3.2 varies, one parameter at a time; each method's own
     *((f"merge-{name}", "out_dtype", ("bfloat16",)) for name in ("average", "ta", "ties")),  # most weights' type
 )
 TRAINED = (*EXPERTS, "rl-multi", "mt-opd")  # every policy that learns from its own rollouts (3.2_train)
-MODELS = ("base", "sft", *EXPERTS, "rl-multi", *MERGES, "mt-opd")
+SHARED = ("base", "sft")  # trained once, whatever `seeds` says: the paper's policies start from one SFT model
+MODELS = (*SHARED, *EXPERTS, "rl-multi", *MERGES, "mt-opd")
 JUDGED = ("sft", *EXPERTS, "merge-ties", "rl-multi", "mt-opd")  # the rows of Table 7
 NEIGHBORS = ("sft", *EXPERTS, "rl-multi", "merge-ties", "mt-opd")
 
@@ -74,6 +76,31 @@ class Stage:
     @property
     def group(self) -> str:
         return GROUP[self.kind]
+
+
+def replica(name: str, seed: int) -> str:
+    """What a stage is called on training seed `seed` (1 is the first)."""
+    return name if seed == 1 else f"{name}@{seed}"
+
+
+def first(name: str) -> str:
+    """The name without its training seed: rl-math for rl-math@2."""
+    return name.partition("@")[0]
+
+
+def seeds_of(model: str, seeds: int) -> dict[int, str]:
+    """The policies that stand for `model` under `seeds: n`, by training seed; seed 0 is what all seeds share.
+
+    A merge of two experts (`pair_names`) is made on the first seed only.
+    """
+    if model in SHARED:
+        return {0: model}
+    return {seed: replica(model, seed) for seed in range(1, seeds + 1 if model in MODELS else 2)}
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A stage's own seed in [0, 2^31), from the profile's and the stage's name."""
+    return int(hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()[:8], 16) % 2**31
 
 
 def pair_names() -> list[tuple[str, str, str]]:
@@ -108,21 +135,30 @@ def study(profile: Profile) -> dict[str, Stage]:
 
     def add_merge(name, method, experts, reads):
         settings = {"method": method, **{key: getattr(profile.merge, key) for key in reads}}
-        add(name, "merge", ("sft", *experts), settings | (seed if "drop_rate" in reads else {}))
+        own = seed if name == first(name) else {"seed": seed_of(profile.seed, name)}  # of the weights that DARE drops
+        add(name, "merge", ("sft", *experts), settings | (own if "drop_rate" in reads else {}))
+
+    def add_policies(number):  # the data are those of the profile's seed; order and sampling are of the stage's own
+        experts = [replica(name, number) for name in EXPERTS]
+        for domain, name in zip(DOMAINS, experts, strict=True):
+            add(name, "rl", ("sft",), {**rl, "rows": {domain: rows[domain]}, "engine": profile.engine, **seed})
+        add(replica("rl-multi", number), "rl", ("sft",), {
+            **rl, **mixed, "rows": rows, "steps": multi_steps, "engine": profile.engine, **seed})
+        for name, (method, reads) in MERGES.items():
+            add_merge(replica(name, number), method, experts, reads)
+        add(replica("mt-opd", number), "opd", ("sft", *experts), {
+            **opd, "along": rl["along"], "rows": rows, "engine": profile.engine, **seed})
+
+    def add_evals(models):
+        for name in models:
+            add(f"eval-{name}", "eval", (name,), {**sampling, "engine": profile.engine, **seed})
 
     sft = asdict(profile.sft)
     blend = {"rows": sft["rows"], "lines": sft["blend"]}  # the tokenizer is trained on it too
     add("base", "base", (), {"model": asdict(profile.model), **asdict(profile.base), "blend": blend, **seed})
     add("sft", "sft", ("base",), {**sft, **seed})
-    for domain, name in zip(DOMAINS, EXPERTS, strict=True):
-        add(name, "rl", ("sft",), {**rl, "rows": {domain: rows[domain]}, "engine": profile.engine, **seed})
-    add("rl-multi", "rl", ("sft",), {**rl, **mixed, "rows": rows, "steps": multi_steps, "engine": profile.engine, **seed})
-    for name, (method, reads) in MERGES.items():
-        add_merge(name, method, EXPERTS, reads)
-    add("mt-opd", "opd", ("sft", *EXPERTS), {
-        **opd, "along": rl["along"], "rows": rows, "engine": profile.engine, **seed})
-    for name in MODELS:
-        add(f"eval-{name}", "eval", (name,), {**sampling, "engine": profile.engine, **seed})
+    add_policies(1)
+    add_evals(MODELS)
 
     analysis = profile.analysis
     add("weights", "weights", ("sft", *EXPERTS), {
@@ -142,6 +178,9 @@ def study(profile: Profile) -> dict[str, Stage]:
         add(f"judge-{name}", "judge", (name, f"eval-{name}"), {
             "items": analysis.judge_items, "k": analysis.judge_k, "temperature": profile.eval.temperature,
             "max_new_tokens": profile.eval.max_new_tokens, "engine": profile.engine, **seed})
+    for number in range(2, profile.seeds + 1):
+        add_policies(number)
+        add_evals(replica(name, number) for name in MODELS if name not in SHARED)
     return stages
 
 

@@ -225,11 +225,11 @@ class Recorded(Evidence):
         self.read = set()
 
     def frame(self, name, *columns):
-        self.read.add("passed" if name == "judged" and "truth" in columns else name)
+        self.read.add("passed" if name == "judged" and "truth" in columns else "scores" if name == "first" else name)
         return super().frame(name, *columns)
 
     def measured(self, name):
-        self.read.add(name)
+        self.read.add("scores" if name == "first" else name)  # the same rows, of the first training seed
         return super().measured(name)
 
 

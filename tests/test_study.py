@@ -5,7 +5,10 @@ import pytest
 
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import load_profile
-from m2rl_core.study import EXPERTS, JUDGED, MODELS, UnknownStage, find, study, upstream, work
+from m2rl_core.study import (
+    EXPERTS, JUDGED, MERGES, MODELS, SHARED, Stage, UnknownStage, find, first, replica, seed_of, seeds_of, study, upstream,
+    work,
+)
 
 PROFILE = load_profile("smoke")
 STAGES = study(PROFILE)
@@ -90,3 +93,60 @@ def test_an_option_at_its_default_is_in_no_key():
         changed = study(replace(profile, rl=replace(profile.rl, **{name: value})))
         assert changed["rl-math"].settings[name] == value and changed["rl-math"].key != study(profile)["rl-math"].key
         assert changed["sft"].key == study(profile)["sft"].key
+
+
+# -- several training seeds
+
+THREE = study(replace(PROFILE, seeds=3))
+
+
+def test_a_key_is_what_it_was():
+    """Catches a change of the hash itself, after which everything that anybody trained would be made again."""
+    stage = Stage("rl-math", "rl", ("sft",), {"lr": 1e-4, "rows": {"math": 3}, "seed": 1}, 2, {"sft": "0" * 64})
+    assert stage.key[:16] == "4822626f8209bf32"
+    assert STAGES["merge-ta-dare"].settings == {"method": "ta-dare", "drop_rate": 0.8, "scale": 1.0, "seed": PROFILE.seed}
+    assert not [name for name, stage in STAGES.items() if "@" in name or "seeds" in stage.settings]
+
+
+def test_raising_seeds_keeps_what_is_made():
+    """Catches a number of seeds that leaks into a key: adding seeds would train the first one again."""
+    assert {name: THREE[name].key for name in STAGES} == {name: stage.key for name, stage in STAGES.items()}
+    assert list(THREE)[:len(STAGES)] == list(STAGES)
+    two = study(replace(PROFILE, seeds=2))
+    assert all(THREE[name].key == stage.key for name, stage in two.items())
+
+
+def test_a_seed_is_a_replicate_of_everything_after_sft():
+    """Catches a merge or a distillation of one seed that is made of another seed's experts."""
+    new = {name for name in THREE if name not in STAGES}
+    after = [name for name in MODELS if name not in SHARED]
+    assert new == {replica(head + name, seed) for head in ("", "eval-") for name in after for seed in (2, 3)}
+    assert THREE["merge-ties@2"].needs == ("sft", *(f"{name}@2" for name in EXPERTS))
+    assert THREE["mt-opd@3"].needs == ("sft", *(f"{name}@3" for name in EXPERTS))
+    assert THREE["rl-multi@2"].needs == ("sft",) and THREE["eval-rl-if@2"].needs == ("rl-if@2",)
+    seen = set()
+    for name, stage in THREE.items():
+        assert set(stage.needs) <= seen, name
+        seen.add(name)
+    keys = [stage.key for stage in THREE.values()]
+    assert len(set(keys)) == len(keys)
+
+
+def test_seeds_differ_in_training_and_share_their_data():
+    """Catches replicas that are copies (the same orders, samples or dropped weights), or that learn from other rows."""
+    for name in ("rl-math", "rl-multi", "mt-opd", "eval-rl-math"):
+        assert THREE[f"{name}@2"].settings == THREE[name].settings
+        assert len({seed_of(1, replica(name, seed)) for seed in (1, 2, 3)}) == 3
+    for name, (_, reads) in MERGES.items():
+        dropped = {THREE[replica(name, seed)].settings.get("seed") for seed in (1, 2, 3)}
+        assert len(dropped) == (3 if "drop_rate" in reads else 1), name
+
+
+def test_names_of_seeds():
+    assert first("eval-rl-math@12") == "eval-rl-math" and first("rl-math") == "rl-math" and replica("rl-math", 1) == "rl-math"
+    assert seeds_of("rl-math", 3) == {1: "rl-math", 2: "rl-math@2", 3: "rl-math@3"}
+    assert seeds_of("rl-math", 1) == {1: "rl-math"}
+    assert seeds_of("sft", 3) == {0: "sft"} and seeds_of("pair-math-if", 3) == {1: "pair-math-if"}
+    with pytest.raises(UnknownStage, match="did you mean 'rl-math@3'"):
+        find(THREE, "rl-math@4")
+    assert work(THREE["rl-math@2"]) == work(THREE["rl-math"])

@@ -12,8 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from m2rl_core import run as runs
 from m2rl_core import store as stores
+from m2rl_core.domains import BENCHMARKS
 
 STEPS = 6
 DIE_AT_STEP = 0
@@ -37,6 +40,15 @@ def build(ctx) -> None:
     (ctx.out / "timing.jsonl").write_text(f"{time.time()}\n")
     for name, folder in ctx.inputs.items():
         (ctx.out / f"from-{name}.txt").write_text((folder / "numbers.txt").read_text())
+
+
+def score(ctx) -> None:
+    """Evaluation rows: two items of every benchmark, two samples each, with a score drawn from the stage's seed."""
+    (model,) = ctx.inputs
+    rows = [{"model": model, "benchmark": benchmark, "category": "", "item": f"{benchmark}/{i}", "sample": k,
+             "score": random.Random(f"{ctx.seed}/{benchmark}/{i}/{k}").random()}
+            for benchmark in BENCHMARKS for i in range(2) for k in range(2)]
+    pd.DataFrame(rows).to_parquet(ctx.out / "rows.parquet", index=False)
 
 
 def toy_run(root: Path, profile: str | Path = "smoke") -> runs.Run:

@@ -2,8 +2,8 @@
 
 The same function decides on a run's rows and on the paper's printed numbers. A claim is supported or contradicted
 only when its interval lies wholly on one side of the line that the rule draws; otherwise it is undecided, and
-the note says how many items would tell. A claim of several parts holds when every part does; its parts share
-the 5 % (Bonferroni).
+the note says how many items would tell and, where evaluation was timed, how long the further ones take. A claim of
+several parts holds when every part does; its parts share the 5 % (Bonferroni).
 """
 from __future__ import annotations
 

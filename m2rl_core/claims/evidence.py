@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil, inf, isfinite, isnan, log, log1p, nan
 from statistics import NormalDist
 
@@ -15,6 +16,7 @@ import pandas as pd
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import Estimate, Measured, average, difference
+from m2rl_core.progress import spoken
 
 MARGIN = 2.0  # points: what the rules call "comparable" and "no harm"
 MERGES = ("merge-average", "merge-ta", "merge-ties", "merge-sce", "merge-ties-dare", "merge-ta-dare")
@@ -53,7 +55,10 @@ class Evidence:
     scores, along (with `step`): evaluation rows. judged: model, benchmark, item, sample, mode, correct (truth, said).
     kl: expert, policy, domain, prompt, tokens, kl_exact (nats a token). costs: model, hours (and cpu_hours). jaccard
     and cosine: as `metrics.weights` writes them; weights as stored are used. gradients: step, group, a, b, cosine, as
-    RL-Multi records them. `cells` replaces frames by ready estimates.
+    RL-Multi records them. `cells` replaces frames by ready estimates. `prices`: seconds that one sample of one item took
+    each model when it was evaluated.
+
+    All but scores is of the first training seed; "first" names the scores of that seed alone, to be set beside it.
     """
 
     scores: pd.DataFrame | None = None
@@ -66,18 +71,23 @@ class Evidence:
     gradients: pd.DataFrame | None = None
     neighbours: Mapping[str, str] | None = None
     cells: dict = field(default_factory=dict)
+    prices: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     resamples: int = 4000
 
     def frame(self, name: str, *columns: str) -> pd.DataFrame:
         """The frame `name`, with `columns`; Missing where there is none."""
-        found = getattr(self, name)
+        found = getattr(self, "scores" if name == "first" else name)
         if found is None or found.empty or not set(columns) <= set(found.columns):
             raise Missing(f"no {name}")
+        if name == "first":
+            return first_seed(found)
         return found[~found["bf16"]] if "bf16" in found else found
 
     def measured(self, name: str) -> Measured:
         """Frame `name` as resampled cells (benchmark, column), made once."""
+        if name == "first" and (self.scores is None or "seed" not in self.scores):
+            name = "scores"
         if name not in self.cells:
             if name == "passed":  # wrong answers that a judge calls right
                 rows = self.frame("judged", "truth", "said").query("truth == 0")
@@ -104,9 +114,23 @@ class Evidence:
         found = self.measured(of)
         for benchmark, column in weights:
             if not found.has(benchmark, column):
-                raise Missing(f"no {of} of {column} on {benchmark}")
+                raise Missing(f"no {'scores' if of == 'first' else of} of {column} on {benchmark}")
         e = found.contrast(weights, 1 - 0.05 / parts)
+        if of in ("scores", "first"):
+            e = e._replace(seconds=self._seconds(weights, of))
         return e if of == "kl" else stats.widen(e, 1 - 0.05 / parts)
+
+    def _seconds(self, weights: Mapping[tuple[str, str], float], of: str) -> float:
+        """What evaluating the cells of a contrast took, over all samples and seeds; NaN where no price is known."""
+        if not all(model in self.prices for _, model in weights):
+            return nan
+        return float(sum(self._rollouts[of].get(cell, 0) * self.prices[cell[1]] for cell, w in weights.items() if w))
+
+    @cached_property
+    def _rollouts(self) -> dict[str, dict]:
+        """How many samples there are of each (benchmark, model)."""
+        return {of: self.frame(of).groupby(["benchmark", "model"], observed=True).size().to_dict()
+                for of in ("scores", "first")}
 
     def best(self, models: Iterable[str]) -> str:
         """The model with the best mean over the nine benchmarks among those measured on all of them."""
@@ -115,6 +139,11 @@ class Evidence:
         if not whole:
             raise Missing(f"no scores of {', '.join(models)}")
         return max(whole, key=lambda m: found.contrast(average(m, BENCHMARKS)).estimate)
+
+
+def first_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The evaluation rows of the first training seed, and of what all seeds share."""
+    return rows[rows["seed"] <= 1].drop(columns="seed") if "seed" in rows else rows
 
 
 def _judged(rows: pd.DataFrame, rng: np.random.Generator, resamples: int) -> Measured:
@@ -135,7 +164,8 @@ def above(e: Estimate, line: float = 0.0, parts: int = 1) -> Verdict:
         return undecided(e, "a single item says nothing of its spread: more items")
     if e.low > line or e.high < line:
         return Verdict("supported" if e.low > line else "contradicted", e.estimate, e.low, e.high, e.n)
-    return undecided(e, items=items_that_tell(e, line, parts))
+    items = items_that_tell(e, line, parts)
+    return undecided(e, seeds_that_tell(e, line, parts) if items >= 1e6 else "", items)
 
 
 def items_that_tell(e: Estimate, line: float, parts: int = 1) -> float:
@@ -150,9 +180,19 @@ def items_that_tell(e: Estimate, line: float, parts: int = 1) -> float:
     return stats.needed(e, line, level=level) or inf
 
 
+def seeds_that_tell(e: Estimate, line: float, parts: int = 1) -> str:
+    """How many training runs would tell `e` from `line` where these differ too much for any number of items; or ""."""
+    if e.spread is None or e.estimate == line:
+        return ""
+    runs = stats.levers(e.spread, e.estimate - line, level=1 - 0.05 / parts)["seeds"] * e.spread.runs
+    return f"no number of items, but about {ceil(runs)} training seeds would tell" if runs < 1e3 else ""
+
+
 def undecided(e: Estimate, needs: str = "", items: float = nan, note: str = "") -> Verdict:
-    """An open verdict on `e`; where only `items` are lacking, it says how many."""
-    needs = needs or (f"about {items:.0f} items would tell" if items < 1e6 else "no feasible n would tell")
+    """An open verdict on `e`; where only `items` are lacking, it says how many, and what they cost where that is known."""
+    if not needs:
+        more = f", {spoken((items / e.n - 1) * e.seconds)} of evaluation more" if isfinite(e.seconds) and items > e.n else ""
+        needs = f"about {items:.0f} items would tell{more}" if items < 1e6 else "no feasible n would tell"
     return Verdict("undecided", e.estimate, e.low, e.high, e.n, "; ".join(filter(None, [note, needs])), needs, items)
 
 

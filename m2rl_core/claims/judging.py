@@ -13,7 +13,7 @@ from m2rl_core.metrics.stats import average, difference
 
 def judge_correlation(evidence, mode, sign):
     """r over models between mean generation and mean judging in `mode`: its bootstrap interval is on one side of 0."""
-    generation, judges = evidence.measured("scores"), evidence.measured("judged")
+    generation, judges = evidence.measured("first"), evidence.measured("judged")
     names = [m for m in ("sft", *EXPERT.values(), "merge-ties", "rl-multi", "mt-opd")
              if all(generation.has(b, m) and judges.has(b, f"{m}/{mode}") for b in JUDGED)]
     if len(names) < 5:
@@ -109,7 +109,7 @@ def best_generation_and_judge(evidence, model, mode):
         raise Missing("no other judged models")
     n, found = 2 * len(others), {}
     for other in others:
-        for of, tail in (("scores", ""), ("judged", f"/{mode}")):
+        for of, tail in (("first", ""), ("judged", f"/{mode}")):
             gap = evidence.contrast(difference(model + tail, other + tail, JUDGED), n, of)
-            found[f"{model} - {other} ({of})"] = above(gap, parts=n)
+            found[f"{model} - {other} ({'scores' if of == 'first' else of})"] = above(gap, parts=n)
     return every(found)

@@ -102,7 +102,7 @@ def no_link(evidence, limit=0.5):
     for policy in sorted(set(found["policy"]) - {"sft"}):
         for domain in DOMAINS:
             kl = evidence.contrast({(domain, f"{EXPERT[domain]}>{policy}"): 1.0}, of="kl").estimate
-            points.append((kl, evidence.contrast(difference(policy, EXPERT[domain], OWN[domain])).estimate))
+            points.append((kl, evidence.contrast(difference(policy, EXPERT[domain], OWN[domain]), of="first").estimate))
     e = stats.pearson(*zip(*points, strict=True), evidence.rng())
     flat, linked = -limit < e.low and e.high < limit, e.low > 0 or e.high < 0
     verdict = "supported" if flat else "contradicted" if linked else "undecided"
@@ -155,7 +155,7 @@ def _pair(evidence, a, b, domain):
 def neighbour_helps(evidence, domains):
     """Merging a domain's expert with its nearest other expert (TIES) lifts that domain."""
     pairs = {d: _pair(evidence, d, _neighbour(evidence, d), d) for d in domains}
-    return every_above(differences(evidence, [(pairs[d], EXPERT[d], OWN[d]) for d in domains]))
+    return every_above(differences(evidence, [(pairs[d], EXPERT[d], OWN[d]) for d in domains], "first"))
 
 
 def neighbour_beats_others(evidence, domains):
@@ -168,7 +168,7 @@ def neighbour_beats_others(evidence, domains):
             share = 1 / len(OWN[d]) / len(domains)
             weights[b, _pair(evidence, d, near, d)] = share
             weights.update({(b, other): -share / len(others) for other in others})
-    return above(evidence.contrast(weights))
+    return above(evidence.contrast(weights, of="first"))
 
 
 def strangers_need_not_help(evidence, domains):
@@ -179,7 +179,7 @@ def strangers_need_not_help(evidence, domains):
 
 
 def _consistency(evidence, models, benchmarks=tuple(FIGURE2.values())):
-    rows = evidence.frame("scores")
+    rows = evidence.frame("first")
     try:
         return skills.consistency(rows, models, list(benchmarks), evidence.rng(), resamples=1000)
     except ValueError as error:
@@ -223,7 +223,7 @@ def gains_differ(evidence, models, benchmarks, limit):
 
 def more_consistent_on_most(evidence, model, others):
     """Gain cosine of `model` above the mean of `others` on most of the five benchmarks; contradicted if below on most."""
-    rows, most, parts = evidence.frame("scores"), len(FIGURE2) // 2 + 1, {}
+    rows, most, parts = evidence.frame("first"), len(FIGURE2) // 2 + 1, {}
     for benchmark in FIGURE2.values():
         try:
             gap = skills.consistency_gap(rows, model, others, [benchmark], evidence.rng(), resamples=1000)
@@ -244,7 +244,7 @@ def more_consistent_on_most(evidence, model, others):
 
 def more_consistent(evidence, model, others):
     """Mean over five benchmarks of the cosine of `model` minus the mean cosine of `others`, above 0."""
-    rows = evidence.frame("scores")
+    rows = evidence.frame("first")
     try:
         gap = skills.consistency_gap(rows, model, others, list(FIGURE2.values()), evidence.rng(), resamples=1000)
     except ValueError as error:

@@ -1,145 +1,20 @@
 """Scores with intervals; the items of a benchmark are the clusters, its samples are not independent.
 
 Avg@K of a benchmark is the mean over items of the mean over K samples; BFCL v3 is the mean over its
-categories first (column `category`). The interval is the expanded percentile bootstrap over items
-(Hesterberg 2015): deviations scaled by sqrt(n / (n - 1)), then by t / z, so that it also covers at 20 items.
+categories first (column `category`). Intervals are those of `metrics.measured`: a bootstrap over items, and over
+training seeds where there are several.
 The paper prints no interval and no K; see `m2rl_core.paper.audit` for what its digits allow.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil, isfinite, nan, sqrt
+from collections.abc import Iterable, Sequence
+from math import ceil, inf, isfinite, isnan, nan, sqrt
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-RESAMPLES = 2000
-
-
-class Estimate(NamedTuple):
-    """A number with its interval; `n` counts items (clusters), `se` is the standard error; all in one unit."""
-
-    estimate: float
-    low: float
-    high: float
-    n: int
-    se: float
-
-
-@dataclass(frozen=True)
-class Stratum:
-    """Items of one benchmark and category: `values` (n, C) per-item means in percent, one column a model.
-
-    `share` is the stratum's weight in its benchmark; `deviations` (R, C) are resampled means minus the mean.
-    """
-
-    benchmark: str
-    category: str
-    share: float
-    items: tuple
-    columns: tuple[str, ...]
-    values: np.ndarray
-    deviations: np.ndarray
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Resampled scores of several models on the same items; every table, difference and claim is a contrast of it."""
-
-    strata: tuple[Stratum, ...]
-
-    def has(self, benchmark: str, column: str) -> bool:
-        return any(s.benchmark == benchmark and column in s.columns for s in self.strata)
-
-    def contrast(self, weights: Mapping[tuple[str, str], float], level: float = 0.95) -> Estimate:
-        """Sum of weight x score over (benchmark, column) cells, in points, with its interval at `level`.
-
-        Columns of one benchmark are resampled together, so a difference of two models is paired by item.
-        KeyError for a cell that was not measured.
-        """
-        for benchmark, column in weights:
-            if not self.has(benchmark, column):
-                raise KeyError((benchmark, column))
-        total, deviations, variances, count = 0.0, 0.0, [], 0
-        for s in self.strata:
-            w = np.array([weights.get((s.benchmark, c), 0.0) for c in s.columns]) * s.share
-            if not w.any():
-                continue
-            per_item = s.values @ w  # (n,)
-            n = len(per_item)
-            total, count = total + per_item.mean(), count + n
-            deviations = deviations + s.deviations @ w * (sqrt(n / (n - 1)) if n > 1 else nan)
-            variances.append((per_item.var(ddof=1) / n if n > 1 else nan, n))
-        return _expanded(total, deviations, variances, count, level)
-
-
-def _expanded(total, deviations, variances, count, level):
-    se = sqrt(sum(v for v, _ in variances))
-    if not isfinite(se):  # a single item says nothing of its spread
-        return Estimate(float(total), nan, nan, count, nan)
-    if se == 0:  # all items alike: the resamples cannot show any spread
-        return Estimate(float(total), float(total), float(total), count, 0.0)
-    freedom = se**4 / sum(v * v / (n - 1) for v, n in variances)  # Welch-Satterthwaite
-    stretch = stdtrit(freedom, 0.5 + level / 2) / NormalDist().inv_cdf(0.5 + level / 2)
-    low, high = np.quantile(deviations, [0.5 - level / 2, 0.5 + level / 2]) * stretch
-    return Estimate(float(total), float(total + low), float(total + high), count, se)
-
-
-def measure(
-    rows: pd.DataFrame,
-    rng: np.random.Generator,
-    models: Sequence[str] | None = None,
-    benchmarks: Sequence[str] | None = None,
-    column: str = "model",
-    score: str = "score",
-    scale: float = 100.0,
-    resamples: int = RESAMPLES,
-) -> Measured:
-    """Resample `rows` (model, benchmark, item, sample, score in [0, 1] and, optionally, category) over items.
-
-    `scale` turns the score into the unit of the estimates: 100 for percent, 1 for nats. Models that lack a
-    benchmark are left out of it. ValueError where two models have different items.
-    """
-    rows = rows if models is None else rows[rows[column].isin(list(models))]
-    rows = rows.assign(category=rows["category"].fillna("") if "category" in rows else "")
-    strata = []
-    for benchmark in dict.fromkeys(rows["benchmark"]) if benchmarks is None else benchmarks:
-        part = rows[rows["benchmark"] == benchmark]
-        if part.empty:
-            continue
-        means = part.groupby(["category", "item", column], observed=True)[score].mean().unstack(column)
-        _same_items(means, benchmark)
-        groups = list(means.groupby(level="category", sort=True))
-        for category, group in groups:
-            values = group.to_numpy(dtype=float) * scale  # (n, C)
-            strata.append(Stratum(
-                benchmark, str(category), 1 / len(groups), tuple(group.index.get_level_values("item")),
-                tuple(group.columns), values, _deviations(values, rng, resamples),
-            ))
-    return Measured(tuple(strata))
-
-
-def _same_items(means: pd.DataFrame, benchmark: str) -> None:
-    missing = means.isna()
-    if not missing.any(axis=None):
-        return
-    model = missing.any().idxmax()
-    item = missing[model].idxmax()[1]
-    other = means.columns[~missing.loc[missing[model].idxmax()]][0]
-    raise ValueError(f"{benchmark}: {model} and {other} were not measured on the same items ({item!r} lacks {model}); "
-                     "evaluate both on one item set")
-
-
-def _deviations(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Resampled means minus the mean, (R, C): items drawn with replacement, one draw for all columns."""
-    n = len(values)
-    drawn = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
-    return counts @ (values - values.mean(axis=0)) / n
+from m2rl_core.metrics.measured import RESAMPLES, Estimate, Measured, Spread, measure
 
 
 def score_table(
@@ -221,13 +96,39 @@ def needed(e: Estimate, threshold: float = 0.0, power: float = 0.8, level: float
     """Items that would tell `e` from `threshold` with this power, were its size true; None where that has no answer."""
     if not (e.se > 0) or e.estimate == threshold:
         return None
-    return items_needed(e.se * sqrt(e.n), e.estimate - threshold, power, level)
+    if e.spread is None:
+        return items_needed(e.se * sqrt(e.n), e.estimate - threshold, power, level)
+    times = levers(e.spread, e.estimate - threshold, power, level)["items"]
+    return ceil(times * e.n) if isfinite(times) else None
+
+
+def levers(spread: Spread, difference: float, power: float = 0.8, level: float = 0.95) -> dict[str, float]:
+    """How many times as many items, samples an item or training seeds would each alone tell `difference` from 0.
+
+    Infinity where no number does, for it shrinks its own part only; NaN where its part is not known. One seed's part
+    is taken as 0 for the others: an interval over items is about this one run. The parts count as known, which few
+    seeds do not make them: at two or three, the numbers are a guide.
+    """
+    allowed = (difference / _reach(power, level)) ** 2
+    items, samples, seeds = spread.items, spread.samples, spread.seeds
+    within, between = (0.0 if isnan(part) else part for part in (samples, seeds))
+    return {"items": _times(items + within, allowed - between),
+            "samples": _times(samples, allowed - items - between),
+            "seeds": _times(seeds + within, allowed - items)}
+
+
+def _times(part: float, allowed: float) -> float:
+    """By how much a part must be divided to be no more than allowed."""
+    return nan if isnan(part) else part / allowed if allowed > 0 else inf
+
+
+def _reach(power: float, level: float) -> float:
+    return NormalDist().inv_cdf(0.5 + level / 2) + NormalDist().inv_cdf(power)
 
 
 def items_needed(sd: float, difference: float, power: float = 0.8, level: float = 0.95) -> int:
     """n = ((z_level + z_power) sd / difference)^2; `sd` is that of one item's (paired) difference, in the same unit."""
-    z = NormalDist().inv_cdf(0.5 + level / 2) + NormalDist().inv_cdf(power)
-    return ceil((z * sd / difference) ** 2)
+    return ceil((_reach(power, level) * sd / difference) ** 2)
 
 
 def _r(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ def scores(evidence: Evidence, models: Sequence[str] = JUDGES) -> pd.DataFrame:
     lines = []
     for model in models:
         for mode in SHORT:
-            of, column = ("scores", model) if mode == "generation" else ("judged", f"{model}/{mode}")
+            of, column = ("first", model) if mode == "generation" else ("judged", f"{model}/{mode}")
             for benchmark in (*JUDGED, "avg"):
                 on = JUDGED if benchmark == "avg" else [benchmark]
                 if not all(evidence.measured(of).has(b, column) for b in on):

@@ -43,7 +43,7 @@ def changes(evidence: Evidence, policies: Sequence[str] = POLICIES) -> pd.DataFr
     for policy in policies:
         for domain, expert in EXPERT.items():
             kl = evidence.contrast({(domain, f"{expert}>{policy}"): 1.0}, of="kl")
-            gap = evidence.contrast(difference(policy, expert, OWN[domain]))
+            gap = evidence.contrast(difference(policy, expert, OWN[domain]), of="first")
             lines.append({"policy": policy, "domain": domain, "kl": kl.estimate, "kl_low": kl.low, "kl_high": kl.high,
                           "change": gap.estimate, "low": gap.low, "high": gap.high})
     return pd.DataFrame(lines)
@@ -120,7 +120,7 @@ def pairs(evidence: Evidence, kl: pd.DataFrame, policy: str = "merge-ties") -> p
             x, y = sorted((a, b), key=DOMAINS.index)
             if not evidence.measured("scores").has(OWN[a][0], f"pair-{x}-{y}"):  # the profile makes no pairs
                 continue
-            gap = evidence.contrast(difference(f"pair-{x}-{y}", EXPERT[a], OWN[a]))
+            gap = evidence.contrast(difference(f"pair-{x}-{y}", EXPERT[a], OWN[a]), of="first")
             row = f"merge-ties-{x}-{y}"
             row = row if row in printed.index else f"merge-ties-{y}-{x}"
             known = row in printed.index and f"{OWN[a][0]}_change" in printed
@@ -143,7 +143,7 @@ def pairs_shown(found: pd.DataFrame) -> pd.DataFrame:
 
 def table6(evidence: Evidence) -> pd.DataFrame:
     """Scores of the single experts and of the ten pairs on their own benchmarks, as `stats.score_table` writes them."""
-    rows = evidence.frame("scores")
+    rows = evidence.frame("first")
     names = [*EXPERT.values(), *(m for m in dict.fromkeys(rows["model"]) if m.startswith("pair-"))]
     return stats.score_table(rows, names, list(BENCHMARKS), evidence.rng(), evidence.resamples)
 

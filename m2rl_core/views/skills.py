@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from m2rl_core import plots
-from m2rl_core.claims.evidence import FIGURE2, Evidence
+from m2rl_core.claims.evidence import FIGURE2, Evidence, first_seed
 from m2rl_core.metrics import skills
 from m2rl_core.views.opening import interval, miniature
 
@@ -18,7 +18,7 @@ TURN = "<|im_end|>"
 
 def consistency(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
     """Fig. 5: `skills.consistency` on its five benchmarks, with the draws of the claims' rules."""
-    return skills.consistency(evidence.frame("scores"), models, list(FIGURE2.values()), evidence.rng(), resamples=1000)
+    return skills.consistency(evidence.frame("first"), models, list(FIGURE2.values()), evidence.rng(), resamples=1000)
 
 
 def figure5(found: pd.DataFrame):
@@ -56,7 +56,7 @@ def sentence(found: pd.DataFrame) -> Markdown:
 
 def apart(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
     """Items that one side solves and the other does not, all five benchmarks: as `skills.solved_apart`."""
-    rows = evidence.frame("scores")
+    rows = evidence.frame("first")
     return pd.concat([skills.solved_apart(rows, b, m) for m in models for b in FIGURE2.values()], ignore_index=True)
 
 
@@ -78,6 +78,7 @@ def transcripts(found: pd.DataFrame, rows: pd.DataFrame, model: str, who: str, n
     part = found[(found["model"] == model) & (found["who"] == who)]
     part = part.assign(gap=(part["accuracy"] - part["best_accuracy"]).abs()).sort_values(
         ["gap", "item"], ascending=[False, True])
+    rows = first_seed(rows)
     chosen = part.drop_duplicates("benchmark").head(n)
     if chosen.empty:
         return Markdown(f"No item of the five benchmarks is of the kind \"{who}\" for `{model}`.")

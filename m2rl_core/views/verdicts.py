@@ -40,7 +40,9 @@ def evidence(run, *frames: str) -> Evidence:
         raise ValueError(f"unknown evidence {unknown[0]!r}; there is {', '.join(FRAMES)}")
     if "scores" in wanted:
         two = [name.removeprefix("eval-") for name in run.stages if name.startswith("eval-pair-")]
-        found["scores"] = run.scores((*MODELS, *two) if "pairs" in wanted else MODELS)
+        models = (*MODELS, *two) if "pairs" in wanted else MODELS
+        found["scores"] = run.scores(models)
+        found["prices"] = {model: run.seconds_a_rollout(model) for model in models}
     if "along" in wanted:
         found["along"] = scores.along_with_start(run.along(), run.scores(["sft"]))
     if "costs" in wanted:
