@@ -134,8 +134,9 @@ def notebook_stages(here: Run, name: str) -> list[str]:
     models = [f"eval-{model}" for model in study.MODELS]
     chapters = {
         "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*study.TRAINED, *models, "sweep"],
-        "3.3": ["weights"], "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
-        "3.5": models, "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
+        "3.3": ["weights"], "3.5": models,
+        "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
+        "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
         "A": [*study.TRAINED], "B": [],
     }
     chapter = name.split("_")[0]

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import altair as alt
 import pandas as pd
 from IPython.display import Markdown
 
@@ -26,8 +25,7 @@ def figure5(found: pd.DataFrame):
     title = "Fig. 5: cosine of gains with the union of the experts' (miniature benchmarks)"
     named = found.rename(columns={"cosine": "value"}).dropna(subset="value")
     if named.empty:
-        nothing = alt.Chart(pd.DataFrame({"text": ["undefined on every benchmark: no gains to compare"]}))
-        return nothing.mark_text(fontSize=12).encode(text="text:N").properties(width=400, height=60, title=title)
+        return plots.nothing("undefined on every benchmark: no gains to compare", title)
     return plots.bars_with_intervals(named, title, marks=("ceiling", "chance"))
 
 
