@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2rl_core.metrics import skills
+from m2rl_core.metrics import skills, solved
 
 EXPERTS = ("e1", "e2")
 
@@ -83,9 +83,38 @@ def test_gap_is_paired():
 
 
 def test_items_solved_apart():
-    found = skills.solved_apart(planted(WORLD), "b", "mix", EXPERTS).set_index("item")
+    found = solved.apart(planted(WORLD), "b", "mix", EXPERTS).set_index("item")
     assert found["who"].to_dict() == {"i1": "model only", "i2": "experts only"}
     assert found.loc["i2", "best_expert"] == "e2" and found.loc["i1", "best_accuracy"] == 0
+
+
+def test_ceiling_shares_sft_as_the_cosine_does_and_the_split_does_not():
+    """Fault: the luck of SFT's samples, shared by both sides of a bar, missing from its ceiling or left in the split.
+
+    Nobody gains anything: all solve every item with one half. What is left are gains over SFT's luck.
+    """
+    rng = np.random.default_rng(3)
+    frame = pd.DataFrame([{"model": m, "benchmark": "b", "item": f"i{i:03d}", "sample": s, "score": float(rng.integers(2))}
+                          for m in ("sft", *EXPERTS, "mix") for i in range(200) for s in range(8)])
+    found = skills.consistency(frame, ["mix"], ["b"], rng, experts=EXPERTS, resamples=50).iloc[0]
+    assert found["ceiling"] > found["split_ceiling"] + 0.05 and found["cosine"] > found["split"] + 0.05
+
+
+def test_luck_by_hand():
+    """Coin flips: with two samples a half solves an item unless both its coins fail; surely solved items never differ."""
+    sure = planted({"mix": [1, 0, 1, 0], "e1": [1, 0, 0, 0], "e2": [0, 0, 1, 1]})
+    assert solved.by_luck(sure, "b", "mix", np.random.default_rng(0), EXPERTS) == (0, 0)
+    flips = planted({"mix": [0.25] * 30, "e1": [0.25] * 30, "e2": [0] * 30})  # one of four: just one half has it
+    assert solved.by_luck(flips, "b", "mix", np.random.default_rng(0), EXPERTS) == (15, 15)
+    assert isnan(solved.by_luck(planted({"mix": [1], "e1": [1], "e2": [1]}, k=1), "b", "mix", np.random.default_rng(0),
+                                EXPERTS)[0])
+
+
+def test_other_numbers_of_samples_are_refused_with_both_names():
+    """Fault: a model with fewer samples, whose luck makes larger gains, beside the others."""
+    frame = pd.concat([planted({"sft": WORLD["sft"], "e1": WORLD["e1"]}), planted({"mix": WORLD["mix"]}, k=2)])
+    with pytest.raises(ValueError, match=r"b: sft and mix have different K \(4 and 2 samples"):
+        skills.item_accuracy(frame, "b", ["sft", "e1", "mix"])
 
 
 def test_missing_rows_are_named():

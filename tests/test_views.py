@@ -196,18 +196,30 @@ def test_no_gains_give_a_picture_that_says_so():
     assert "no cosine is defined" in skills.sentence(found).data
 
 
-def test_transcripts_show_the_right_side_and_stay_fenced():
-    """The merge alone solves items 10 to 15; a response that holds a fence must not end the block."""
+def test_transcripts_open_and_show_the_right_side():
+    """The merge alone solves items 10 to 15; a response that holds markup must stay text, or it ends the block."""
     frame = rows({"merge-ties": 0.8})
     mine = frame["model"].eq("merge-ties") & frame["item"].eq("aime24/10")
-    frame.loc[mine, "response"] = "~~~~~\n# not a title\n~~~~~"
+    frame.loc[mine, "response"] = "</pre></details><b>not bold</b>"
     apart = skills.apart(Evidence(scores=frame))
     assert set(apart["who"]) == {"model only"} and set(apart["model"]) == {"merge-ties"}
-    assert skills.apart_counts(apart).iloc[0, 1] == "6 / 0"
     text = skills.transcripts(apart, frame, "merge-ties", "model only").data
-    assert "item `aime24/10`" in text and "`merge-ties`, right in 100 %" in text
-    assert text.count("\n~~~~~") == 2 * text.count("~~~~~text") - (text.startswith("~~~~~"))
+    assert "aime24 (miniature), aime24/10</b>: merge-ties right in 100 %" in text and "reward 1, right" in text
+    assert text.count("<details>") == text.count("</details>") == text.count("<summary>") == 6
+    assert text.count("<pre") == text.count("</pre>") == 6 * 3 and "&lt;/pre&gt;" in text and "<b>not" not in text
+    assert "6 of 30 items" in text
     assert "No item" in skills.transcripts(apart, frame, "rl-multi", "model only").data
+
+
+def test_items_apart_stand_beside_luck():
+    """Sure items: six alone and none by luck. A model that guesses is told to differ from itself by as much."""
+    evidence = Evidence(scores=rows({"merge-ties": 0.8}))
+    counts = skills.apart_counts(skills.apart(evidence), evidence)
+    assert skills.apart_shown(counts).iloc[0, 1] == "6 (0.0) / 0 (0.0)"
+    assert skills.apart_shown(counts).iloc[-1, 1] == "30 (0.0) / 0 (0.0)"
+    assert "`merge-ties` alone solves 30, more than the 0.0" in skills.apart_sentence(counts).data
+    single = Evidence(scores=rows({"merge-ties": 0.8}, k=1))
+    assert "nothing tells luck" in skills.apart_sentence(skills.apart_counts(skills.apart(single), single)).data
 
 
 # -- section 3.6 -----------------------------------------------------------------------------------------------------

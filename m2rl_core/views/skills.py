@@ -1,14 +1,15 @@
 """Section 3.5: Fig. 5 with its intervals, chance and ceiling; and the items behind it, to be read."""
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 
 from m2rl_core import plots
 from m2rl_core.claims.evidence import FIGURE2, Evidence
-from m2rl_core.metrics import skills
+from m2rl_core.metrics import skills, solved
 from m2rl_core.views.opening import interval, miniature
 
 POLICIES = ("merge-ties", "rl-multi", "mt-opd")
@@ -31,17 +32,22 @@ def figure5(found: pd.DataFrame):
 
 def shown(found: pd.DataFrame) -> pd.DataFrame:
     """`consistency` for the eye."""
-    two = [found[name].map(lambda v: "undefined" if pd.isna(v) else f"{v:.2f}") for name in ("chance", "ceiling")]
+    two = [found[name].map(_two) for name in ("chance", "ceiling")]
     return pd.DataFrame({
         "benchmark": found["benchmark"].map(miniature), "model": found["model"],
         "cosine with the experts' union": [r.note or interval(r.cosine, r.low, r.high, 2) for r in found.itertuples()],
         "chance (shuffled items)": two[0], "ceiling (against itself)": two[1],
+        "SFT's samples split: cosine / ceiling": [f"{_two(r.split)} / {_two(r.split_ceiling)}" for r in found.itertuples()],
         "items gained": [f"{r.gained} of {r.n}" for r in found.itertuples()],
     })
 
 
+def _two(value: float) -> str:
+    return "undefined" if pd.isna(value) else f"{value:.2f}"
+
+
 def sentence(found: pd.DataFrame) -> Markdown:
-    """Which model resembles the experts most, and on how many benchmarks the cosine is clear of chance."""
+    """Which model resembles the experts most, where the cosine is clear of chance, and what shared SFT luck adds."""
     known = found.dropna(subset="cosine")
     if known.empty:
         return Markdown("No model gains on any item, so no cosine is defined.")
@@ -49,52 +55,104 @@ def sentence(found: pd.DataFrame) -> Markdown:
     mean = known.groupby("model")["cosine"].mean().sort_values(ascending=False)
     order = ", ".join(f"`{model}` {value:.2f}" for model, value in mean.items())
     return Markdown(f"{clear} of {len(known)} defined cosines are above chance with the whole interval. "
-                    f"Mean over benchmarks: {order}.")
+                    f"Mean over benchmarks: {order}. " + _shared(known))
+
+
+def _shared(known: pd.DataFrame) -> str:
+    """What is left of the cosines where no SFT sample serves both sides."""
+    both = known.dropna(subset=["split", "split_ceiling", "ceiling"])
+    if both.empty:
+        return "With one sample an item there is no ceiling: two halves need two samples."
+    return (f"Mean of all: {both['cosine'].mean():.2f}, ceiling {both['ceiling'].mean():.2f}, chance {both['chance'].mean():.2f}. "
+            f"With SFT's samples split between the two sides, so that its luck is shared no more: {both['split'].mean():.2f}, "
+            f"ceiling {both['split_ceiling'].mean():.2f}.")
 
 
 def apart(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
-    """Items that one side solves and the other does not, all five benchmarks: as `skills.solved_apart`."""
+    """Items that one side solves and the other does not, all five benchmarks: as `solved.apart`."""
     rows = evidence.frame("scores")
-    return pd.concat([skills.solved_apart(rows, b, m) for m in models for b in FIGURE2.values()], ignore_index=True)
+    return pd.concat([solved.apart(rows, b, m) for m in models for b in FIGURE2.values()], ignore_index=True)
 
 
-def apart_counts(found: pd.DataFrame, models: Sequence[str] = POLICIES) -> pd.DataFrame:
-    """How many items: a row a benchmark, for each model "only it / only experts"."""
-    count = found.groupby(["benchmark", "model", "who"]).size()
-    return pd.DataFrame([{
-        "benchmark": miniature(b),
-        **{f"{m}: it alone / an expert alone": f"{count.get((b, m, 'model only'), 0)} / "
-                                               f"{count.get((b, m, 'experts only'), 0)}" for m in models},
-    } for b in FIGURE2.values()])
+def apart_counts(found: pd.DataFrame, evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
+    """How many items, and how many by luck: benchmark, model, alone, alone_luck, experts, experts_luck.
+
+    `found` as `apart` makes it; luck as `solved.by_luck`.
+    """
+    rows, count, rng = evidence.frame("scores"), found.groupby(["benchmark", "model", "who"]).size(), evidence.rng()
+    lines = []
+    for benchmark in FIGURE2.values():
+        for model in models:
+            own, experts = solved.by_luck(rows, benchmark, model, rng)
+            lines.append({"benchmark": benchmark, "model": model, "alone": count.get((benchmark, model, "model only"), 0),
+                          "alone_luck": own, "experts": count.get((benchmark, model, "experts only"), 0),
+                          "experts_luck": experts})
+    return pd.DataFrame(lines)
 
 
-def transcripts(found: pd.DataFrame, rows: pd.DataFrame, model: str, who: str, n: int = 2) -> Markdown:
-    """Up to `n` such items, clearest first, one a benchmark: the prompt, a response of `model` and of the best expert.
+def apart_shown(found: pd.DataFrame) -> pd.DataFrame:
+    """`apart_counts` for the eye: a row a benchmark and one for their sum; in brackets what luck gives."""
+    total = found.groupby("model", sort=False)[["alone", "alone_luck", "experts", "experts_luck"]].sum(min_count=1)
+    lines = []
+    for benchmark, part in [*found.groupby("benchmark", sort=False), ("all five", total.reset_index())]:
+        lines.append({"benchmark": miniature(benchmark), **{
+            f"{r.model}: it alone / an expert alone": f"{r.alone} ({_one_digit(r.alone_luck)}) / "
+                                                      f"{r.experts} ({_one_digit(r.experts_luck)})"
+            for r in part.itertuples()}})
+    return pd.DataFrame(lines)
+
+
+def _one_digit(value: float) -> str:
+    return "undefined" if pd.isna(value) else f"{value:.1f}"
+
+
+def apart_sentence(found: pd.DataFrame) -> Markdown:
+    """Which model solves more items alone, or misses more, than luck gives."""
+    total = found.groupby("model", sort=False)[["alone", "alone_luck", "experts", "experts_luck"]].sum(min_count=1)
+    if total.isna().any(axis=None):
+        return Markdown("With one sample an item nothing tells luck from skill.")
+    told = []
+    for model, r in total.iterrows():
+        own = "more than" if r["alone"] > r["alone_luck"] else "no more than"
+        lost = "more than" if r["experts"] > r["experts_luck"] else "no more than"
+        told.append(f"`{model}` alone solves {r['alone']:.0f}, {own} the {r['alone_luck']:.1f} by which it differs from itself; "
+                    f"an expert alone solves {r['experts']:.0f}, {lost} the {r['experts_luck']:.1f} by which the experts "
+                    "differ from themselves")
+    return Markdown("; ".join(told) + ".")
+
+
+def transcripts(found: pd.DataFrame, rows: pd.DataFrame, model: str, who: str, n: int = 6) -> HTML | Markdown:
+    """Up to `n` such items to open, clearest first, two a benchmark: prompt, a response of `model` and of the best expert.
 
     `who` is "model only" or "experts only". The response shown is the first right one of the side that solves it.
     """
     part = found[(found["model"] == model) & (found["who"] == who)]
     part = part.assign(gap=(part["accuracy"] - part["best_accuracy"]).abs()).sort_values(
         ["gap", "item"], ascending=[False, True])
-    chosen = part.drop_duplicates("benchmark").head(n)
+    chosen = part.groupby("benchmark", sort=False).head(2).head(n)
     if chosen.empty:
         return Markdown(f"No item of the five benchmarks is of the kind \"{who}\" for `{model}`.")
-    return Markdown("\n\n".join(_one(line, rows) for line in chosen.itertuples()))
+    return HTML(f"<p>{len(chosen)} of {len(part)} items; click one to open it.</p>\n"
+                + "\n".join(_one(line, rows) for line in chosen.itertuples()))
 
 
 def _one(line, rows: pd.DataFrame) -> str:
     here = rows[(rows["benchmark"] == line.benchmark) & (rows["item"] == line.item)]
-    told = [f"**{miniature(line.benchmark)}, item `{line.item}`**", _block(here["prompt"].iloc[0])]
-    for name, accuracy in ((line.model, line.accuracy), (line.best_expert, line.best_accuracy)):
+    sides = ((line.model, line.accuracy), (line.best_expert, line.best_accuracy))
+    title = ", ".join(f"{name} right in {100 * accuracy:.0f} %" for name, accuracy in sides)
+    told = [f"<summary><b>{html.escape(f'{miniature(line.benchmark)}, {line.item}')}</b>: {html.escape(title)}</summary>",
+            _block(here["prompt"].iloc[0])]
+    for name, accuracy in sides:
         own = here[here["model"] == name].sort_values("sample")
         solver = line.model if line.who == "model only" else line.best_expert
         first = own.sort_values("score", ascending=name != solver, kind="stable").iloc[0]
-        told.append(f"`{name}`, right in {100 * accuracy:.0f} % of its samples; this one: {first['reason']}")
+        told.append(f"<p><code>{html.escape(name)}</code>, right in {100 * accuracy:.0f} % of its {len(own)} samples; "
+                    f"sample {first['sample']}: reward {first['score']:g}, {html.escape(str(first['reason']))}</p>")
         told.append(_block(first["response"].replace(TURN, "\n---\n")))
-    return "\n\n".join(told)
+    return "<details>" + "\n".join(told) + "</details>"
 
 
 def _block(text: str, limit: int = 900) -> str:
-    """A code block that no text can end early."""
+    """A block that no text of a model can end early; long lines wrap."""
     text = text if len(text) <= limit else text[:limit] + " [...]"
-    return "~~~~~text\n" + text.replace("~~~~~", "~ ~ ~ ~ ~").strip() + "\n~~~~~"
+    return f'<pre style="white-space:pre-wrap">{html.escape(text.strip())}</pre>'
