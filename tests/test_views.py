@@ -231,14 +231,47 @@ def judge(says, truths, model="sft"):
         for b in JUDGED for mode in judging.MODES for i, t in enumerate(truths)])
 
 
+def judged_by(says, truths):
+    """(quality, what is shown of it) of one judge."""
+    rows = judge(says, truths)
+    evidence = Evidence(judged=rows, resamples=400)
+    found = judging.quality(rows, evidence)
+    return found, judging.quality_shown(found, evidence)
+
+
 def test_balanced_accuracy_sees_through_yes():
     """Always yes on 8 right and 2 wrong answers: accuracy 80, balanced 50. Without wrong answers there is none."""
-    found = judging.quality(judge(lambda t, mode: 1, [1] * 8 + [0] * 2)).iloc[0]
-    assert (found["accuracy"], found["balanced"], found["yes"], found["right"]) == (80, 50, 100, 80)
-    sided = judging.quality(judge(lambda t, mode: 1, [1] * 5))
-    assert sided["balanced"].isna().all() and set(judging.quality_shown(sided).iloc[:, 3]) == {"undefined"}
-    mute = judging.quality(judge(lambda t, mode: -1, [1, 0])).iloc[0]
+    found, _ = judged_by(lambda t, mode: 1, [1] * 8 + [0] * 2)
+    yes = found.iloc[0]
+    assert (yes["accuracy"], yes["balanced"], yes["yes"], yes["right"]) == (80, 50, 100, 80)
+    said = judging.quality_sentence(found).data
+    assert "8 of 8 judges (model, benchmark, mode) give one and the same verdict" in said and "(yes, accuracy 80.0" in said
+    assert "In 8 of 8 cells a judge that always said the more frequent truth" in said
+    sided, shown = judged_by(lambda t, mode: 1, [1] * 5)
+    assert sided["balanced"].isna().all() and set(shown.iloc[:, 3]) == {"undefined"}
+    mute = judged_by(lambda t, mode: -1, [1, 0])[0].iloc[0]
     assert (mute["accuracy"], mute["unreadable"], mute["yes"]) == (0, 100, 0)
+
+
+def test_balanced_accuracy_has_an_interval_over_items_of_each_kind():
+    """Fault: the interval of plain accuracy, or one for a single wrong answer, which says nothing of its spread."""
+    turn = iter(range(10**6))
+    found, shown = judged_by(lambda t, mode: t if next(turn) // 2 % 3 else 1 - t, [1] * 30 + [0] * 9)
+    cell = found.iloc[0]
+    assert cell["low"] < cell["balanced"] < cell["high"] and cell["balanced"] - cell["low"] > 5
+    assert shown.iloc[0, 3].endswith("(4 of 4 benchmarks)") and " [" in shown.iloc[0, 3]
+    assert "No judge gives one and the same verdict" in judging.quality_sentence(found).data
+    single, shown = judged_by(lambda t, mode: t, [1] * 5 + [0])
+    assert single["balanced"].eq(100).all() and single["low"].isna().all() and set(shown.iloc[:, 3]) == {"undefined"}
+
+
+def test_what_avg_at_eight_would_cost():
+    """Two samples in 10 s are four times as long for eight; fault: the cost of one model for that of all."""
+    rows = pd.concat([judge(lambda t, mode: 1, [1, 0]).assign(sample=s, model=m) for s in (0, 1) for m in ("sft", "rl-if")])
+    said = judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), rows).data
+    assert "Avg@2, one answer to each of 2 to 2 items" in said and "Avg@8 would take about 0:40" in said
+    whole = pd.concat([rows.assign(sample=s) for s in range(8)])
+    assert "would take" not in judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), whole).data
 
 
 def test_table7():
