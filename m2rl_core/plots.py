@@ -294,7 +294,8 @@ def bars_with_intervals(frame, title, y_title="cosine", good="higher is better",
     return finish(alt.layer(*layers).properties(width=95 * len(order), height=200), title, how)
 
 
-def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better", columns=2, own_x=False):
+def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better", columns=2, own_x=False,
+            width=290):
     """Fig. 6: one point a model with its name, and the least-squares line. Columns: model, x, y; optional `facet`.
 
     Whiskers where the frame has low and high (of y). `own_x`: each panel has a horizontal scale of its own.
@@ -313,7 +314,7 @@ def scatter(frame, title, x_title, y_title, facet=None, good="up and right is be
     if {"low", "high"} <= set(frame.columns):
         scaled = alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
         layers.insert(1, base.mark_rule(opacity=0.5).encode(x, scaled, y2="high:Q", color=_color(models, None)))
-    chart = alt.layer(*layers).properties(width=190 if columns > 2 else 290, height=160 if columns > 2 else 230)
+    chart = alt.layer(*layers).properties(width=width, height=0.8 * width)
     if facet is not None:
         order = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)

@@ -93,7 +93,8 @@ def variants(merge) -> list[dict]:
 def subsets(merge) -> list[dict]:
     """TIES of every three and four experts as variants of a sweep, each tested on its own domains (section 3.4)."""
     own = {key: getattr(merge, key) for key in MERGES["merge-ties"][1]}
-    return [{"name": f"ties-{'-'.join(chosen)}", "method": "ties", "parameters": own | {"experts": [f"rl-{d}" for d in chosen]},
+    return [{"name": f"ties-{'-'.join(chosen)}", "method": "ties",
+             "parameters": own | {"experts": [f"rl-{domain}" for domain in chosen]},
              "benchmarks": [b for b, domain in BENCHMARKS.items() if domain in chosen]}
             for size in (3, 4) for chosen in combinations(DOMAINS, size)]
 

@@ -98,16 +98,22 @@ def test_ceiling_shares_sft_as_the_cosine_does_and_the_split_does_not():
                           for m in ("sft", *EXPERTS, "mix") for i in range(200) for s in range(8)])
     found = skills.consistency(frame, ["mix"], ["b"], rng, experts=EXPERTS, resamples=50).iloc[0]
     assert found["ceiling"] > found["split_ceiling"] + 0.05 and found["cosine"] > found["split"] + 0.05
+    assert found["split"] == pytest.approx(found["split_chance"], abs=0.03)  # nothing is shared once SFT's luck is not
 
 
 def test_luck_by_hand():
-    """Coin flips: with two samples a half solves an item unless both its coins fail; surely solved items never differ."""
-    sure = planted({"mix": [1, 0, 1, 0], "e1": [1, 0, 0, 0], "e2": [0, 0, 1, 1]})
-    assert solved.by_luck(sure, "b", "mix", np.random.default_rng(0), EXPERTS) == (0, 0)
-    flips = planted({"mix": [0.25] * 30, "e1": [0.25] * 30, "e2": [0] * 30})  # one of four: just one half has it
-    assert solved.by_luck(flips, "b", "mix", np.random.default_rng(0), EXPERTS) == (15, 15)
-    assert isnan(solved.by_luck(planted({"mix": [1], "e1": [1], "e2": [1]}, k=1), "b", "mix", np.random.default_rng(0),
-                                EXPERTS)[0])
+    """A copy of a sure expert never differs from it; one that guesses does, and no model of the same accuracy does more.
+
+    Fault: the copy held against the very samples that the experts' union is made of, which finds no difference ever.
+    """
+    def luck(world, k=4):
+        return solved.by_luck(planted(world, k), "b", "mix", "e1", np.random.default_rng(0), EXPERTS)
+    sure = luck({"mix": [1, 1, 0, 0], "e1": [1, 0, 1, 0], "e2": [0, 0, 0, 1]})
+    assert sure == {"alone": 1, "experts": 2, "copy_alone": 0, "copy_experts": 1}  # e2 has an item that e1 lacks
+    once = luck({"mix": [0] * 30, "e1": [0.25] * 30, "e2": [0] * 30})  # one sample of four: just one half solves it
+    assert once["copy_alone"] + once["copy_experts"] == pytest.approx(30) and once["copy_alone"] == pytest.approx(15, abs=3)
+    assert once["alone"] == 0 and once["experts"] == once["copy_experts"]
+    assert all(isnan(value) for value in luck({"mix": [1], "e1": [1], "e2": [1]}, k=1).values())
 
 
 def test_other_numbers_of_samples_are_refused_with_both_names():

@@ -212,12 +212,15 @@ def test_transcripts_open_and_show_the_right_side():
 
 
 def test_items_apart_stand_beside_luck():
-    """Sure items: six alone and none by luck. A model that guesses is told to differ from itself by as much."""
+    """Sure items: six alone on each benchmark, and a copy of the own expert has none. Fault: luck of another model."""
     evidence = Evidence(scores=rows({"merge-ties": 0.8}))
     counts = skills.apart_counts(skills.apart(evidence), evidence)
-    assert skills.apart_shown(counts).iloc[0, 1] == "6 (0.0) / 0 (0.0)"
-    assert skills.apart_shown(counts).iloc[-1, 1] == "30 (0.0) / 0 (0.0)"
-    assert "`merge-ties` alone solves 30, more than the 0.0" in skills.apart_sentence(counts).data
+    shown = skills.apart_shown(counts)
+    assert shown.iloc[0, 1] == "6 / 0\nby halves 6.0 / 0.0\nown expert's copy 0.0 / 0.0"
+    assert shown.iloc[-1, 0] == "all five" and shown.iloc[-1, 1].startswith("30 / 0\n")
+    said = skills.apart_sentence(counts).data
+    assert "`merge-ties` alone solves 30.0, a copy of each domain's own expert 0.0" in said
+    assert said.endswith("gives to a copy: `merge-ties`.")
     single = Evidence(scores=rows({"merge-ties": 0.8}, k=1))
     assert "nothing tells luck" in skills.apart_sentence(skills.apart_counts(skills.apart(single), single)).data
 
@@ -269,7 +272,7 @@ def test_what_avg_at_eight_would_cost():
     """Two samples in 10 s are four times as long for eight; fault: the cost of one model for that of all."""
     rows = pd.concat([judge(lambda t, mode: 1, [1, 0]).assign(sample=s, model=m) for s in (0, 1) for m in ("sft", "rl-if")])
     said = judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), rows).data
-    assert "Avg@2, one answer to each of 2 to 2 items" in said and "Avg@8 would take about 0:40" in said
+    assert "Avg@2, one answer to each of 2 items" in said and "Avg@8 would take about 0:40" in said
     whole = pd.concat([rows.assign(sample=s) for s in range(8)])
     assert "would take" not in judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), whole).data
 

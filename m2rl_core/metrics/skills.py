@@ -22,12 +22,13 @@ SPLITS = 20  # random halves of the samples behind a ceiling
 
 
 class Halves(NamedTuple):
-    """Mean cosines over random halves of the samples: `own` and `split`, `split_own` by model, `union` of the experts."""
+    """Mean cosines over random halves of the samples: `union` of the experts, all else by model."""
 
     own: dict[str, float]
     union: float
     split: dict[str, float]
     split_own: dict[str, float]
+    split_chance: dict[str, float]
 
 
 def item_accuracy(rows: pd.DataFrame, benchmark: str, models: Sequence[str]) -> pd.DataFrame:
@@ -70,6 +71,11 @@ def cosine(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _ratio((u * v).sum(-1), (u * u).sum(-1), (v * v).sum(-1))
 
 
+def _chance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The mean cosine over all orders of the items of `v`, along the last axis."""
+    return _ratio(u.shape[-1] * u.mean(-1) * v.mean(-1), (u * u).sum(-1), (v * v).sum(-1))
+
+
 def _ratio(product, square_u, square_v):
     norm = np.sqrt(np.asarray(square_u * square_v, float))
     return np.divide(product, norm, out=np.full(norm.shape, nan), where=norm > 0)
@@ -86,8 +92,8 @@ def consistency(
 ) -> pd.DataFrame:
     """Cosine of each model's gains with the experts' union, one line a (benchmark, model), interval over items.
 
-    Columns: benchmark, model, cosine, low, high, chance, ceiling, ceiling_union, split, split_ceiling, gained (items),
-    n (items), note.
+    Columns: benchmark, model, cosine, low, high, chance, ceiling, ceiling_union, split, split_ceiling, split_chance, gained
+    (items), n (items), note.
     """
     return pd.concat(
         [_one(rows, models, b, rng, experts, anchor, resamples)[0] for b in benchmarks], ignore_index=True
@@ -139,9 +145,10 @@ def _one(rows, models, benchmark, rng, experts, anchor, resamples):
         note = "" if np.isfinite(found) else f"undefined: {idle}"
         lines.append({
             "benchmark": benchmark, "model": model, "cosine": found, "low": low, "high": high,
-            "chance": float(_ratio(n * u.mean() * g[:, j].mean(), (u * u).sum(), (g[:, j] ** 2).sum())),
+            "chance": float(_chance(u, g[:, j])),
             "ceiling": halves.own[model], "ceiling_union": halves.union, "split": halves.split[model],
-            "split_ceiling": halves.split_own[model], "gained": int((g[:, j] > 0).sum()), "n": n, "note": note,
+            "split_ceiling": halves.split_own[model], "split_chance": halves.split_chance[model],
+            "gained": int((g[:, j] > 0).sum()), "n": n, "note": note,
         })
     return pd.DataFrame(lines), drawn
 
@@ -157,8 +164,8 @@ def ceilings(
     """Mean cosines between gain vectors from two random halves of the samples; NaN at K = 1 or without gains.
 
     `own` and `union` (of the experts): a half against the other, both over the whole of SFT, as Fig. 5's two sides are.
-    `split` (a half of the model against the other half of the union) and `split_own`: each over a half of SFT of its
-    own. Halves hold K / 2 samples, so all err on the low side.
+    `split` (a half of the model against the other half of the union), the same on shuffled items (`split_chance`) and
+    `split_own`: each side over a half of SFT of its own. Halves hold K / 2 samples, so all err on the low side.
     """
     names = list(dict.fromkeys([anchor, *experts, *models]))
     part = rows[(rows["benchmark"] == benchmark) & rows["model"].isin(names)]
@@ -166,11 +173,11 @@ def ceilings(
     k = cube.shape[1]
     unknown = dict.fromkeys(models, nan)
     if k < 2:
-        return Halves(unknown, nan, unknown, unknown)
+        return Halves(unknown, nan, unknown, unknown, unknown)
     values = np.stack([cube.loc[name].sort_index().to_numpy(float) for name in names])  # (M, n, K)
     whole, at = values[0].mean(axis=1), [names.index(model) for model in models]
     of = [names.index(expert) for expert in experts]
-    found: dict[str, list] = {"own": [], "union": [], "split": [], "split_own": []}
+    found: dict[str, list] = {name: [] for name in Halves._fields}
     for _ in range(SPLITS):
         mixed = rng.permuted(values, axis=2)
         halves = [mixed[:, :, : k // 2].mean(2), mixed[:, :, k // 2 : 2 * (k // 2)].mean(2)]  # two (M, n)
@@ -178,11 +185,13 @@ def ceilings(
         split = [np.maximum(half - half[0], 0) for half in halves]
         found["own"].append(cosine(shared[0][at], shared[1][at]))
         found["union"].append(cosine(shared[0][of].max(axis=0), shared[1][of].max(axis=0)))
-        found["split"].append(cosine(split[0][at], split[1][of].max(axis=0)))
-        found["split_own"].append(cosine(split[0][at], split[1][at]))
+        mine, theirs = split[0][at], split[1][of].max(axis=0)  # (models, n), (n,)
+        found["split"].append(cosine(mine, theirs))
+        found["split_own"].append(cosine(mine, split[1][at]))
+        found["split_chance"].append(_chance(mine, theirs))
     mean = {name: [_mean(line) for line in np.atleast_2d(np.stack(drawn, axis=-1))] for name, drawn in found.items()}
     by_model = {name: dict(zip(models, line, strict=True)) for name, line in mean.items() if name != "union"}
-    return Halves(by_model["own"], mean["union"][0], by_model["split"], by_model["split_own"])
+    return Halves(**by_model, union=mean["union"][0])
 
 
 def _mean(found: Sequence[float]) -> float:

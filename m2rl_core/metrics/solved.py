@@ -1,4 +1,4 @@
-"""Section 3.5, the items: which a model solves and no expert, the reverse, and how many of them luck alone would give."""
+"""Section 3.5, the items: which a model solves and no expert, the reverse, and how many luck alone would give."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -29,24 +29,26 @@ def apart(
 
 
 def by_luck(
-    rows: pd.DataFrame, benchmark: str, model: str, rng: np.random.Generator, experts: Sequence[str] = EXPERTS,
-    threshold: float = 0.5,
-) -> tuple[float, float]:
-    """How many items one random half of the samples solves and the other does not: (of `model`, of any of `experts`).
+    rows: pd.DataFrame, benchmark: str, model: str, own: str, rng: np.random.Generator,
+    experts: Sequence[str] = EXPERTS, threshold: float = 0.5,
+) -> dict[str, float]:
+    """What `apart` would count of `model`, and of a copy of the expert `own` in its place: that one differs by luck alone.
 
-    What `apart` would count between a model and itself, and between the experts and themselves. Means over
-    random halves; these hold K / 2 samples, so both err on the high side. NaN at K = 1.
+    Keys: alone, experts, copy_alone, copy_experts; mean numbers of items over random halves of the samples, the one
+    half for who stands in the model's place, the other for the experts. NaN at K = 1.
     """
-    item_accuracy(rows, benchmark, list(dict.fromkeys([model, *experts])))
-    found = []
-    for names in ([model], list(experts)):
-        part = rows[(rows["benchmark"] == benchmark) & rows["model"].isin(names)]
-        cube = part.pivot(index=["model", "item"], columns="sample", values="score")
-        values = np.stack([cube.loc[name].sort_index().to_numpy(float) for name in names])  # (M, n, K)
-        half, apart = values.shape[2] // 2, []
-        for _ in range(SPLITS if half else 0):
-            mixed = rng.permuted(values, axis=2)
-            a, b = ((part.mean(2) >= threshold).any(axis=0) for part in (mixed[:, :, :half], mixed[:, :, half : 2 * half]))
-            apart.append((a != b).sum() / 2)  # either half may be the one that solves
-        found.append(float(np.mean(apart)) if apart else nan)
-    return found[0], found[1]
+    names = list(dict.fromkeys([model, *experts]))
+    item_accuracy(rows, benchmark, names)
+    part = rows[(rows["benchmark"] == benchmark) & rows["model"].isin(names)]
+    cube = part.pivot(index=["model", "item"], columns="sample", values="score")
+    values = np.stack([cube.loc[name].sort_index().to_numpy(float) for name in names])  # (M, n, K)
+    half, of = values.shape[2] // 2, [names.index(expert) for expert in experts]
+    drawn = []
+    for _ in range(SPLITS if half else 0):
+        mixed = rng.permuted(values, axis=2)
+        first, second = (side.mean(2) >= threshold for side in (mixed[:, :, :half], mixed[:, :, half : 2 * half]))
+        union = first[of].any(axis=0)
+        places = [second[names.index(name)] for name in (model, own)]
+        drawn.append([count for place in places for count in ((place & ~union).sum(), (union & ~place).sum())])
+    found = np.mean(drawn, axis=0) if drawn else [nan] * 4
+    return dict(zip(("alone", "experts", "copy_alone", "copy_experts"), map(float, found), strict=True))

@@ -136,29 +136,31 @@ def quality_sentence(found: pd.DataFrame, always: float = 95.0) -> Markdown:
     for mode in MODES:
         known = found[found["mode"] == mode].dropna(subset="balanced")
         told.append(f"{mode}: {known['balanced'].mean():.1f} (from {known['balanced'].min():.1f} to "
-                    f"{known['balanced'].max():.1f}, {len(known)} cells, of which {(known['low'] > 50).sum()} are clearly above "
-                    f"50 and {(known['high'] < 50).sum()} clearly below)" if len(known) else f"{mode}: undefined")
+                    f"{known['balanced'].max():.1f}, {len(known)} cells, of which {(known['low'] > 50).sum()} are clearly "
+                    f"above 50 and {(known['high'] < 50).sum()} clearly below)" if len(known) else f"{mode}: undefined")
     no = 100 - found["yes"] - found["unreadable"]
     same = found[(found["yes"] >= always) | (no >= always)]
     said = f"No judge gives one and the same verdict in {always:.0f} % of its replies or more on any benchmark"
     if len(same):
-        names = ", ".join(f"`{r.model}` on {miniature(r.benchmark)} by {r.mode} ({'yes' if r.yes >= always else 'no'}, accuracy "
-                          f"{r.accuracy:.1f}, balanced {'undefined' if isnan(r.balanced) else f'{r.balanced:.1f}'})"
+        names = ", ".join(f"`{r.model}` on {miniature(r.benchmark)} by {r.mode} ({'yes' if r.yes >= always else 'no'}, "
+                          f"accuracy {r.accuracy:.1f}, balanced {'undefined' if isnan(r.balanced) else f'{r.balanced:.1f}'})"
                           for r in same.itertuples())
-        said = (f"{len(same)} of {len(found)} judges (model, benchmark, mode) give one and the same verdict in {always:.0f} % of "
-                f"their replies or more: {names}")
+        said = (f"{len(same)} of {len(found)} judges (model, benchmark, mode) give one and the same verdict in {always:.0f} % "
+                f"of their replies or more: {names}")
     free = found.assign(constant=found[["right"]].assign(wrong=100 - found["right"]).max(axis=1))
     beaten = (free["constant"] >= free["accuracy"]).sum()
-    return Markdown("Balanced accuracy, mean over models and benchmarks (50: no skill): " + "; ".join(told) + f". {said}. In "
-                    f"{beaten} of {len(found)} cells a judge that always said the more frequent truth would be at least as accurate.")
+    return Markdown("Balanced accuracy, mean over models and benchmarks (50: no skill): " + "; ".join(told) + f". {said}. "
+                    f"In {beaten} of {len(found)} cells a judge that always said the more frequent truth would be at least as "
+                    "accurate.")
 
 
 def budget(run, rows: pd.DataFrame, wanted: int = 8) -> Markdown:
     """K and items of this run's judging beside the paper's Avg@8, and what that would cost here."""
     k, items = rows["sample"].nunique(), rows.groupby(["model", "benchmark"])["item"].nunique()
     spent = sum(run.manifest(f"judge-{model}")["seconds"] for model in dict.fromkeys(rows["model"]))
-    told = (f"Here: Avg@{k}, one answer to each of {items.min()} to {items.max()} items a benchmark, where the paper has "
-            f"Avg@{wanted}. All judging took {duration(spent)}")
+    many = f"{items.min()}" if items.nunique() == 1 else f"{items.min()} to {items.max()}"
+    told = (f"Here: Avg@{k}, one answer to each of {many} items a benchmark, where the paper has Avg@{wanted}. All judging "
+            f"took {duration(spent)}")
     if k < wanted:
         told += (f"; Avg@{wanted} would take about {duration(spent * wanted / k)} (`analysis.judge_k` of the profile) and "
                  "narrow only the part of the intervals that comes from the judge's own sampling, not that from the items")

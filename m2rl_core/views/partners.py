@@ -29,7 +29,7 @@ def all_pairs(found: pd.DataFrame):
     points = found.assign(model="rl-" + found["partner"], x=found["kl"], y=found["change"],
                           domain=found["domain"].map(DOMAIN_NAMES))
     return plots.scatter(points, title, "KL(partner || TIES of all), nats a response", "change against the expert (points)",
-                         facet="domain", columns=3, own_x=True,
+                         facet="domain", columns=3, own_x=True, width=200,
                          good="a line that falls: nearer partners help more; whiskers: 95 % over items")
 
 
@@ -81,8 +81,8 @@ def sentence(found: pd.DataFrame, evidence: Evidence, level: float = 0.05) -> Ma
         gap = (f"Neighbours minus strangers, within the domains that have both ({names}): "
                f"**{interval(t['gap'], t['gap_low'], t['gap_high'])}** points, {clear}.")
     return Markdown(
-        f"Nearness and help agree with Kendall's tau of **{interval(t['tau'], t['low'], t['high'], 2)}** over {t['n']} ordered "
-        f"pairs ({t['comparisons']} comparisons of two partners of one domain; exact permutation p **{p}**): {told}. "
+        f"Nearness and help agree with Kendall's tau of **{interval(t['tau'], t['low'], t['high'], 2)}** over {t['n']} "
+        f"ordered pairs ({t['comparisons']} comparisons of two partners of one domain; exact permutation p **{p}**): {told}. "
         + gap)
 
 
@@ -171,8 +171,9 @@ def effects_picture(found: pd.DataFrame):
     title = "Who helps whom: what a partner adds, averaged over all merges that it can join"
     if found.empty:
         return plots.nothing(OFF, title)
-    return plots.heatmap(found.rename(columns={"domain": "tested on", "partner": "joins"}), title, "tested on", "joins",
-                         "change", text="+.1f", note="interval", size=62, good="points, 95 % over items; above zero: it helps")
+    named = found.rename(columns={"domain": "tested on", "partner": "joins"})
+    return plots.heatmap(named, title, "tested on", "joins", "change", text="+.1f", note="interval", size=62,
+                         good="points, 95 % over items; above zero: it helps")
 
 
 def growth_sentence(found: pd.DataFrame, added: pd.DataFrame, two: pd.DataFrame) -> Markdown:
@@ -180,8 +181,9 @@ def growth_sentence(found: pd.DataFrame, added: pd.DataFrame, two: pd.DataFrame)
     if found.empty:
         return Markdown(OFF)
     mean = found[found["model"] == "all five"].set_index("step")
+    against = [f" (paired with the expert alone {interval(r.change, r.change_low, r.change_high)})" for r in mean.itertuples()]
     told = "; ".join(f"{step} {'experts' if step > 1 else 'expert'} {interval(r.value, r.low, r.high)}"
-                     + (f" (paired with the expert alone {interval(r.change, r.change_low, r.change_high)})" if step > 1 else "")
+                     + (against[step - 1] if step > 1 else "")
                      for step, r in zip(mean.index, mean.itertuples(), strict=True))
     both = added.merge(two, on=["domain", "partner"], suffixes=("", "_pair"))
     known = both[(both["low"] > 0) | (both["high"] < 0)]
@@ -190,6 +192,6 @@ def growth_sentence(found: pd.DataFrame, added: pd.DataFrame, two: pd.DataFrame)
     same = (np.sign(both["change"]) == np.sign(both["change_pair"])).sum()
     few = "" if isfinite(mean["low"].iloc[0]) else " Too few items for an interval."
     return Markdown(
-        f"Mean over the domains that a merge holds, by its number of experts: {told}.{few} Of {len(added)} effects of a partner, "
-        f"{len(known)} are clear of zero, {(known['change'] > 0).sum()} up and {(known['change'] < 0).sum()} down ({names}). "
-        f"The pair alone has the same sign as the mean over all merges in {same} of {len(both)}.")
+        f"Mean over the domains that a merge holds, by its number of experts: {told}.{few} Of {len(added)} effects of a "
+        f"partner, {len(known)} are clear of zero, {(known['change'] > 0).sum()} up and {(known['change'] < 0).sum()} down "
+        f"({names}). The pair alone has the same sign as the mean over all merges in {same} of {len(both)}.")

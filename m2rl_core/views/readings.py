@@ -65,7 +65,7 @@ def sentence(found: pd.DataFrame) -> Markdown:
     same = ranks[0].eq(ranks[1]).groupby([found["policy"], found["data"]]).all()
     ratio = (found["sampled_response_se"] / found["exact_response_se"]).median()
     return Markdown(
-        f"The standard error of the sampled estimate is {told[0]}, and {told[1]}: in the median, a sampled divergence of a response "
-        f"needs {ratio ** 2:.1f} times the prompts for the same precision. The intervals of the two do not touch in {apart} of "
-        f"{len(found)} cells. By token and by response the five experts stand in one order in {same.sum()} of {len(same)} "
-        "(policy, domain) columns.")
+        f"The standard error of the sampled estimate is {told[0]}, and {told[1]}: in the median, a sampled divergence of a "
+        f"response needs {ratio ** 2:.1f} times the prompts for the same precision. The intervals of the two do not touch in "
+        f"{apart} of {len(found)} cells. By token and by response the five experts stand in one order in {same.sum()} of "
+        f"{len(same)} (policy, domain) columns.")

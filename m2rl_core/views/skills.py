@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from m2rl_core import plots
-from m2rl_core.claims.evidence import FIGURE2, Evidence
+from m2rl_core.claims.evidence import EXPERT, FIGURE2, Evidence
 from m2rl_core.metrics import skills, solved
 from m2rl_core.views.opening import interval, miniature
 
@@ -37,7 +37,8 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
         "benchmark": found["benchmark"].map(miniature), "model": found["model"],
         "cosine with the experts' union": [r.note or interval(r.cosine, r.low, r.high, 2) for r in found.itertuples()],
         "chance (shuffled items)": two[0], "ceiling (against itself)": two[1],
-        "SFT's samples split: cosine / ceiling": [f"{_two(r.split)} / {_two(r.split_ceiling)}" for r in found.itertuples()],
+        "SFT's samples split: cosine / ceiling / chance": [
+            " / ".join(map(_two, (r.split, r.split_ceiling, r.split_chance))) for r in found.itertuples()],
         "items gained": [f"{r.gained} of {r.n}" for r in found.itertuples()],
     })
 
@@ -60,12 +61,13 @@ def sentence(found: pd.DataFrame) -> Markdown:
 
 def _shared(known: pd.DataFrame) -> str:
     """What is left of the cosines where no SFT sample serves both sides."""
-    both = known.dropna(subset=["split", "split_ceiling", "ceiling"])
+    both = known.dropna(subset=["split", "split_ceiling", "split_chance", "ceiling"])
     if both.empty:
         return "With one sample an item there is no ceiling: two halves need two samples."
-    return (f"Mean of all: {both['cosine'].mean():.2f}, ceiling {both['ceiling'].mean():.2f}, chance {both['chance'].mean():.2f}. "
-            f"With SFT's samples split between the two sides, so that its luck is shared no more: {both['split'].mean():.2f}, "
-            f"ceiling {both['split_ceiling'].mean():.2f}.")
+    mean = both[["cosine", "ceiling", "chance", "split", "split_ceiling", "split_chance"]].mean()
+    return (f"Mean of all: {mean['cosine']:.2f}, ceiling {mean['ceiling']:.2f}, chance {mean['chance']:.2f}. With SFT's samples "
+            f"split between the two sides, so that its luck is shared no more: {mean['split']:.2f}, ceiling "
+            f"{mean['split_ceiling']:.2f}, chance {mean['split_chance']:.2f}.")
 
 
 def apart(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
@@ -75,31 +77,38 @@ def apart(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
 
 
 def apart_counts(found: pd.DataFrame, evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
-    """How many items, and how many by luck: benchmark, model, alone, alone_luck, experts, experts_luck.
+    """How many items, a row a benchmark and model, and how many where only luck is at work.
 
-    `found` as `apart` makes it; luck as `solved.by_luck`.
+    Columns: benchmark, model, alone, experts (from all samples, `found` as `apart` makes it); half_alone, half_experts,
+    copy_alone, copy_experts (from halves, as `solved.by_luck`, the copy being of the domain's own expert).
     """
     rows, count, rng = evidence.frame("scores"), found.groupby(["benchmark", "model", "who"]).size(), evidence.rng()
     lines = []
-    for benchmark in FIGURE2.values():
+    for domain, benchmark in FIGURE2.items():
         for model in models:
-            own, experts = solved.by_luck(rows, benchmark, model, rng)
+            luck = solved.by_luck(rows, benchmark, model, EXPERT[domain], rng)
             lines.append({"benchmark": benchmark, "model": model, "alone": count.get((benchmark, model, "model only"), 0),
-                          "alone_luck": own, "experts": count.get((benchmark, model, "experts only"), 0),
-                          "experts_luck": experts})
+                          "experts": count.get((benchmark, model, "experts only"), 0), "half_alone": luck["alone"],
+                          "half_experts": luck["experts"], "copy_alone": luck["copy_alone"],
+                          "copy_experts": luck["copy_experts"]})
     return pd.DataFrame(lines)
 
 
 def apart_shown(found: pd.DataFrame) -> pd.DataFrame:
-    """`apart_counts` for the eye: a row a benchmark and one for their sum; in brackets what luck gives."""
-    total = found.groupby("model", sort=False)[["alone", "alone_luck", "experts", "experts_luck"]].sum(min_count=1)
+    """`apart_counts` for the eye: a row a benchmark and one for their sum; small print for the halves."""
     lines = []
-    for benchmark, part in [*found.groupby("benchmark", sort=False), ("all five", total.reset_index())]:
-        lines.append({"benchmark": miniature(benchmark), **{
-            f"{r.model}: it alone / an expert alone": f"{r.alone} ({_one_digit(r.alone_luck)}) / "
-                                                      f"{r.experts} ({_one_digit(r.experts_luck)})"
-            for r in part.itertuples()}})
+    for benchmark, part in [*found.groupby("benchmark", sort=False), ("all five", _total(found).reset_index())]:
+        line = {"benchmark": miniature(benchmark)}
+        for r in part.itertuples():
+            line[f"{r.model}: it alone / an expert alone"] = (
+                f"{r.alone} / {r.experts}\nby halves {_one_digit(r.half_alone)} / {_one_digit(r.half_experts)}\n"
+                f"own expert's copy {_one_digit(r.copy_alone)} / {_one_digit(r.copy_experts)}")
+        lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _total(found: pd.DataFrame) -> pd.DataFrame:
+    return found.drop(columns="benchmark").groupby("model", sort=False).sum(min_count=1)
 
 
 def _one_digit(value: float) -> str:
@@ -107,22 +116,19 @@ def _one_digit(value: float) -> str:
 
 
 def apart_sentence(found: pd.DataFrame) -> Markdown:
-    """Which model solves more items alone, or misses more, than luck gives."""
-    total = found.groupby("model", sort=False)[["alone", "alone_luck", "experts", "experts_luck"]].sum(min_count=1)
+    """Which model solves more items alone, or misses more, than a copy of the own experts does by luck."""
+    total = _total(found)
     if total.isna().any(axis=None):
         return Markdown("With one sample an item nothing tells luck from skill.")
-    told = []
-    for model, r in total.iterrows():
-        own = "more than" if r["alone"] > r["alone_luck"] else "no more than"
-        lost = "more than" if r["experts"] > r["experts_luck"] else "no more than"
-        told.append(f"`{model}` alone solves {r['alone']:.0f}, {own} the {r['alone_luck']:.1f} by which it differs from itself; "
-                    f"an expert alone solves {r['experts']:.0f}, {lost} the {r['experts_luck']:.1f} by which the experts "
-                    "differ from themselves")
-    return Markdown("; ".join(told) + ".")
+    told = [f"`{model}` alone solves {r['half_alone']:.1f}, a copy of each domain's own expert {r['copy_alone']:.1f}; an "
+            f"expert alone {r['half_experts']:.1f} against {r['copy_experts']:.1f}" for model, r in total.iterrows()]
+    more = [f"`{model}`" for model, r in total.iterrows() if r["half_alone"] > r["copy_alone"]]
+    return Markdown("All five benchmarks, by halves of the samples: " + "; ".join(told) + ". More items of its own than luck "
+                    f"gives to a copy: {', '.join(more) or 'no model'}.")
 
 
 def transcripts(found: pd.DataFrame, rows: pd.DataFrame, model: str, who: str, n: int = 6) -> HTML | Markdown:
-    """Up to `n` such items to open, clearest first, two a benchmark: prompt, a response of `model` and of the best expert.
+    """Up to `n` such items to open, clearest first, two a benchmark: a response of `model` and of the best expert.
 
     `who` is "model only" or "experts only". The response shown is the first right one of the side that solves it.
     """
