@@ -179,6 +179,7 @@ def test_effects_of_partners_are_the_planted_ones_and_add_up():
         assert added.loc[domain, "change"].sum() == pytest.approx(whole)
     grown = partners.growth(found).set_index(["model", "step"])
     assert grown.loc[("rl-math", 1), "value"] == pytest.approx(51)  # the first three items: 0.50, 0.51, 0.52
+    assert grown["low"].min() >= 0 and grown["high"].max() <= 100
     assert grown.loc[("rl-math", 5), "change"] == pytest.approx(-7)
     assert grown.loc[("all five", 3), "change"] == pytest.approx(100 * 2 * sum(WORTH.values()) / 5)  # two partners
 

@@ -109,7 +109,9 @@ def test_luck_by_hand():
     def luck(world, k=4):
         return solved.by_luck(planted(world, k), "b", "mix", "e1", np.random.default_rng(0), EXPERTS)
     sure = luck({"mix": [1, 1, 0, 0], "e1": [1, 0, 1, 0], "e2": [0, 0, 0, 1]})
-    assert sure == {"alone": 1, "experts": 2, "copy_alone": 0, "copy_experts": 1}  # e2 has an item that e1 lacks
+    wanted = {"alone": 1, "experts": 2, "copy_alone": 0, "copy_experts": 1}  # e2 has an item that e1 lacks
+    assert {name: sure[name] for name in wanted} == wanted
+    assert sure["alone_se"] == pytest.approx(1) and sure["experts_se"] == pytest.approx(1)  # one item of four: 4 x 1/4
     once = luck({"mix": [0] * 30, "e1": [0.25] * 30, "e2": [0] * 30})  # one sample of four: just one half solves it
     assert once["copy_alone"] + once["copy_experts"] == pytest.approx(30) and once["copy_alone"] == pytest.approx(15, abs=3)
     assert once["alone"] == 0 and once["experts"] == once["copy_experts"]

@@ -219,10 +219,12 @@ def test_items_apart_stand_beside_luck():
     assert shown.iloc[0, 1] == "6 / 0\nby halves 6.0 / 0.0\nown expert's copy 0.0 / 0.0"
     assert shown.iloc[-1, 0] == "all five" and shown.iloc[-1, 1].startswith("30 / 0\n")
     said = skills.apart_sentence(counts).data
-    assert "`merge-ties` alone solves 30.0, a copy of each domain's own expert 0.0" in said
-    assert said.endswith("gives to a copy: `merge-ties`.")
+    assert "`merge-ties` minus the copy: alone 30.0 [" in said and "items (more than luck), left to" in said
+    assert "`rl-multi` minus the copy: alone 0.0 [0.0, 0.0] items (not told from luck)" in said
     single = Evidence(scores=rows({"merge-ties": 0.8}, k=1))
-    assert "nothing tells luck" in skills.apart_sentence(skills.apart_counts(skills.apart(single), single)).data
+    some = Evidence(scores=pd.concat([rows(k=1), rows(k=2)[lambda f: (f["benchmark"] == "aime24") & (f["sample"] == 1)]]))
+    assert "one sample does not tell" in skills.apart_sentence(skills.apart_counts(skills.apart(some), some)).data
+    assert "one sample does not tell" in skills.apart_sentence(skills.apart_counts(skills.apart(single), single)).data
 
 
 # -- section 3.6 -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ def by_luck(
     """What `apart` would count of `model`, and of a copy of the expert `own` in its place: that one differs by luck alone.
 
     Keys: alone, experts, copy_alone, copy_experts; mean numbers of items over random halves of the samples, the one
-    half for who stands in the model's place, the other for the experts. NaN at K = 1.
+    half for who stands in the model's place, the other for the experts. alone_se, experts_se: the standard errors over
+    items of the two differences, model minus copy. NaN at K = 1.
     """
     names = list(dict.fromkeys([model, *experts]))
     item_accuracy(rows, benchmark, names)
@@ -49,6 +50,10 @@ def by_luck(
         first, second = (side.mean(2) >= threshold for side in (mixed[:, :, :half], mixed[:, :, half : 2 * half]))
         union = first[of].any(axis=0)
         places = [second[names.index(name)] for name in (model, own)]
-        drawn.append([count for place in places for count in ((place & ~union).sum(), (union & ~place).sum())])
-    found = np.mean(drawn, axis=0) if drawn else [nan] * 4
-    return dict(zip(("alone", "experts", "copy_alone", "copy_experts"), map(float, found), strict=True))
+        drawn.append([seen for place in places for seen in (place & ~union, union & ~place)])
+    n = values.shape[1]
+    shares = np.mean(drawn, axis=0) if drawn else np.full((4, n), nan)  # (4, n): how often each item is counted
+    found = dict(zip(("alone", "experts", "copy_alone", "copy_experts"), map(float, shares.sum(axis=1)), strict=True))
+    for name, gap in (("alone_se", shares[0] - shares[2]), ("experts_se", shares[1] - shares[3])):
+        found[name] = float(np.sqrt(n * gap.var(ddof=1))) if n > 1 else nan
+    return found

@@ -138,6 +138,7 @@ def growth(found: stats.Measured | None) -> pd.DataFrame:
         means["all five"] = {cell: w / len(DOMAINS) for cell, w in cells}
         for model, weights in means.items():
             e, start = stats.widen(found.contrast(weights)), alone.setdefault(model, weights)
+            e = e._replace(low=np.maximum(e.low, 0.0), high=np.minimum(e.high, 100.0))
             gap = found.contrast({cell: weights.get(cell, 0.0) - start.get(cell, 0.0) for cell in {**weights, **start}})
             lines.append(dict(zip(GROWTH, (model, size, *e[:4], *gap[:3]), strict=True)))
     return pd.DataFrame(lines, columns=GROWTH)

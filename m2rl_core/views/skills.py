@@ -65,8 +65,8 @@ def _shared(known: pd.DataFrame) -> str:
     if both.empty:
         return "With one sample an item there is no ceiling: two halves need two samples."
     mean = both[["cosine", "ceiling", "chance", "split", "split_ceiling", "split_chance"]].mean()
-    return (f"Mean of all: {mean['cosine']:.2f}, ceiling {mean['ceiling']:.2f}, chance {mean['chance']:.2f}. With SFT's samples "
-            f"split between the two sides, so that its luck is shared no more: {mean['split']:.2f}, ceiling "
+    return (f"Mean of all: {mean['cosine']:.2f}, ceiling {mean['ceiling']:.2f}, chance {mean['chance']:.2f}. With SFT's "
+            f"samples split between the two sides, so that its luck is shared no more: {mean['split']:.2f}, ceiling "
             f"{mean['split_ceiling']:.2f}, chance {mean['split_chance']:.2f}.")
 
 
@@ -80,7 +80,8 @@ def apart_counts(found: pd.DataFrame, evidence: Evidence, models: Sequence[str] 
     """How many items, a row a benchmark and model, and how many where only luck is at work.
 
     Columns: benchmark, model, alone, experts (from all samples, `found` as `apart` makes it); half_alone, half_experts,
-    copy_alone, copy_experts (from halves, as `solved.by_luck`, the copy being of the domain's own expert).
+    copy_alone, copy_experts, alone_se, experts_se (from halves, as `solved.by_luck`, the copy being of the domain's own
+    expert).
     """
     rows, count, rng = evidence.frame("scores"), found.groupby(["benchmark", "model", "who"]).size(), evidence.rng()
     lines = []
@@ -89,8 +90,8 @@ def apart_counts(found: pd.DataFrame, evidence: Evidence, models: Sequence[str] 
             luck = solved.by_luck(rows, benchmark, model, EXPERT[domain], rng)
             lines.append({"benchmark": benchmark, "model": model, "alone": count.get((benchmark, model, "model only"), 0),
                           "experts": count.get((benchmark, model, "experts only"), 0), "half_alone": luck["alone"],
-                          "half_experts": luck["experts"], "copy_alone": luck["copy_alone"],
-                          "copy_experts": luck["copy_experts"]})
+                          "half_experts": luck["experts"],
+                          **{name: luck[name] for name in ("copy_alone", "copy_experts", "alone_se", "experts_se")}})
     return pd.DataFrame(lines)
 
 
@@ -108,7 +109,11 @@ def apart_shown(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _total(found: pd.DataFrame) -> pd.DataFrame:
-    return found.drop(columns="benchmark").groupby("model", sort=False).sum(min_count=1)
+    """Sums over benchmarks by model, NaN where one is; standard errors add up in squares: benchmarks share no items."""
+    errors = ["alone_se", "experts_se"]
+    total = found.assign(**{name: found[name] ** 2 for name in errors}).drop(columns="benchmark")
+    total = total.groupby("model", sort=False).agg(lambda column: column.sum(skipna=False))
+    return total.assign(**{name: total[name] ** 0.5 for name in errors})
 
 
 def _one_digit(value: float) -> str:
@@ -119,12 +124,16 @@ def apart_sentence(found: pd.DataFrame) -> Markdown:
     """Which model solves more items alone, or misses more, than a copy of the own experts does by luck."""
     total = _total(found)
     if total.isna().any(axis=None):
-        return Markdown("With one sample an item nothing tells luck from skill.")
-    told = [f"`{model}` alone solves {r['half_alone']:.1f}, a copy of each domain's own expert {r['copy_alone']:.1f}; an "
-            f"expert alone {r['half_experts']:.1f} against {r['copy_experts']:.1f}" for model, r in total.iterrows()]
-    more = [f"`{model}`" for model, r in total.iterrows() if r["half_alone"] > r["copy_alone"]]
-    return Markdown("All five benchmarks, by halves of the samples: " + "; ".join(told) + ". More items of its own than luck "
-                    f"gives to a copy: {', '.join(more) or 'no model'}.")
+        return Markdown("A benchmark has one sample an item, and one sample does not tell luck from skill.")
+    told = []
+    for model, r in total.iterrows():
+        gaps = []
+        for side in ("alone", "experts"):
+            gap, reach = r[f"half_{side}"] - r[f"copy_{side}"], 1.96 * r[f"{side}_se"]
+            clear = "more than luck" if gap > reach else "less than luck" if gap < -reach else "not told from luck"
+            gaps.append(f"{interval(gap, gap - reach, gap + reach)} items ({clear})")
+        told.append(f"`{model}` minus the copy: alone {gaps[0]}, left to an expert alone {gaps[1]}")
+    return Markdown("All five benchmarks, by halves of the samples, 95 % over items: " + "; ".join(told) + ".")
 
 
 def transcripts(found: pd.DataFrame, rows: pd.DataFrame, model: str, who: str, n: int = 6) -> HTML | Markdown:
