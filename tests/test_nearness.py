@@ -200,3 +200,10 @@ def test_a_profile_without_pairs_says_so():
     assert grown.empty and added.empty and partners.OFF in partners.growth_sentence(grown, added, grown).data
     for picture in (partners.growth_picture(grown), partners.effects_picture(added)):
         assert partners.OFF in str(picture.to_dict())
+
+
+def test_another_k_is_refused_with_both_names():
+    """Fault: a model with fewer samples beside the others, without a word."""
+    rows = evaluated(lambda m, d, i: 0.5, ["merge-ties", "merge-ta"])
+    with pytest.raises(ValueError, match=r"aime24: merge-ta and merge-ties have different K \(2 and 1 samples of"):
+        stats.measure(rows[(rows["model"] != "merge-ties") | (rows["sample"] == 0)], np.random.default_rng(0), resamples=5)

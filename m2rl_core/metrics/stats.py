@@ -102,7 +102,7 @@ def measure(
     """Resample `rows` (model, benchmark, item, sample, score in [0, 1] and, optionally, category) over items.
 
     `scale` turns the score into the unit of the estimates: 100 for percent, 1 for nats. Models that lack a
-    benchmark are left out of it. ValueError where two models have different items.
+    benchmark are left out of it. ValueError, naming both, where two models have different items or numbers of samples.
     """
     rows = rows if models is None else rows[rows[column].isin(list(models))]
     rows = rows.assign(category=rows["category"].fillna("") if "category" in rows else "")
@@ -111,8 +111,10 @@ def measure(
         part = rows[rows["benchmark"] == benchmark]
         if part.empty:
             continue
-        means = part.groupby(["category", "item", column], observed=True)[score].mean().unstack(column)
+        cells = part.groupby(["category", "item", column], observed=True)[score]
+        means = cells.mean().unstack(column)
         _same_items(means, benchmark)
+        _same_k(cells.size().unstack(column), benchmark)
         groups = list(means.groupby(level="category", sort=True))
         for category, group in groups:
             values = group.to_numpy(dtype=float) * scale  # (n, C)
@@ -132,6 +134,15 @@ def _same_items(means: pd.DataFrame, benchmark: str) -> None:
     other = means.columns[~missing.loc[missing[model].idxmax()]][0]
     raise ValueError(f"{benchmark}: {model} and {other} were not measured on the same items ({item!r} lacks {model}); "
                      "evaluate both on one item set")
+
+
+def _same_k(counts: pd.DataFrame, benchmark: str) -> None:
+    uneven = counts.ne(counts.iloc[:, 0], axis=0)
+    if uneven.any(axis=None):
+        model = uneven.any().idxmax()
+        item = uneven[model].idxmax()
+        raise ValueError(f"{benchmark}: {counts.columns[0]} and {model} have different K ({counts.iloc[:, 0][item]} and "
+                         f"{counts.loc[item, model]} samples of {item[1]!r}); evaluate both with one K")
 
 
 def _deviations(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
