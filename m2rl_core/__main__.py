@@ -135,8 +135,9 @@ def notebook_stages(here: Run, name: str) -> list[str]:
     trained = [name for model in study.TRAINED for name in study.seeds_of(model, here.profile.seeds).values()]
     chapters = {
         "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*trained, *models, "sweep"],
-        "3.3": ["weights"], "3.4": ["neighborhoods", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
-        "3.5": models, "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
+        "3.3": ["weights"], "3.5": models,
+        "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
+        "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
         "A": [*study.TRAINED], "B": [],
     }
     chapter = name.split("_")[0]

@@ -74,6 +74,12 @@ def finish(chart, title: str, good: str = ""):
     )
 
 
+def nothing(text: str, title: str):
+    """A picture that says why there is none."""
+    chart = alt.Chart(pd.DataFrame({"text": [text]})).mark_text(fontSize=12).encode(text="text:N")
+    return finish(chart.properties(width=400, height=60), title)
+
+
 def _named(frame: pd.DataFrame, *columns: str | None) -> pd.DataFrame:
     """Domains by their display names in these columns; Vega cannot sort by a list that holds "if"."""
     return frame.assign(**{c: frame[c].replace(DOMAIN_NAMES) for c in columns if c is not None})
@@ -139,7 +145,8 @@ def figure1(stages, done=()):
     return finish(chart, "Mix (rl-multi) or merge (merge-*, mt-opd): the study as it runs", how)
 
 
-def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher is better", columns=3, zero=False):
+def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher is better", columns=3, zero=False,
+                 x_title="step", legend=True):
     """Fig. 2, Fig. 9: lines over steps.
 
     Columns: model, step, value; optional low, high (a band), `facet`, finished (bool; unfinished runs are pale).
@@ -147,11 +154,11 @@ def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher 
     finished = frame["finished"] if "finished" in frame else pd.Series(True, frame.index)
     frame = _named(frame, facet).assign(pale=finished.map({True: 1.0, False: 0.35}))
     models = _models(frame)
-    x = alt.X("step:Q", title="step", axis=alt.Axis(tickCount=5))
+    x = alt.X("step:Q", title=x_title, axis=alt.Axis(tickCount=5))
     scale = alt.Scale(zero=zero)
     base = alt.Chart(frame)
     y, pale = alt.Y("value:Q", title=y_title, scale=scale), alt.Opacity("pale:Q", scale=None)
-    legend = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1)
+    legend = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1) if legend else None
     layers = [base.mark_line(strokeWidth=1.6).encode(
         x, y, _color(models, legend), strokeDash=_dash(models, legend), opacity=pale)]
     if {"low", "high"} <= set(frame.columns):
@@ -287,8 +294,12 @@ def bars_with_intervals(frame, title, y_title="cosine", good="higher is better",
     return finish(alt.layer(*layers).properties(width=95 * len(order), height=200), title, how)
 
 
-def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better", columns=2):
-    """Fig. 6: one point a model with its name, and the least-squares line. Columns: model, x, y; optional `facet`."""
+def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better", columns=2, own_x=False,
+            width=290):
+    """Fig. 6: one point a model with its name, and the least-squares line. Columns: model, x, y; optional `facet`.
+
+    Whiskers where the frame has low and high (of y). `own_x`: each panel has a horizontal scale of its own.
+    """
     models = _models(frame)
     ranks = (frame.groupby(facet) if facet else frame)["x"].rank(method="first")
     base = alt.Chart(frame.assign(under=ranks % 2 == 0))  # neighbours get their names above and below
@@ -299,11 +310,15 @@ def scatter(frame, title, x_title, y_title, facet=None, good="up and right is be
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(x, y, _color(models, None), _shape(models, None))
     over, under = (base.mark_text(dy=dy, fontSize=9).encode(x, y, text="model:N").transform_filter(test)
                    for dy, test in ((-9, "!datum.under"), (11, "datum.under")))
-    chart = (line + dots + over + under).properties(width=290, height=230)
+    layers = [line, dots, over, under]
+    if {"low", "high"} <= set(frame.columns):
+        scaled = alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
+        layers.insert(1, base.mark_rule(opacity=0.5).encode(x, scaled, y2="high:Q", color=_color(models, None)))
+    chart = alt.layer(*layers).properties(width=width, height=0.8 * width)
     if facet is not None:
         order = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
-        chart = chart.resolve_scale(y="independent")
+        chart = chart.resolve_scale(y="independent", x="independent" if own_x else "shared")
     return finish(chart, title, good)
 
 

@@ -117,6 +117,15 @@ def variants(merge) -> list[dict]:
         for name, key, values in SWEEP for value in values if value != own[name].get(key)]
 
 
+def subsets(merge) -> list[dict]:
+    """TIES of every three and four experts as variants of a sweep, each tested on its own domains (section 3.4)."""
+    own = {key: getattr(merge, key) for key in MERGES["merge-ties"][1]}
+    return [{"name": f"ties-{'-'.join(chosen)}", "method": "ties",
+             "parameters": own | {"experts": [f"rl-{domain}" for domain in chosen]},
+             "benchmarks": [b for b, domain in BENCHMARKS.items() if domain in chosen]}
+            for size in (3, 4) for chosen in combinations(DOMAINS, size)]
+
+
 def study(profile: Profile) -> dict[str, Stage]:
     """All stages of a profile by name, each after what it needs."""
     stages: dict[str, Stage] = {}
@@ -163,10 +172,12 @@ def study(profile: Profile) -> dict[str, Stage]:
     analysis = profile.analysis
     add("weights", "weights", ("sft", *EXPERTS), {
         "eta": analysis.eta, "random_projection": analysis.random_projection, **seed})
-    add("sweep", "sweep", ("sft", *EXPERTS), {
-        "variants": variants(profile.merge), "items": analysis.sweep_items, "k": analysis.sweep_k,
-        **{name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")},
-        "engine": profile.engine, **seed})
+    several = {"sweep": variants(profile.merge), **({"subsets": subsets(profile.merge)} if analysis.pairs else {})}
+    for name, merged in several.items():
+        add(name, "sweep", ("sft", *EXPERTS), {
+            "variants": merged, "items": analysis.sweep_items, "k": analysis.sweep_k,
+            **{key: sampling[key] for key in ("temperature", "max_new_tokens", "max_turns")},
+            "engine": profile.engine, **seed})
     add("neighborhoods", "kl", NEIGHBORS, {
         "prompts": analysis.kl_prompts, "samples": analysis.kl_samples, "rows": rows, "engine": profile.engine,
         **{name: rl[name] for name in ("temperature", "max_new_tokens", "max_turns")}, **seed})
@@ -220,7 +231,7 @@ def work(stage: Stage) -> dict[str, int]:
     elif stage.kind == "eval":
         rollouts = sum(s["items"][name] * s["k"][name] for name in s.get("benchmarks", s["items"]))
     elif stage.kind == "sweep":
-        rollouts = len(s["variants"]) * len(BENCHMARKS) * s["items"] * s["k"]
+        rollouts = sum(len(v.get("benchmarks", BENCHMARKS)) for v in s["variants"]) * s["items"] * s["k"]
     elif stage.kind == "judge":
         rollouts = 2 * len(BENCHMARKS) * s["items"] * s["k"]  # by outcome and by process
     elif stage.kind == "kl":

@@ -1,7 +1,8 @@
 """How much the ranking of merges hangs on what the paper leaves open: variants of every method, from one read.
 
-Each variant differs from the paper's reading in one parameter. All are merged in a single pass over the experts
-and evaluated on the first items of every benchmark with the same draws, so that any two are paired.
+Each variant differs from the paper's reading in one parameter, or merges some of the experts only (section 3.4). All
+are merged in a single pass over the experts and evaluated on the first items of every benchmark (or of those that the
+variant names) with the same draws, so that any two are paired.
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ def build(ctx) -> None:
     experts = {name: folder for name, folder in ctx.inputs.items() if name != "sft"}
     plans = {variant["name"]: recipes.make(variant["method"], seed=settings["seed"], **variant["parameters"])
              for variant in settings["variants"]}
+    tested = {variant["name"]: variant.get("benchmarks", list(items)) for variant in settings["variants"]}
     folders = {name: ctx.state / "weights" / str(i) for i, name in enumerate(plans)}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,8 @@ def build(ctx) -> None:
         for done, (name, folder) in enumerate(folders.items(), 1):
             seen = ctx.state / f"rows-{folder.name}.parquet"
             if not seen.is_file():
-                rows = evaluate(policies.load(folder), name, items, k, spec, ctx.profile.seed, engine)
+                own = {benchmark: items[benchmark] for benchmark in tested[name]}
+                rows = evaluate(policies.load(folder), name, own, k, spec, ctx.profile.seed, engine)
                 rows.drop(columns=["prompt", "response"]).to_parquet(seen.with_suffix(".new"), index=False)
                 seen.with_suffix(".new").rename(seen)
             parts.append(pd.read_parquet(seen))

@@ -7,8 +7,10 @@ import pytest
 import torch
 import toy_policy
 
+from m2rl_core import policy as policies
 from m2rl_core.domains import Row
-from m2rl_core.metrics.divergence import trajectory_kl
+from m2rl_core.errors import StudyError
+from m2rl_core.metrics.divergence import comparable, trajectory_kl
 from m2rl_core.rollout import Rollout, sample
 
 WORDS, PROMPT = 3, [1, 0, 2]
@@ -75,6 +77,17 @@ def test_sampled_estimate_agrees_with_the_exact_one_and_is_noisier(policy, toy_r
     assert float(exact.mean()) > 5 * float(gap.std()) / len(gap) ** 0.5  # so that agreeing means something
     assert float(exact.std()) < float(sampled.std()) / 2
     assert [row["tokens"] for row in sorted(found, key=lambda r: r["rollout"])] == [r.length for r in rollouts]
+
+
+def test_policies_of_other_tokens_are_refused_with_both_names(policy, other, expert, tmp_path):
+    """Fault: a KL between the probabilities of different words, or an error deep inside a gather."""
+    comparable({"rl-math": policy, "rl-if": other, "sft": policy})
+    with pytest.raises(StudyError, match=r"no KL between rl-math and merge-ties: they have \d+ and 3 logits"):
+        comparable({"rl-math": policy, "merge-ties": expert})
+    swapped = policies.load(policies.save(policy, tmp_path / "swapped") or tmp_path / "swapped")
+    swapped.tokenizer.add_tokens(["zzz"])
+    with pytest.raises(StudyError, match=r"sft and mt-opd: their tokenizers give 'zzz' the ids None and \d+; use"):
+        comparable({"sft": policy, "mt-opd": swapped})
 
 
 def test_only_sampled_tokens_count(policy, other, played):

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2rl_core.metrics import skills
+from m2rl_core.metrics import skills, solved
 
 EXPERTS = ("e1", "e2")
 
@@ -83,9 +83,46 @@ def test_gap_is_paired():
 
 
 def test_items_solved_apart():
-    found = skills.solved_apart(planted(WORLD), "b", "mix", EXPERTS).set_index("item")
+    found = solved.apart(planted(WORLD), "b", "mix", EXPERTS).set_index("item")
     assert found["who"].to_dict() == {"i1": "model only", "i2": "experts only"}
     assert found.loc["i2", "best_expert"] == "e2" and found.loc["i1", "best_accuracy"] == 0
+
+
+def test_ceiling_shares_sft_as_the_cosine_does_and_the_split_does_not():
+    """Fault: the luck of SFT's samples, shared by both sides of a bar, missing from its ceiling or left in the split.
+
+    Nobody gains anything: all solve every item with one half. What is left are gains over SFT's luck.
+    """
+    rng = np.random.default_rng(3)
+    frame = pd.DataFrame([{"model": m, "benchmark": "b", "item": f"i{i:03d}", "sample": s, "score": float(rng.integers(2))}
+                          for m in ("sft", *EXPERTS, "mix") for i in range(200) for s in range(8)])
+    found = skills.consistency(frame, ["mix"], ["b"], rng, experts=EXPERTS, resamples=50).iloc[0]
+    assert found["ceiling"] > found["split_ceiling"] + 0.05 and found["cosine"] > found["split"] + 0.05
+    assert found["split"] == pytest.approx(found["split_chance"], abs=0.03)  # nothing is shared once SFT's luck is not
+
+
+def test_luck_by_hand():
+    """A copy of a sure expert never differs from it; one that guesses does, and no model of the same accuracy does more.
+
+    Fault: the copy held against the very samples that the experts' union is made of, which finds no difference ever.
+    """
+    def luck(world, k=4):
+        return solved.by_luck(planted(world, k), "b", "mix", "e1", np.random.default_rng(0), EXPERTS)
+    sure = luck({"mix": [1, 1, 0, 0], "e1": [1, 0, 1, 0], "e2": [0, 0, 0, 1]})
+    wanted = {"alone": 1, "experts": 2, "copy_alone": 0, "copy_experts": 1}  # e2 has an item that e1 lacks
+    assert {name: sure[name] for name in wanted} == wanted
+    assert sure["alone_se"] == pytest.approx(1) and sure["experts_se"] == pytest.approx(1)  # one item of four: 4 x 1/4
+    once = luck({"mix": [0] * 30, "e1": [0.25] * 30, "e2": [0] * 30})  # one sample of four: just one half solves it
+    assert once["copy_alone"] + once["copy_experts"] == pytest.approx(30) and once["copy_alone"] == pytest.approx(15, abs=3)
+    assert once["alone"] == 0 and once["experts"] == once["copy_experts"]
+    assert all(isnan(value) for value in luck({"mix": [1], "e1": [1], "e2": [1]}, k=1).values())
+
+
+def test_other_numbers_of_samples_are_refused_with_both_names():
+    """Fault: a model with fewer samples, whose luck makes larger gains, beside the others."""
+    frame = pd.concat([planted({"sft": WORLD["sft"], "e1": WORLD["e1"]}), planted({"mix": WORLD["mix"]}, k=2)])
+    with pytest.raises(ValueError, match=r"b: sft and mix have different K \(4 and 2 samples"):
+        skills.item_accuracy(frame, "b", ["sft", "e1", "mix"])
 
 
 def test_missing_rows_are_named():

@@ -6,8 +6,8 @@ import pytest
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import load_profile
 from m2rl_core.study import (
-    EXPERTS, JUDGED, MERGES, MODELS, SHARED, Stage, UnknownStage, find, first, replica, seed_of, seeds_of, study, upstream,
-    work,
+    EXPERTS, JUDGED, MERGES, MODELS, SHARED, Stage, UnknownStage, find, first, replica, seed_of, seeds_of, study, subsets,
+    upstream, work,
 )
 
 PROFILE = load_profile("smoke")
@@ -63,6 +63,20 @@ def test_unknown_stage_names_the_nearest():
     with pytest.raises(UnknownStage) as caught:
         find(STAGES, "rl-mth")
     assert str(caught.value) == "unknown stage 'rl-mth'; did you mean 'rl-math'?"
+
+
+def test_subsets_are_every_three_and_four_on_their_own_benchmarks():
+    """Catches a subset that is left out or doubled, and one that is tested on a domain that it does not hold."""
+    found = subsets(PROFILE.merge)
+    assert len({tuple(v["parameters"]["experts"]) for v in found}) == len(found) == 10 + 5
+    for v in found:
+        assert v["benchmarks"] == [b for b, d in BENCHMARKS.items() if f"rl-{d}" in v["parameters"]["experts"]]
+    assert STAGES["subsets"].settings["variants"] == found
+    # a domain, and with it each of its benchmarks, is in six of the ten triples and in four of the five quadruples
+    wanted = (6 + 4) * len(BENCHMARKS) * PROFILE.analysis.sweep_items * PROFILE.analysis.sweep_k
+    assert work(STAGES["subsets"])["rollouts"] == wanted
+    off = study(replace(PROFILE, analysis=replace(PROFILE.analysis, pairs=False)))
+    assert "subsets" not in off and off["sweep"].key == STAGES["sweep"].key
 
 
 def test_work_by_hand():

@@ -100,6 +100,19 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_rows(ctx, monkeypatch):
     pd.testing.assert_frame_equal(resumed, pd.read_parquet(ctx.out / "rows.parquet"))
 
 
+def test_a_subset_is_merged_from_its_experts_and_tested_on_its_benchmarks_only(ctx):
+    """Catches a subset that gets all experts' weights, and items of a domain whose expert is not in it."""
+    whole = {"name": "both", "method": "ta", "parameters": {"scale": 1.0}}
+    one = {"name": "one", "method": "ta", "parameters": {"scale": 1.0, "experts": ["rl-if"]}, "benchmarks": ["ifbench"]}
+    ctx.stage.settings["variants"] = [whole, one]
+    sweep.build(ctx)
+    rows = pd.read_parquet(ctx.out / "rows.parquet")
+    assert set(rows.loc[rows["model"] == "one", "benchmark"]) == {"ifbench"} and rows["benchmark"].nunique() == 9
+    merged = load_file(ctx.state / "weights" / "1" / "model.safetensors")
+    wanted = load_file(ctx.inputs["rl-if"] / "model.safetensors")
+    assert all(float((merged[name] - wanted[name]).abs().max()) < 1e-6 for name in wanted)
+
+
 def scored(**scores: float) -> pd.DataFrame:
     """Rows in which every item of every benchmark has the model's score; two items, one sample each."""
     return pd.DataFrame([{"model": model, "benchmark": b, "item": i, "sample": 0, "score": score, "category": ""}

@@ -232,18 +232,35 @@ def test_no_gains_give_a_picture_that_says_so():
     assert "no cosine is defined" in skills.sentence(found).data
 
 
-def test_transcripts_show_the_right_side_and_stay_fenced():
-    """The merge alone solves items 10 to 15; a response that holds a fence must not end the block."""
+def test_transcripts_open_and_show_the_right_side():
+    """The merge alone solves items 10 to 15; a response that holds markup must stay text, or it ends the block."""
     frame = rows({"merge-ties": 0.8})
     mine = frame["model"].eq("merge-ties") & frame["item"].eq("aime24/10")
-    frame.loc[mine, "response"] = "~~~~~\n# not a title\n~~~~~"
+    frame.loc[mine, "response"] = "</pre></details><b>not bold</b>"
     apart = skills.apart(Evidence(scores=frame))
     assert set(apart["who"]) == {"model only"} and set(apart["model"]) == {"merge-ties"}
-    assert skills.apart_counts(apart).iloc[0, 1] == "6 / 0"
     text = skills.transcripts(apart, frame, "merge-ties", "model only").data
-    assert "item `aime24/10`" in text and "`merge-ties`, right in 100 %" in text
-    assert text.count("\n~~~~~") == 2 * text.count("~~~~~text") - (text.startswith("~~~~~"))
+    assert "aime24 (miniature), aime24/10</b>: merge-ties right in 100 %" in text and "reward 1, right" in text
+    assert text.count("<details>") == text.count("</details>") == text.count("<summary>") == 6
+    assert text.count("<pre") == text.count("</pre>") == 6 * 3 and "&lt;/pre&gt;" in text and "<b>not" not in text
+    assert "6 of 30 items" in text
     assert "No item" in skills.transcripts(apart, frame, "rl-multi", "model only").data
+
+
+def test_items_apart_stand_beside_luck():
+    """Sure items: six alone on each benchmark, and a copy of the own expert has none. Fault: luck of another model."""
+    evidence = Evidence(scores=rows({"merge-ties": 0.8}))
+    counts = skills.apart_counts(skills.apart(evidence), evidence)
+    shown = skills.apart_shown(counts)
+    assert shown.iloc[0, 1] == "6 / 0\nby halves 6.0 / 0.0\nown expert's copy 0.0 / 0.0"
+    assert shown.iloc[-1, 0] == "all five" and shown.iloc[-1, 1].startswith("30 / 0\n")
+    said = skills.apart_sentence(counts).data
+    assert "`merge-ties` minus the copy: alone 30.0 [" in said and "items (more than luck), left to" in said
+    assert "`rl-multi` minus the copy: alone 0.0 [0.0, 0.0] items (not told from luck)" in said
+    single = Evidence(scores=rows({"merge-ties": 0.8}, k=1))
+    some = Evidence(scores=pd.concat([rows(k=1), rows(k=2)[lambda f: (f["benchmark"] == "aime24") & (f["sample"] == 1)]]))
+    assert "one sample does not tell" in skills.apart_sentence(skills.apart_counts(skills.apart(some), some)).data
+    assert "one sample does not tell" in skills.apart_sentence(skills.apart_counts(skills.apart(single), single)).data
 
 
 # -- section 3.6 -----------------------------------------------------------------------------------------------------
@@ -255,14 +272,47 @@ def judge(says, truths, model="sft"):
         for b in JUDGED for mode in judging.MODES for i, t in enumerate(truths)])
 
 
+def judged_by(says, truths):
+    """(quality, what is shown of it) of one judge."""
+    rows = judge(says, truths)
+    evidence = Evidence(judged=rows, resamples=400)
+    found = judging.quality(rows, evidence)
+    return found, judging.quality_shown(found, evidence)
+
+
 def test_balanced_accuracy_sees_through_yes():
     """Always yes on 8 right and 2 wrong answers: accuracy 80, balanced 50. Without wrong answers there is none."""
-    found = judging.quality(judge(lambda t, mode: 1, [1] * 8 + [0] * 2)).iloc[0]
-    assert (found["accuracy"], found["balanced"], found["yes"], found["right"]) == (80, 50, 100, 80)
-    sided = judging.quality(judge(lambda t, mode: 1, [1] * 5))
-    assert sided["balanced"].isna().all() and set(judging.quality_shown(sided).iloc[:, 3]) == {"undefined"}
-    mute = judging.quality(judge(lambda t, mode: -1, [1, 0])).iloc[0]
+    found, _ = judged_by(lambda t, mode: 1, [1] * 8 + [0] * 2)
+    yes = found.iloc[0]
+    assert (yes["accuracy"], yes["balanced"], yes["yes"], yes["right"]) == (80, 50, 100, 80)
+    said = judging.quality_sentence(found).data
+    assert "8 of 8 judges (model, benchmark, mode) give one and the same verdict" in said and "(yes, accuracy 80.0" in said
+    assert "In 8 of 8 cells a judge that always said the more frequent truth" in said
+    sided, shown = judged_by(lambda t, mode: 1, [1] * 5)
+    assert sided["balanced"].isna().all() and set(shown.iloc[:, 3]) == {"undefined"}
+    mute = judged_by(lambda t, mode: -1, [1, 0])[0].iloc[0]
     assert (mute["accuracy"], mute["unreadable"], mute["yes"]) == (0, 100, 0)
+
+
+def test_balanced_accuracy_has_an_interval_over_items_of_each_kind():
+    """Fault: the interval of plain accuracy, or one for a single wrong answer, which says nothing of its spread."""
+    turn = iter(range(10**6))
+    found, shown = judged_by(lambda t, mode: t if next(turn) // 2 % 3 else 1 - t, [1] * 30 + [0] * 9)
+    cell = found.iloc[0]
+    assert cell["low"] < cell["balanced"] < cell["high"] and cell["balanced"] - cell["low"] > 5
+    assert shown.iloc[0, 3].endswith("(4 of 4 benchmarks)") and " [" in shown.iloc[0, 3]
+    assert "No judge gives one and the same verdict" in judging.quality_sentence(found).data
+    single, shown = judged_by(lambda t, mode: t, [1] * 5 + [0])
+    assert single["balanced"].eq(100).all() and single["low"].isna().all() and set(shown.iloc[:, 3]) == {"undefined"}
+
+
+def test_what_avg_at_eight_would_cost():
+    """Two samples in 10 s are four times as long for eight; fault: the cost of one model for that of all."""
+    rows = pd.concat([judge(lambda t, mode: 1, [1, 0]).assign(sample=s, model=m) for s in (0, 1) for m in ("sft", "rl-if")])
+    said = judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), rows).data
+    assert "Avg@2, one answer to each of 2 items" in said and "Avg@8 would take about 0:40" in said
+    whole = pd.concat([rows.assign(sample=s) for s in range(8)])
+    assert "would take" not in judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), whole).data
 
 
 def test_table7():

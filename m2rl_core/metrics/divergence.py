@@ -2,9 +2,11 @@
 
 For each domain, every expert samples responses to the domain's prompts; each is scored under the expert and under
 every other policy. Two estimates: the sampled log-ratio (the paper's), and the exact KL of each token's full
-distribution along the same trajectory, which has the same mean and far less noise.
+distribution along the same trajectory, which has the same mean and less noise.
 """
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
@@ -15,6 +17,7 @@ from m2rl_core import policy as policies
 from m2rl_core.data import rl_rows
 from m2rl_core.domains import DOMAINS, generator
 from m2rl_core.engines import open_engine
+from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import head
 from m2rl_core.rollout import Rollout, micro_batches, response_hidden
@@ -45,10 +48,30 @@ def _distributions(policy: Policy, part: list[Rollout], temperature: float) -> t
     return F.log_softmax(F.linear(hidden, head(policy.weights)).float() / temperature, dim=-1), tokens, owner
 
 
+def comparable(loaded: Mapping[str, Policy]) -> None:
+    """StudyError, naming two policies, unless all speak of the same tokens: one vocabulary, one number of logits.
+
+    Architectures may differ: a divergence looks at distributions only.
+    """
+    (first, one), *rest = loaded.items()
+    mine = len(head(one.weights))
+    for name, other in rest:
+        theirs = len(head(other.weights))
+        why = f"they have {mine} and {theirs} logits a token"
+        if mine == theirs:
+            words, its = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+            word = next((w for w in sorted(words.keys() | its.keys()) if words.get(w) != its.get(w)), None)
+            if word is None:
+                continue
+            why = f"their tokenizers give {word!r} the ids {words.get(word)} and {its.get(word)}"
+        raise StudyError(f"neighborhoods: no KL between {first} and {name}: {why}; use policies of one tokenizer")
+
+
 def build(ctx) -> None:
     """Sample every expert on every domain and score the trajectories; writes `kl.parquet`, a row a trajectory."""
     settings, spec, seed = ctx.stage.settings, ctx.profile.rl, ctx.profile.seed
     loaded = {name: policies.load(folder) for name, folder in ctx.inputs.items()}
+    comparable(loaded)
     experts = {domain: loaded.pop(f"rl-{domain}") for domain in DOMAINS}
     frames = []
     with open_engine(ctx.profile) as engine:

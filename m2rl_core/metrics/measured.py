@@ -184,7 +184,8 @@ def measure(
     """Resample `rows` (model, benchmark, item, sample, score in [0, 1] and, optionally, category, seed) over items.
 
     `scale` turns the score into the unit of the estimates: 100 for percent, 1 for nats. Models that lack a
-    benchmark are left out of it. ValueError where two models, or two seeds, have different items.
+    benchmark are left out of it. ValueError where two models, or two seeds, have different items, or two models
+    different numbers of samples.
     """
     rows = rows if models is None else rows[rows[column].isin(list(models))]
     rows = rows.assign(category=rows["category"].fillna("") if "category" in rows else "")
@@ -221,8 +222,10 @@ def _seeds(column: pd.Series) -> list[int]:
 
 
 def _means(rows: pd.DataFrame, benchmark: str, column: str, score: str) -> pd.DataFrame:
-    means = rows.groupby(["category", "item", column], observed=True)[score].mean().unstack(column)
+    cells = rows.groupby(["category", "item", column], observed=True)[score]
+    means = cells.mean().unstack(column)
     _same_items(means, benchmark)
+    _same_k(cells.size().unstack(column), benchmark)
     return means
 
 
@@ -235,6 +238,15 @@ def _same_items(means: pd.DataFrame, benchmark: str) -> None:
     other = means.columns[~missing.loc[missing[model].idxmax()]][0]
     raise ValueError(f"{benchmark}: {model} and {other} were not measured on the same items ({item!r} lacks {model}); "
                      "evaluate both on one item set")
+
+
+def _same_k(counts: pd.DataFrame, benchmark: str) -> None:
+    uneven = counts.ne(counts.iloc[:, 0], axis=0)
+    if uneven.any(axis=None):
+        model = uneven.any().idxmax()
+        item = uneven[model].idxmax()
+        raise ValueError(f"{benchmark}: {counts.columns[0]} and {model} have different K ({counts.iloc[:, 0][item]} and "
+                         f"{counts.loc[item, model]} samples of {item[1]!r}); evaluate both with one K")
 
 
 def _deviations(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:

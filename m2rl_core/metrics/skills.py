@@ -2,12 +2,15 @@
 
 Cosines of non-negative vectors are positive by construction, and noise lowers them; so each cosine comes with
 `chance` (the same gains on shuffled items) and `ceiling` (a model's gains against its own, from two halves of
-the samples), which the paper does not show. A model without any gain has no direction: NaN, and `note` says so.
+its samples), which the paper does not show. Both sides subtract the same SFT samples, whose luck then counts as a
+gain of everybody: `split` and `split_ceiling` are the two where SFT's samples are halved as well, a half for each
+side. A model without any gain has no direction: NaN, and `note` says so.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import nan
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,17 +21,38 @@ EXPERTS = ("rl-math", "rl-science", "rl-coding", "rl-if", "rl-agent")
 SPLITS = 20  # random halves of the samples behind a ceiling
 
 
+class Halves(NamedTuple):
+    """Mean cosines over random halves of the samples: `union` of the experts, all else by model."""
+
+    own: dict[str, float]
+    union: float
+    split: dict[str, float]
+    split_own: dict[str, float]
+    split_chance: dict[str, float]
+
+
 def item_accuracy(rows: pd.DataFrame, benchmark: str, models: Sequence[str]) -> pd.DataFrame:
-    """Mean score over samples in [0, 1]: index item, one column a model; ValueError where items differ or rows lack."""
+    """Mean score over samples in [0, 1]: index item, one column a model.
+
+    ValueError, naming both models, where items or numbers of samples differ, and where rows lack.
+    """
     part = rows[(rows["benchmark"] == benchmark) & rows["model"].isin(list(models))]
-    wide = part.groupby(["item", "model"], observed=True)["score"].mean().unstack("model")
+    by = part.groupby(["item", "model"], observed=True)["score"]
+    wide, count = by.mean().unstack("model"), by.size().unstack("model")
     absent = [model for model in models if model not in wide]
     if absent:
         raise ValueError(f"{benchmark}: no rows of {', '.join(absent)}; evaluate first what is missing")
     if wide.isna().any(axis=None):
         model = wide.isna().any().idxmax()
-        raise ValueError(f"{benchmark}: {model} was not measured on item {wide[model].isna().idxmax()!r}; "
+        item = wide[model].isna().idxmax()
+        raise ValueError(f"{benchmark}: {model} was not measured on item {item!r}, but {wide.loc[item].idxmax()} was; "
                          "evaluate all models on one item set")
+    uneven = count.ne(count[models[0]], axis=0)
+    if uneven.any(axis=None):  # fewer samples make larger gains by luck
+        model = uneven.any().idxmax()
+        few = count[[models[0], model]].loc[uneven[model].idxmax()]
+        raise ValueError(f"{benchmark}: {models[0]} and {model} have different K ({few.iloc[0]} and {few.iloc[1]} samples an "
+                         "item); evaluate both with one K")
     return wide[list(models)]
 
 
@@ -47,6 +71,11 @@ def cosine(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _ratio((u * v).sum(-1), (u * u).sum(-1), (v * v).sum(-1))
 
 
+def _chance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The mean cosine over all orders of the items of `v`, along the last axis."""
+    return _ratio(u.shape[-1] * u.mean(-1) * v.mean(-1), (u * u).sum(-1), (v * v).sum(-1))
+
+
 def _ratio(product, square_u, square_v):
     norm = np.sqrt(np.asarray(square_u * square_v, float))
     return np.divide(product, norm, out=np.full(norm.shape, nan), where=norm > 0)
@@ -63,7 +92,8 @@ def consistency(
 ) -> pd.DataFrame:
     """Cosine of each model's gains with the experts' union, one line a (benchmark, model), interval over items.
 
-    Columns: benchmark, model, cosine, low, high, chance, ceiling, ceiling_union, gained (items), n (items), note.
+    Columns: benchmark, model, cosine, low, high, chance, ceiling, ceiling_union, split, split_ceiling, split_chance, gained
+    (items), n (items), note.
     """
     return pd.concat(
         [_one(rows, models, b, rng, experts, anchor, resamples)[0] for b in benchmarks], ignore_index=True
@@ -105,7 +135,7 @@ def _one(rows, models, benchmark, rng, experts, anchor, resamples):
     n = len(u)
     counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])  # (R, n)
     drawn = _ratio(counts @ (u[:, None] * g), (counts @ (u * u))[:, None], counts @ (g * g))  # (R, M)
-    own, of_union = ceilings(rows, benchmark, models, rng, experts, anchor)
+    halves = ceilings(rows, benchmark, models, rng, experts, anchor)
     lines = []
     for j, model in enumerate(models):
         defined = np.isfinite(drawn[:, j])
@@ -115,8 +145,10 @@ def _one(rows, models, benchmark, rng, experts, anchor, resamples):
         note = "" if np.isfinite(found) else f"undefined: {idle}"
         lines.append({
             "benchmark": benchmark, "model": model, "cosine": found, "low": low, "high": high,
-            "chance": float(_ratio(n * u.mean() * g[:, j].mean(), (u * u).sum(), (g[:, j] ** 2).sum())),
-            "ceiling": own[model], "ceiling_union": of_union, "gained": int((g[:, j] > 0).sum()), "n": n, "note": note,
+            "chance": float(_chance(u, g[:, j])),
+            "ceiling": halves.own[model], "ceiling_union": halves.union, "split": halves.split[model],
+            "split_ceiling": halves.split_own[model], "split_chance": halves.split_chance[model],
+            "gained": int((g[:, j] > 0).sum()), "n": n, "note": note,
         })
     return pd.DataFrame(lines), drawn
 
@@ -128,47 +160,40 @@ def ceilings(
     rng: np.random.Generator,
     experts: Sequence[str] = EXPERTS,
     anchor: str = "sft",
-) -> tuple[dict[str, float], float]:
-    """Mean cosine between gain vectors from two random halves of the samples: per model, and of the union.
+) -> Halves:
+    """Mean cosines between gain vectors from two random halves of the samples; NaN at K = 1 or without gains.
 
-    Each half holds K / 2 samples, so this errs on the low side; NaN at K = 1 or without gains.
+    `own` and `union` (of the experts): a half against the other, both over the whole of SFT, as Fig. 5's two sides are.
+    `split` (a half of the model against the other half of the union), the same on shuffled items (`split_chance`) and
+    `split_own`: each side over a half of SFT of its own. Halves hold K / 2 samples, so all err on the low side.
     """
     names = list(dict.fromkeys([anchor, *experts, *models]))
     part = rows[(rows["benchmark"] == benchmark) & rows["model"].isin(names)]
     cube = part.pivot(index=["model", "item"], columns="sample", values="score").dropna(axis=1)
     k = cube.shape[1]
+    unknown = dict.fromkeys(models, nan)
     if k < 2:
-        return {model: nan for model in models}, nan
+        return Halves(unknown, nan, unknown, unknown, unknown)
     values = np.stack([cube.loc[name].sort_index().to_numpy(float) for name in names])  # (M, n, K)
-    own, of_union = {model: [] for model in models}, []
+    whole, at = values[0].mean(axis=1), [names.index(model) for model in models]
+    of = [names.index(expert) for expert in experts]
+    found: dict[str, list] = {name: [] for name in Halves._fields}
     for _ in range(SPLITS):
         mixed = rng.permuted(values, axis=2)
-        halves = mixed[:, :, : k // 2].mean(2), mixed[:, :, k // 2 : 2 * (k // 2)].mean(2)  # two (M, n)
-        gain = [dict(zip(names, np.maximum(half - half[0], 0), strict=True)) for half in halves]
-        for model in models:
-            own[model].append(float(cosine(gain[0][model], gain[1][model])))
-        of_union.append(float(cosine(*(np.max([g[e] for e in experts], axis=0) for g in gain))))
-    return {model: _mean(found) for model, found in own.items()}, _mean(of_union)
+        halves = [mixed[:, :, : k // 2].mean(2), mixed[:, :, k // 2 : 2 * (k // 2)].mean(2)]  # two (M, n)
+        shared = [np.maximum(half - whole, 0) for half in halves]
+        split = [np.maximum(half - half[0], 0) for half in halves]
+        found["own"].append(cosine(shared[0][at], shared[1][at]))
+        found["union"].append(cosine(shared[0][of].max(axis=0), shared[1][of].max(axis=0)))
+        mine, theirs = split[0][at], split[1][of].max(axis=0)  # (models, n), (n,)
+        found["split"].append(cosine(mine, theirs))
+        found["split_own"].append(cosine(mine, split[1][at]))
+        found["split_chance"].append(_chance(mine, theirs))
+    mean = {name: [_mean(line) for line in np.atleast_2d(np.stack(drawn, axis=-1))] for name, drawn in found.items()}
+    by_model = {name: dict(zip(models, line, strict=True)) for name, line in mean.items() if name != "union"}
+    return Halves(**by_model, union=mean["union"][0])
 
 
-def _mean(found: list[float]) -> float:
+def _mean(found: Sequence[float]) -> float:
     known = [value for value in found if np.isfinite(value)]
     return float(np.mean(known)) if known else nan
-
-
-def solved_apart(
-    rows: pd.DataFrame, benchmark: str, model: str, experts: Sequence[str] = EXPERTS, threshold: float = 0.5
-) -> pd.DataFrame:
-    """Items that `model` solves and no expert does, and the reverse; solved: at least `threshold` of the samples.
-
-    Columns: benchmark, item, who ("model only" or "experts only"), model, best_expert, accuracy, best_accuracy.
-    """
-    accuracy = item_accuracy(rows, benchmark, list(dict.fromkeys([model, *experts])))
-    own, others = accuracy[model], accuracy[list(experts)]
-    solved, by_expert = own >= threshold, (others >= threshold).any(axis=1)
-    frame = pd.DataFrame({
-        "benchmark": benchmark, "item": accuracy.index, "who": np.where(solved, "model only", "experts only"),
-        "model": model, "best_expert": others.idxmax(axis=1).to_numpy(),
-        "accuracy": own.to_numpy(), "best_accuracy": others.max(axis=1).to_numpy(),
-    })
-    return frame[(solved != by_expert).to_numpy()].reset_index(drop=True)

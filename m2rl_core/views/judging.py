@@ -17,6 +17,7 @@ from m2rl_core.claims.evidence import JUDGED, Evidence
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average
 from m2rl_core.paper import audit
+from m2rl_core.progress import duration
 from m2rl_core.study import JUDGED as JUDGES
 from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval, miniature
@@ -80,47 +81,90 @@ def table7_shown(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def quality(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each model, benchmark and mode, in percent: accuracy, balanced, yes, right, unreadable, n (items).
+def quality(rows: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
+    """For each model, benchmark and mode, in percent: accuracy, balanced with low and high, yes, right, unreadable, n.
 
-    `balanced` is NaN where all judged answers were right, or all wrong. `right` is the share of right answers
-    among those that were judged; a reply that is neither yes nor no is unreadable and counts as wrong.
+    `balanced` is NaN where all judged answers were right, or all wrong; its interval is over items, and undefined
+    where there is a single answer of a kind. `right` is the share of right answers among those that were judged; a
+    reply that is neither yes nor no is unreadable and counts as wrong.
     """
-    lines = []
+    lines, cells = [], {model: _kinds(part, evidence) for model, part in rows.groupby("model", sort=False)}
     for (model, benchmark, mode), part in rows.groupby(["model", "benchmark", "mode"], sort=False):
-        by_truth = part.groupby("truth")["correct"].mean()
+        both = part["truth"].nunique() == 2
+        e = cells[model].contrast({(benchmark, mode): 1.0}) if both else stats.Estimate(nan, nan, nan, 0, nan)
         lines.append({
             "model": model, "benchmark": benchmark, "mode": mode, "accuracy": 100 * part["correct"].mean(),
-            "balanced": 100 * by_truth.mean() if len(by_truth) == 2 else nan, "yes": 100 * (part["said"] == 1).mean(),
+            "balanced": e.estimate, "low": max(e.low, 0.0) if isfinite(e.low) else nan,
+            "high": min(e.high, 100.0) if isfinite(e.high) else nan, "yes": 100 * (part["said"] == 1).mean(),
             "right": 100 * part["truth"].mean(), "unreadable": 100 * (part["said"] == -1).mean(),
             "n": part["item"].nunique(),
         })
     return pd.DataFrame(lines)
 
 
-def quality_shown(found: pd.DataFrame) -> pd.DataFrame:
-    """`quality` averaged over the benchmarks where it is defined: a row a model and mode."""
-    lines = []
+def _kinds(rows: pd.DataFrame, evidence: Evidence) -> stats.Measured:
+    """One model's judgements, a column a mode; right and wrong answers are strata of equal weight: balanced accuracy."""
+    rows = rows.assign(category=rows["truth"].astype(str), score=rows["correct"].astype(float))
+    both = rows.groupby(["benchmark", "item"])["mode"].transform("nunique") == rows["mode"].nunique()
+    return stats.measure(rows[both], evidence.rng(), column="mode", resamples=evidence.resamples)
+
+
+def quality_shown(found: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
+    """`quality` averaged over benchmarks, the balanced accuracy with its interval: a row a model and mode.
+
+    Balanced accuracy counts the benchmarks with at least two answers of each kind, so that it has an interval.
+    """
+    lines, rows = [], evidence.frame("judged")
     for (model, mode), part in found.groupby(["model", "mode"], sort=False):
-        mean = part[["accuracy", "balanced", "yes", "right", "unreadable"]].mean()
-        defined = part["balanced"].notna().sum()
+        mean = part[["accuracy", "yes", "right", "unreadable"]].mean()
+        on, told = list(part.loc[part["low"].notna(), "benchmark"]), "undefined"
+        if on:
+            cells = _kinds(rows[rows["model"] == model], evidence)
+            e = stats.widen(cells.contrast({(benchmark, mode): 1 / len(on) for benchmark in on}))
+            told = f"{interval(*e[:3])} ({len(on)} of {len(part)} benchmarks)"
         lines.append({
             "model": model, "mode": mode, "accuracy": f"{mean['accuracy']:.1f}",
-            "balanced accuracy (50: no skill)": f"{mean['balanced']:.1f} ({defined} of {len(part)} benchmarks)"
-            if defined else "undefined", "says yes": f"{mean['yes']:.1f}",
+            "balanced accuracy (50: no skill)": told, "says yes": f"{mean['yes']:.1f}",
             "answers that are right": f"{mean['right']:.1f}", "unreadable": f"{mean['unreadable']:.1f}",
         })
     return pd.DataFrame(lines)
 
 
-def quality_sentence(found: pd.DataFrame) -> Markdown:
-    """Whether the judges can tell right from wrong at all, by mode."""
+def quality_sentence(found: pd.DataFrame, always: float = 95.0) -> Markdown:
+    """Whether the judges can tell right from wrong at all, by mode, and which always say the same."""
     told = []
     for mode in MODES:
-        known = found.loc[found["mode"] == mode, "balanced"].dropna()
-        told.append(f"{mode}: {known.mean():.1f} (from {known.min():.1f} to {known.max():.1f}, {len(known)} cells)"
-                    if len(known) else f"{mode}: undefined")
-    return Markdown("Balanced accuracy, mean over models and benchmarks (50: no skill): " + "; ".join(told) + ".")
+        known = found[found["mode"] == mode].dropna(subset="balanced")
+        told.append(f"{mode}: {known['balanced'].mean():.1f} (from {known['balanced'].min():.1f} to "
+                    f"{known['balanced'].max():.1f}, {len(known)} cells, of which {(known['low'] > 50).sum()} are clearly "
+                    f"above 50 and {(known['high'] < 50).sum()} clearly below)" if len(known) else f"{mode}: undefined")
+    no = 100 - found["yes"] - found["unreadable"]
+    same = found[(found["yes"] >= always) | (no >= always)]
+    said = f"No judge gives one and the same verdict in {always:.0f} % of its replies or more on any benchmark"
+    if len(same):
+        names = ", ".join(f"`{r.model}` on {miniature(r.benchmark)} by {r.mode} ({'yes' if r.yes >= always else 'no'}, "
+                          f"accuracy {r.accuracy:.1f}, balanced {'undefined' if isnan(r.balanced) else f'{r.balanced:.1f}'})"
+                          for r in same.itertuples())
+        said = (f"{len(same)} of {len(found)} judges (model, benchmark, mode) give one and the same verdict in {always:.0f} % "
+                f"of their replies or more: {names}")
+    free = found.assign(constant=found[["right"]].assign(wrong=100 - found["right"]).max(axis=1))
+    beaten = (free["constant"] >= free["accuracy"]).sum()
+    return Markdown("Balanced accuracy, mean over models and benchmarks (50: no skill): " + "; ".join(told) + f". {said}. "
+                    f"In {beaten} of {len(found)} cells a judge that always said the more frequent truth would be at least as "
+                    "accurate.")
+
+
+def budget(run, rows: pd.DataFrame, wanted: int = 8) -> Markdown:
+    """K and items of this run's judging beside the paper's Avg@8, and what that would cost here."""
+    k, items = rows["sample"].nunique(), rows.groupby(["model", "benchmark"])["item"].nunique()
+    spent = sum(run.manifest(f"judge-{model}")["seconds"] for model in dict.fromkeys(rows["model"]))
+    many = f"{items.min()}" if items.nunique() == 1 else f"{items.min()} to {items.max()}"
+    told = (f"Here: Avg@{k}, one answer to each of {many} items a benchmark, where the paper has Avg@{wanted}. All judging "
+            f"took {duration(spent)}")
+    if k < wanted:
+        told += (f"; Avg@{wanted} would take about {duration(spent * wanted / k)} (`analysis.judge_k` of the profile) and "
+                 "narrow only the part of the intervals that comes from the judge's own sampling, not that from the items")
+    return Markdown(told + ".")
 
 
 def figure6(found: pd.DataFrame) -> pd.DataFrame:

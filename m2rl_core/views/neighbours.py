@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite, nan
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core import paper
+from m2rl_core import paper, plots
 from m2rl_core.claims.evidence import EXPERT, OWN, Evidence
 from m2rl_core.domains import BENCHMARKS, DOMAINS
-from m2rl_core.metrics import stats
+from m2rl_core.metrics import nearness, stats
 from m2rl_core.metrics.stats import difference
 from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views.grid import bounds
@@ -104,6 +105,50 @@ def sensitivity(found: pd.DataFrame, policies: Sequence[str] = POLICIES, factors
             line[f"{factor:g} x own"] = f"{pairs['near'].sum()} ({(pairs['near'] & ~pairs['mutual']).sum()} one way)"
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def steadiness(evidence: Evidence, policy: str = "merge-ties", factor: float = FACTOR) -> pd.DataFrame:
+    """Eq. 1 under resampled prompts: domain, expert, near, kl, share, one_way, first; a row an ordered pair.
+
+    `share`: of the resamples in which the expert is a neighbour; `one_way`: in which it is and the reverse is not;
+    `first`: in which it is the nearest of the other experts. NaN where a domain has a single prompt.
+    """
+    cells = [nearness.drawn(evidence.measured("kl"), {(a, f"{EXPERT[b]}>{policy}"): 1.0}) for a in DOMAINS for b in DOMAINS]
+    kl = np.stack(cells, 1).reshape(-1, len(DOMAINS), len(DOMAINS))  # (R, A, B)
+    near, first = nearness.near(kl, factor), nearness.nearest(kl)
+    known, named = np.isfinite(kl).all(), neighbours(divergences(evidence, [policy]), policy, factor)
+    i, j = ([DOMAINS.index(d) for d in named[side]] for side in ("domain", "expert"))
+    shares = {"share": near[:, i, j], "one_way": near[:, i, j] & ~near[:, j, i], "first": first[:, i] == np.array(j)}
+    return named[["domain", "expert", "near", "kl"]].assign(
+        **{name: found.mean(axis=0) if known else nan for name, found in shares.items()})
+
+
+def steadiness_picture(found: pd.DataFrame, factor: float = FACTOR):
+    """`steadiness` as a grid: the share, and below it that of being a neighbour one way only."""
+    title = f"How sure is who is near whom? Share of resamples with KL below {factor:g} x the own expert's"
+    if found["share"].isna().any():
+        return plots.nothing("a single prompt in a domain cannot be resampled", title)
+    note = "one way " + found["one_way"].map("{:.2f}".format)
+    return plots.heatmap(found.rename(columns={"domain": "domain of the prompts"}).assign(note=note), title,
+                         "domain of the prompts", "expert", "share", note="note", size=56,
+                         good="near zero or one: sure; near one half: a toss-up; prompts drawn with replacement")
+
+
+def steadiness_sentence(found: pd.DataFrame) -> Markdown:
+    """Which neighbours stand, which are a toss-up, and how often the nearest expert stays the nearest."""
+    if found["share"].isna().any():
+        return Markdown("A domain has a single prompt: who is near whom cannot be resampled.")
+    sure = (found["share"] >= 0.95) | (found["share"] <= 0.05)
+    told = [f"{sure.sum()} of {len(found)} ordered pairs are, or are not, neighbours in at least 95 % of the resamples"]
+    loose = [f"{DOMAIN_NAMES[r.expert]} near {DOMAIN_NAMES[r.domain]} {r.share:.0%}" for r in found[~sure].itertuples()]
+    told += [f"open: {', '.join(loose)}"] if loose else []
+    best = found.loc[found.groupby("domain", sort=False)["kl"].idxmin()]
+    told.append("the nearest other expert stays the nearest: " + ", ".join(
+        f"{DOMAIN_NAMES[r.expert]} to {DOMAIN_NAMES[r.domain]} {r.first:.0%}" for r in best.itertuples()))
+    ways = found[found["near"] & (found["one_way"] > 0)].sort_values("one_way", ascending=False, kind="stable")
+    told.append("one way only: " + (", ".join(
+        f"{DOMAIN_NAMES[r.expert]} near {DOMAIN_NAMES[r.domain]} {r.one_way:.0%}" for r in ways.itertuples()) or "none"))
+    return Markdown("Over resamples of the prompts: " + "; ".join(told) + ".")
 
 
 def pairs(evidence: Evidence, kl: pd.DataFrame, policy: str = "merge-ties") -> pd.DataFrame:
