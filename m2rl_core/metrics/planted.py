@@ -104,5 +104,5 @@ def divergences(near: Collection[tuple[str, str]], domains: Sequence[str], polic
     return pd.DataFrame({
         "policy": policy, "expert": np.repeat([f"rl-{b}" for _, b in cells], each),
         "domain": np.repeat([a for a, _ in cells], each),
-        "prompt": np.tile(np.repeat(np.arange(prompts), samples), len(cells)), "sample": np.tile(np.arange(samples), prompts * len(cells)), "tokens": 10,
-        "kl_exact": draws / 10})
+        "prompt": np.tile(np.repeat(np.arange(prompts), samples), len(cells)),
+        "sample": np.tile(np.arange(samples), prompts * len(cells)), "tokens": 10, "kl_exact": draws / 10})
