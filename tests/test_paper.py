@@ -66,8 +66,9 @@ def test_judge_correlations_hang_on_one_model():
     frame = audit.judge_correlations(np.random.default_rng(0)).set_index(["mode", "dropped"])
     whole = frame.xs("", level="dropped")
     assert whole["r"].round(2).to_dict() == {"outcome": 0.63, "process": -0.53}
-    assert whole.loc["process", ["low", "high"]].tolist() == pytest.approx([-0.88, 0.08], abs=0.03)
-    assert whole.loc["outcome", ["low", "high"]].tolist() == pytest.approx([-0.18, 0.99], abs=0.03)
+    # the plain percentile interval, too narrow at nine models, says [-0.88, 0.08] and [-0.18, 0.99]
+    assert whole.loc["process", ["low", "high"]].tolist() == pytest.approx([-0.92, 0.25], abs=0.03)
+    assert whole.loc["outcome", ["low", "high"]].tolist() == pytest.approx([-0.41, 0.99], abs=0.03)
     assert round(frame.loc[("process", "rl-multi"), "r"], 2) == -0.36
     assert round(frame.loc[("outcome", "rl-multi"), "r"], 2) == 0.89
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2rl_core.metrics import stats
+from m2rl_core.metrics import planted, stats
 
 
 def rows(scores, model="m", benchmark="b", category=""):
@@ -49,6 +49,75 @@ def test_coverage_of_the_cluster_bootstrap():
         naive += abs(e.estimate - 50) <= 196 * sqrt(0.25 / 80)
     assert 0.95 - 3 * sqrt(0.95 * 0.05 / 300) <= hits / 300 <= 1.0
     assert naive < 0.9 * 300
+
+
+def coverage(frame, truth, contrasts, rng, resamples=1000):
+    """In what share of worlds, which are models of one frame, the interval holds the truth (in points)."""
+    found = stats.measure(frame, rng, resamples=resamples)
+    held = [e.low <= truth <= e.high for e in (stats.widen(found.contrast(c)) for c in contrasts)]
+    return np.mean(held)
+
+
+LEAST = 0.95 - 3 * sqrt(0.95 * 0.05 / 400)  # of 400 worlds, for a sound 95 % interval
+
+
+@pytest.mark.parametrize(("n", "k", "level", "least"), [
+    (10, 4, 0.5, LEAST - 0.02), (20, 1, 0.5, LEAST), (40, 4, 0.5, LEAST), (20, 4, 0.03, LEAST),
+    # A known weakness: where only a handful of items is not like all others, the bootstrap sees too little of the longer
+    # tail (and where none is, `widen` steps in). Measured over 1000 worlds: 0.90, 0.92, 0.84 and 0.86.
+    (20, 4, 0.9, 0.85), (40, 4, 0.1, 0.88), (40, 4, 0.98, 0.79), (60, 8, 0.02, 0.81),
+])
+def test_coverage_of_scores(n, k, level, least):
+    """Few, easy and hard items; most items are nearly always or nearly never solved. Fault: an interval without the
+    stretch for small n, or an empty one where all items agree."""
+    rng = np.random.default_rng(n + k)
+    chances = {f"m{i}": planted.difficulties(n, level, 0.0, rng)["a"] for i in range(400)}
+    found = coverage(planted.rows(chances, k, rng), 100 * level, [{("b", m): 1.0} for m in chances], rng)
+    assert least <= found
+
+
+@pytest.mark.parametrize(("n", "level", "gap", "least"), [
+    (10, 0.4, 0.1, LEAST - 0.03), (20, 0.4, 0.0, LEAST - 0.02), (40, 0.4, 0.1, LEAST), (40, 0.02, 0.03, LEAST - 0.02),
+    (40, 0.9, 0.05, LEAST - 0.02),
+])
+def test_coverage_of_paired_differences(n, level, gap, least):
+    rng = np.random.default_rng(n)
+    chances = {}
+    for i in range(400):
+        chances |= {f"{m}{i}": chance for m, chance in planted.difficulties(n, level, gap, rng).items()}
+    pairs = [stats.difference(f"a{i}", f"b{i}", ["b"]) for i in range(400)]
+    assert least <= coverage(planted.rows(chances, 4, rng), 100 * gap, pairs, rng)
+
+
+def test_coverage_of_a_mean_over_benchmarks_of_unlike_size():
+    """Fault: items of all benchmarks thrown together, which weighs the large one most: it has another level."""
+    rng, sizes = np.random.default_rng(0), {"small": (10, 0.3), "middle": (40, 0.5), "large": (80, 0.7)}
+    parts, names = [], [f"m{i}" for i in range(400)]
+    for benchmark, (n, level) in sizes.items():
+        parts.append(planted.rows({m: planted.difficulties(n, level, 0.0, rng)["a"] for m in names}, 4, rng, benchmark))
+    frame, contrasts = pd.concat(parts), [stats.average(m, sizes) for m in names]
+    assert LEAST <= coverage(frame, 50, contrasts, rng)
+    assert coverage(frame.assign(benchmark="b"), 50, [{("b", m): 1.0} for m in names], rng) < 0.8
+
+
+def test_coverage_of_pearson_over_nine_models():
+    """Fault: the plain percentile interval, which is too narrow at nine pairs, most of all where one stands apart."""
+    rng, worlds, new, plain = np.random.default_rng(0), 600, 0, 0
+    for i in range(worlds):
+        rho = (0.0, -0.5, 0.9)[i % 3]
+        pair = np.stack(planted.correlated(9, 0.0, rng)) * np.where(rng.random(9) < 0.1, 4, 1)  # an outlier now and then
+        x, y = pair[0], rho * pair[0] + sqrt(1 - rho**2) * pair[1]
+        e = stats.pearson(x, y, rng, resamples=600)
+        new += e.low <= rho <= e.high
+        drawn = rng.integers(9, size=(600, 9))
+        low, high = np.nanquantile(stats._r(x[drawn], y[drawn]), [0.025, 0.975])
+        plain += low <= rho <= high
+    assert 0.92 <= new / worlds <= 0.98 and plain / worlds < 0.91
+
+
+def test_pearson_of_two_points_has_no_interval():
+    e = stats.pearson([0, 1], [0, 1], np.random.default_rng(0))
+    assert e.estimate == pytest.approx(1) and isnan(e.low) and isnan(e.high)
 
 
 def test_all_right_is_not_certain():

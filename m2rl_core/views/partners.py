@@ -117,7 +117,7 @@ def measured(run, evidence: Evidence) -> stats.Measured | None:
     """The TIES merges of one to five experts, resampled together; None where the profile makes none of some."""
     if "subsets" not in run.stages:
         return None
-    return stats.measure(together(run.table("subsets", "rows.parquet"), evidence.frame("scores")), evidence.rng(),
+    return stats.measure(together(run.table("subsets", "rows.parquet"), evidence.frame("first")), evidence.rng(),
                          resamples=evidence.resamples)
 
 
