@@ -96,6 +96,8 @@ def svg(spec: dict) -> str:
     before = None
     while before != drawn:  # groups that held nothing else
         before, drawn = drawn, re.sub(r"<g>((?:(?!</?g\b).)*)</g>", r"\1", re.sub(r"<g[^>]*></g>", "", drawn))
+    clips = list(dict.fromkeys(re.findall(r'id="(clip\d+)"', drawn)))  # numbered since the process began; now from 1
+    drawn = re.sub(r"\bclip\d+\b(?=[\")])", lambda found: f"clip-{clips.index(found[0]) + 1}", drawn)
     name = title(spec).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"(<svg[^>]*>)", lambda found: f'{found[0][:-1]} role="img"><title>{name}</title>', drawn, count=1) + "\n"
 

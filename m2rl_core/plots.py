@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from m2rl_core import picture
+from m2rl_core import labels, picture
 from m2rl_core.slim import without
 
 with without("rfc3987_syntax"):  # jsonschema's grammar of international URLs: over a second, for a check of no chart
@@ -33,6 +33,7 @@ STYLE = {
     "merge-ta-dare": ("#7FA8D1", "square", [3, 1, 1, 1]),
     "mt-opd": ("#8A6D00", "cross", [10, 2]),
 }
+ALIGN = {0: "center", 1: "left", -1: "right"}
 ENDS = {"low": "95 % from", "high": "95 % to"}
 GROUPS = {"outcome": ("#0072B2", "circle"), "process": ("#D55E00", "diamond"), "generation": ("#999999", "square")}
 DOMAIN_NAMES = {"math": "Math", "coding": "Coding", "science": "Science", "if": "IF", "agent": "Agent"}
@@ -40,7 +41,7 @@ DOMAIN_NAMES = {"math": "Math", "coding": "Coding", "science": "Science", "if": 
 
 BLUES = ((247, 251, 255), (8, 81, 156))  # from nothing to much; red, green, blue
 BOTH_WAYS = ((213, 94, 0), (255, 255, 255), (0, 114, 178))  # below 0, 0, above 0
-HELPERS = {"pale", "finished", "under", "own", "x2", "y0", "y2", "at", "beside", "floor", "top", "ink"}  # not for readers
+HELPERS = {"pale", "finished", "side", "own", "x2", "y0", "y2", "at", "beside", "floor", "top", "ink"}  # not for readers
 
 
 def png(chart: alt.TopLevelMixin | dict, ppi: int = picture.PPI) -> bytes:
@@ -356,19 +357,19 @@ def bars_with_intervals(frame, title, y_title="cosine", good="higher is better",
 def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better", columns=2):
     """Fig. 6: one point a model with its name, and the least-squares line. Columns: model, x, y; optional `facet`."""
     models = _models(frame)
-    ranks = (frame.groupby(facet) if facet else frame)["x"].rank(method="first")
-    chosen = picker()
-    base = base_of(frame, x=x_title, y=y_title).encode(opacity=strong(chosen)).properties(
-        data=frame.assign(under=ranks % 2 == 0))  # neighbours get their names above and below
+    width, height, chosen = 290, 230, picker()
+    frame = frame.assign(side=labels.sides(frame, facet, width, height))
+    base = base_of(frame, x=x_title, y=y_title).encode(opacity=strong(chosen))
     x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, padding=25))
     y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
-    line = alt.Chart(base.data).mark_line(color="#888888", strokeDash=[4, 3]).encode(x, y).transform_regression(
+    line = alt.Chart(frame).mark_line(color="#888888", strokeDash=[4, 3]).encode(x, y).transform_regression(
         "x", "y", groupby=[facet] if facet else [])
     dots = base.mark_point(filled=True, size=60).encode(
         x, y, _color(models, None), _shape(models, None)).add_params(chosen)
-    over, under = (base.mark_text(dy=dy, fontSize=9).encode(x, y, text="model:N").transform_filter(test)
-                   for dy, test in ((-9, "!datum.under"), (11, "datum.under")))
-    chart = (line + dots + over + under).properties(width=290, height=230)
+    names = [base.mark_text(dx=dx, dy=dy, align=ALIGN[towards], fontSize=9).encode(x, y, text="model:N").transform_filter(
+        alt.FieldEqualPredicate(field="side", equal=side))
+        for side, (towards, dx, dy) in labels.SIDES.items() if side in set(frame["side"])]
+    chart = alt.layer(line, dots, *names).properties(width=width, height=height)
     if facet is not None:
         order = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)

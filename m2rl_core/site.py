@@ -120,7 +120,7 @@ def _notebook_page(path: Path) -> Path:
     import nbformat
     from pygments.formatters import HtmlFormatter
     notebook = nbformat.read(path, as_version=4)
-    charts = 0
+    figures: dict[str, str] = {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
@@ -128,13 +128,16 @@ def _notebook_page(path: Path) -> Path:
             if "text/markdown" in output.get("data", {}):
                 output.data["text/markdown"] = with_mathml(output.data["text/markdown"])
             if picture.MIME in output.get("data", {}):
-                charts += 1
-                output.data = {"text/html": figure(output.data[picture.MIME], charts, path.parent)}
+                place = f"figure-{len(figures) + 1}-of-this-page"
+                figures[place] = figure(output.data[picture.MIME], len(figures) + 1, path.parent)
+                output.data = {"text/html": place}
     body, _ = _exporter().from_notebook_node(notebook)
+    for place, drawn in figures.items():  # after the export, which writes all HTML anew and in small letters
+        body = body.replace(place, drawn)
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
     target = path.with_name(path.name.removesuffix(".ipynb") + ".html")
     nav = '<nav><a href="index.html">All notebooks</a></nav>'
-    write_atomic(target, _page(path.stem, f"{nav}\n{body}" + (f"\n{LIVE}" if charts else ""), colours))
+    write_atomic(target, _page(path.stem, f"{nav}\n{body}" + (f"\n{LIVE}" if figures else ""), colours))
     return target
 
 
