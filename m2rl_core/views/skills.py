@@ -27,7 +27,8 @@ def figure5(found: pd.DataFrame):
     named = found.rename(columns={"cosine": "value"}).dropna(subset="value")
     if named.empty:
         nothing = alt.Chart(pd.DataFrame({"text": ["undefined on every benchmark: no gains to compare"]}))
-        return nothing.mark_text(fontSize=12).encode(text="text:N").properties(width=400, height=60, title=title)
+        return nothing.mark_text(fontSize=12).encode(text="text:N").properties(
+            width=400, height=60, title=alt.TitleParams(title, subtitle="higher is better", anchor="start"))
     return plots.bars_with_intervals(named, title, marks=("ceiling", "chance"))
 
 
