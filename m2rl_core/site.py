@@ -18,7 +18,8 @@ from m2rl_core.store import write_atomic
 
 HEADLINES = ("headline", "figure2", "fig2", "figure9")  # the index shows the first of these that was made, or any
 STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word;
+  font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b }
 h1, h2, h3 { line-height: 1.25 } a { color: #0b57a4 } img { max-width: 100% }
 table { border-collapse: collapse; font-size: .86rem; display: block; overflow-x: auto }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
@@ -36,9 +37,11 @@ if (window.vegaEmbed) {
   const seen = new IntersectionObserver(entries => entries.filter(entry => entry.isIntersecting).forEach(entry => {
     const figure = entry.target, place = figure.insertBefore(document.createElement("div"), figure.firstChild);
     seen.unobserve(figure);
-    vegaEmbed(place, JSON.parse(figure.querySelector("script").textContent), {mode: "vega-lite", renderer: "svg", actions: false})
+    const spec = JSON.parse(figure.querySelector("script").textContent);
+    vegaEmbed(place, spec, {mode: "vega-lite", renderer: "svg", actions: false})
       .then(({view}) => {  // in charts of several panels Vega loses the first click on a legend: here it is
-        for (const name of Object.keys(view.getState().signals)) if (name.endsWith("_legend")) view.signal(name, null, {force: true});
+        const names = Object.keys(view.getState().signals).filter(name => name.endsWith("_legend"));
+        names.forEach(name => view.signal(name, null, {force: true}));
         return view.runAsync();
       }).then(() => figure.classList.add("live"), error => { place.remove(); console.error(error) });
   }), {rootMargin: "300px"});
@@ -143,7 +146,8 @@ def _notebook_page(path: Path) -> Path:
 
 def figure(spec: dict, number: int, report: Path) -> str:
     """A picture as the page's `number`-th figure: still, its source for `LIVE`, and links to its files where published."""
-    still = re.sub(r'(\bid="|url\(#)(?=[\w-])', rf"\g<1>p{number}-", picture.svg(spec))  # ids are the page's, not the picture's
+    # Ids are the page's, not the picture's.
+    still = re.sub(r'(\bid="|url\(#)(?=[\w-])', rf"\g<1>p{number}-", picture.svg(spec))
     data = json.dumps(spec, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
     name = spec.get("usermeta", {}).get("figure", "")
     files = [f"{name}.svg", f"{name}.png", *(f"{name}{key.removeprefix('data')}.csv" for key in spec.get("datasets", {}))]

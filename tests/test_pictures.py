@@ -1,4 +1,4 @@
-"""Pictures in grey, for the colour-blind, as vectors, as data and to click: all chart functions, and the page that holds them."""
+"""Pictures in grey, for the colour-blind, as vectors, as data, to click: all chart functions and the page that holds them."""
 import io
 import json
 import re

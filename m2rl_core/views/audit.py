@@ -130,7 +130,8 @@ def correlation_chart(frame: pd.DataFrame):
     zero = alt.Chart(pd.DataFrame({"r": [0]})).mark_rule(color="#bbbbbb").encode(x="r:Q")
     chart = (zero + rule.transform_filter("datum.dropped == ''") + left + dots).properties(width=430, height=90)
     return plots.finish(chart, "Does a better generator judge better? (Table 7)",
-                         "right of 0: a better generator is a better judge; dot and line: nine models, 95 %; ticks: one left out")
+                         "right of 0: a better generator is a better judge; "
+                         "dot and line: nine models, 95 %; ticks: one left out")
 
 
 def correlation_sentence(frame: pd.DataFrame) -> str:

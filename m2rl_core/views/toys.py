@@ -111,7 +111,8 @@ def cloud_chart(cloud: pd.DataFrame, target: Tensor):
         alt.Shape("what:N", title=None, scale=alt.Scale(domain=kinds, range=["circle", "cross", "square"])),
         alt.Size("size:Q", legend=None, scale=alt.Scale(range=[15, 160]))).properties(width=190, height=190)
     chart = chart.facet(facet=alt.Facet("facet:N", title=None), columns=3)
-    return plots.finish(chart, "DARE keeps the mean and pays in variance", "nearer the square is better; bubble: how many seeds end there")
+    return plots.finish(chart, "DARE keeps the mean and pays in variance",
+                         "nearer the square is better; bubble: how many seeds end there")
 
 
 def identity_policy(tokens: int) -> Policy:
