@@ -6,18 +6,18 @@ import sys
 
 from IPython.display import Markdown, display
 
-from m2rl_core.plots import show_as_png
+from m2rl_core.plots import show_pictures
 from m2rl_core.provenance import commit, machine, packages
 from m2rl_core.run import Run, open_run
 
 
 def start(profile: str, section: str) -> Run:
-    """Open the profile's run, draw charts as PNG (they show everywhere, offline too) and display the run card.
+    """Open the profile's run, draw charts as PNG (JupyterLab: to hover and click; offline too) and display the run card.
 
     The card holds no time, so that the same results give the same notebook. Raises ProfileError.
     """
     run = open_run(profile)
-    show_as_png()
+    show_pictures()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(run.profile.threads)
     else:

@@ -2,22 +2,19 @@
 
 Each model has one colour (Okabe and Ito's, safe for the colour-blind), one mark and one dash everywhere, so that
 pictures read in black and white. Titles say which way is good; intervals are 95 %; an unfinished run is pale.
+Where a viewer can, hovering shows the item and a click on a mark or the legend leaves one model (shift: more) strong.
 """
 from __future__ import annotations
 
-import functools
-import json
-
+import numpy as np
 import pandas as pd
-import vl_convert
 
-from m2rl_core.png import shrink
+from m2rl_core import labels, picture
 from m2rl_core.slim import without
 
 with without("rfc3987_syntax"):  # jsonschema's grammar of international URLs: over a second, for a check of no chart
     import altair as alt
 
-PPI = 144
 # model: (colour, mark, dash)
 STYLE = {
     "base": ("#999999", "cross", [1, 2]),
@@ -36,37 +33,39 @@ STYLE = {
     "merge-ta-dare": ("#7FA8D1", "square", [3, 1, 1, 1]),
     "mt-opd": ("#8A6D00", "cross", [10, 2]),
 }
+ALIGN = {0: "center", 1: "left", -1: "right"}
+ENDS = {"low": "95 % from", "high": "95 % to"}
 GROUPS = {"outcome": ("#0072B2", "circle"), "process": ("#D55E00", "diamond"), "generation": ("#999999", "square")}
 DOMAIN_NAMES = {"math": "Math", "coding": "Coding", "science": "Science", "if": "IF", "agent": "Agent"}
 
 
-def png(chart: alt.TopLevelMixin | dict, ppi: int = PPI) -> bytes:
-    """The chart as PNG bytes with at most 256 colours: vl-convert's own are some five times as large."""
-    spec = chart if isinstance(chart, dict) else chart.to_dict()
-    return _drawn(json.dumps(spec), ppi)
+BLUES = ((247, 251, 255), (8, 81, 156))  # from nothing to much; red, green, blue
+BOTH_WAYS = ((213, 94, 0), (255, 255, 255), (0, 114, 178))  # below 0, 0, above 0
+HELPERS = {"pale", "finished", "side", "own", "x2", "y0", "y2", "at", "beside", "floor", "top", "ink"}  # not for readers
 
 
-@functools.lru_cache(maxsize=2)
-def _drawn(spec: str, ppi: int) -> bytes:
-    """A notebook publishes a figure and then shows it: drawn once."""
-    return shrink(vl_convert.vegalite_to_png(spec, ppi=ppi))
+def png(chart: alt.TopLevelMixin | dict, ppi: int = picture.PPI) -> bytes:
+    """The chart as a small PNG."""
+    return picture.png(picture.source(chart), ppi)
 
 
-def show_as_png(ppi: int = PPI) -> None:
-    """Let notebooks embed pictures as small PNG files, which every viewer shows, offline too."""
+def show_pictures(ppi: int = picture.PPI) -> None:
+    """Let notebooks embed each chart as a small PNG, which shows everywhere, and as its source, which JupyterLab draws
+    by itself, to hover and to click, offline too."""
     def render(spec: dict, **options) -> tuple[dict, dict]:
-        data = png(spec, ppi)
-        width, height = (round(int.from_bytes(data[at:at + 4], "big") * 72 / ppi) for at in (16, 20))
-        return {"image/png": data}, {"image/png": {"width": width, "height": height}}
+        data = picture.bundle(picture.source(spec))
+        width, height = (round(int.from_bytes(data["image/png"][at:at + 4], "big") * 72 / ppi) for at in (16, 20))
+        return data, {"image/png": {"width": width, "height": height}}
 
-    alt.renderers.register("m2rl-png", render)
-    alt.renderers.enable("m2rl-png")
+    alt.renderers.register("m2rl", render)
+    alt.renderers.enable("m2rl")
 
 
 def finish(chart, title: str, good: str = ""):
     params = alt.TitleParams(title, subtitle=good or alt.Undefined, anchor="start", fontSize=12, subtitleFontSize=10)
     return (
         chart.properties(title=params)
+        .configure(font=picture.FONT)
         .configure_view(stroke="#dddddd")
         .configure_axis(labelFontSize=10, titleFontSize=10, titleFontWeight="normal", gridColor="#eeeeee")
         .configure_legend(labelFontSize=10, titleFontSize=10, symbolStrokeWidth=1.5, labelLimit=220)
@@ -109,6 +108,31 @@ def _dash(models, legend=alt.Undefined):
     return alt.StrokeDash("model:N", scale=scale, title=None, legend=legend)
 
 
+def tips(frame: pd.DataFrame, **titles: str) -> list[alt.Tooltip]:
+    """What hovering shows: every column that a reader knows, in the frame's order; `titles` by column."""
+    shown = [c for c in frame if c not in HELPERS and not frame[c].isna().all()]
+    number = {c: pd.api.types.is_float_dtype(frame[c]) for c in shown}
+    return [alt.Tooltip(f"{c}:Q" if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
+                        else f"{c}:N", title=titles.get(c, ENDS.get(c, c)), **({"format": ".4~g"} if number[c] else {}))
+            for c in shown]
+
+
+def base_of(frame: pd.DataFrame, **titles: str) -> alt.Chart:
+    """A chart of the frame whose marks say what they are."""
+    return alt.Chart(frame).encode(tooltip=tips(frame, **titles))
+
+
+def picker(field: str = "model", legend: bool = False) -> alt.Parameter:
+    """A click on a mark (and on the legend) chooses one value of `field`; nothing chosen is all chosen."""
+    bound = {"bind": "legend"} if legend else {}
+    return alt.selection_point(name="chosen", fields=[field], on="click", clear="dblclick", **bound)
+
+
+def strong(pick: alt.Parameter, shown=1.0):
+    """Opacity: `shown` (a number, or a column's encoding) where chosen, a tenth elsewhere."""
+    return alt.when(pick).then(alt.value(shown) if isinstance(shown, float) else shown).otherwise(alt.value(0.1))
+
+
 def figure1(stages, done=()):
     """Fig. 1 from the study itself: `stages` is a list of (name, needs); stages outside `done` are pale if it is given.
 
@@ -124,6 +148,7 @@ def figure1(stages, done=()):
     tallest = max(map(len, columns.values()))
     nodes = pd.DataFrame([{"model": name, "x": x, "y": (i + 0.5) * tallest / len(names)}
                           for x, names in columns.items() for i, name in enumerate(names)])
+    nodes["starts from"] = [", ".join(needs[name]) or "nothing" for name in nodes["model"]]
     nodes["pale"] = [0.35 if done and name not in done else 1.0 for name in nodes["model"]]
     place = nodes.set_index("model")
     half = 0.34
@@ -137,10 +162,12 @@ def figure1(stages, done=()):
     lines = alt.Chart(edges).mark_rule(color="#999999", strokeWidth=0.8).encode(x, y, x2="x2:Q", y2="y2:Q")
     boxes = nodes.assign(x=nodes.x - half, x2=nodes.x + half, y0=nodes.y - 0.33, y2=nodes.y + 0.33)
     rects = alt.Chart(boxes).mark_rect(cornerRadius=4, strokeWidth=2, fill="white").encode(
-        x, alt.Y("y0:Q", axis=None), x2="x2:Q", y2="y2:Q", opacity=pale,
+        x, alt.Y("y0:Q", axis=None), x2="x2:Q", y2="y2:Q", opacity=pale, tooltip=["model:N", "starts from:N"],
         stroke=alt.Color("model:N", scale=_colors(_models(nodes)), legend=None))
     texts = alt.Chart(nodes).mark_text(fontSize=11).encode(x, y, text="model:N", opacity=pale)
-    chart = (lines + rects + texts).properties(width=150 * len(columns), height=34 * tallest)
+    chosen = picker("model")  # a box is chosen: the lines that leave it stay strong
+    lines = lines.encode(opacity=strong(chosen))
+    chart = (lines + rects.add_params(chosen) + texts).properties(width=150 * len(columns), height=34 * tallest)
     how = "every merge and MT-OPD also starts from sft (not drawn)" + ("; pale: not finished" if done else "")
     return finish(chart, "Mix (rl-multi) or merge (merge-*, mt-opd): the study as it runs", how)
 
@@ -156,14 +183,17 @@ def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher 
     models = _models(frame)
     x = alt.X("step:Q", title=x_title, axis=alt.Axis(tickCount=5))
     scale = alt.Scale(zero=zero)
-    base = alt.Chart(frame)
-    y, pale = alt.Y("value:Q", title=y_title, scale=scale), alt.Opacity("pale:Q", scale=None)
+    base, chosen = base_of(frame), picker(legend=legend)
+    y, pale = alt.Y("value:Q", title=y_title, scale=scale), strong(chosen, alt.Opacity("pale:Q", scale=None))
     legend = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1) if legend else None
     layers = [base.mark_line(strokeWidth=1.6).encode(
-        x, y, _color(models, legend), strokeDash=_dash(models, legend), opacity=pale)]
+        x, y, _color(models, legend), strokeDash=_dash(models, legend), opacity=pale).add_params(chosen)]
     if {"low", "high"} <= set(frame.columns):
-        layers.insert(0, base.mark_area(opacity=0.13).encode(
-            x, alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q", color=_color(models, legend)))
+        layers.insert(0, base.mark_area().encode(
+            x, alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q", color=_color(models, legend),
+            opacity=alt.when(chosen).then(alt.value(0.13)).otherwise(alt.value(0.02))))
+    # A line by itself says its first point only.
+    layers.append(base.mark_point(opacity=0, size=80, filled=True).encode(x, y).properties(description=picture.HOVER))
     chart = alt.layer(*layers)
     good += "" if finished.all() else "; pale: not finished"
     if facet is None:
@@ -173,6 +203,17 @@ def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher 
     chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
     # Axes of their own: else a last row that is not full leaves an axis under nothing.
     return finish(chart.resolve_scale(y="independent").resolve_axis(x="independent"), title, good)
+
+
+def together(charts: list[alt.LayerChart], pick: alt.Parameter) -> alt.HConcatChart:
+    """Layered charts side by side, a click in one of which holds in all."""
+    for i, chart in enumerate(charts):
+        chart.layer[0].name = f"panel-{i}"
+    joined = alt.hconcat(*charts)
+    # By hand: Altair would warn of each chart after the first.
+    views = [chart.layer[0].name for chart in joined.hconcat]
+    joined.params = [alt.TopLevelSelectionParameter(**pick.param.to_dict(), views=views)]
+    return joined
 
 
 def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5):
@@ -192,15 +233,17 @@ def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5)
     frame = pd.concat(parts, ignore_index=True)
     models = _models(frame)
     y = alt.Y("model:N", sort=models, title=None)
-    base = alt.Chart(frame)
+    chosen = picker()
+    base = base_of(frame).encode(opacity=strong(chosen))
     rules = base.mark_rule(strokeWidth=1.5).encode(
         alt.X("low:Q", title="score (%)"), y, x2="high:Q", color=_color(models, None),
-    ).transform_filter("isValid(datum.low)")
-    dots = base.mark_point(size=45, filled=True, opacity=1).encode(
+    ).transform_filter("isValid(datum.low)").add_params(chosen)
+    dots = base.mark_point(size=45, filled=True).encode(
         x="value:Q", y=y, color=_color(models, None), shape=_shape(models, None),
     ).transform_filter("datum.source == 'this run'")
     hollow = base.mark_point(size=45, filled=False, strokeWidth=1.2, color="#333333").encode(
-        x="value:Q", y=y, shape=_shape(models, None)).transform_filter("datum.source != 'this run'")
+        x="value:Q", y=y, shape=_shape(models, None), tooltip=["model:N", "benchmark:N", "value:Q", "source:N"],
+    ).transform_filter("datum.source != 'this run'")
     chart = (rules + dots + hollow).properties(width=118 if len(benchmarks) > 1 else 330, height=13 * len(models))
     chart = chart.facet(facet=alt.Facet("benchmark:N", title=None, sort=benchmarks), columns=columns)
     hollow_is = "; hollow: the paper's model, full benchmarks" if printed is not None else ""
@@ -210,26 +253,26 @@ def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5)
 
 def readings(frame, title, good="right is better; filled: as in Table 4, hollow: one parameter changed; lines: 95 %"):
     """One line a reading of a merging method, grouped by method. Columns: model, label, value, low, high, own (bool)."""
-    models, order = _models(frame), list(frame["label"])
-    base = alt.Chart(frame)
+    models, order, chosen = _models(frame), list(frame["label"]), picker()
+    base = base_of(frame).encode(opacity=strong(chosen))
     y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
     rules = base.mark_rule(strokeWidth=1.5).encode(
         alt.X("low:Q", title="mean of nine (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=_color(models, None))
-    dots = [base.mark_point(size=45, filled=filled, opacity=1, strokeWidth=1.5).encode(
+    dots = [base.mark_point(size=45, filled=filled, strokeWidth=1.5).encode(
         x="value:Q", y=y, color=_color(models, None), shape=_shape(models, None),
     ).transform_filter(test) for filled, test in ((True, "datum.own"), (False, "!datum.own"))]
-    return finish(alt.layer(rules, *dots).properties(width=330, height=14 * len(order)), title, good)
+    return finish(alt.layer(rules.add_params(chosen), *dots).properties(width=330, height=14 * len(order)), title, good)
 
 
 def against(frame, title, good="left is better; filled: ours, hollow: the other tool, grey tick: the floor; log scale"):
     """A benchmark: ours and another tool's cost, joined. Columns: name, side ("ours", "other" or "floor"), measure, value."""
-    order = list(dict.fromkeys(frame["name"]))
-    base = alt.Chart(frame)
+    order, chosen = list(dict.fromkeys(frame["name"])), picker("name")
+    base = base_of(frame).encode(opacity=strong(chosen))
     x = alt.X("value:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=14), axis=alt.Axis(tickCount=4))
     y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
     layers = [base.mark_line(color="#bbbbbb", strokeWidth=2).encode(x, y, detail="name:N").transform_filter(
-        "datum.side != 'floor'")]
-    layers += [base.mark_point(filled=filled, size=60, opacity=1, color="black", strokeWidth=1.5).encode(
+        "datum.side != 'floor'").add_params(chosen)]
+    layers += [base.mark_point(filled=filled, size=60, color="black", strokeWidth=1.5).encode(
         x, y).transform_filter(f"datum.side == '{side}'") for side, filled in (("ours", True), ("other", False))]
     layers.append(base.mark_tick(color="#888888", thickness=3, size=14).encode(x, y).transform_filter(
         "datum.side == 'floor'"))
@@ -241,30 +284,52 @@ def against(frame, title, good="left is better; filled: ours, hollow: the other 
 def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", columns=2, size=42, note=None):
     """Fig. 3, Fig. 4: a grid with its numbers.
 
-    `x`, `y`, `value`, `facet` and `note` (a second line of text in each cell) name columns of the frame.
+    `x`, `y`, `value`, `facet` and `note` (a second line of text in each cell) name columns of the frame. Values on both
+    sides of 0 get one hue a side, white at 0, and a sign; each cell's ink is the one of black and white that stands out.
     """
     frame = _named(frame, x, y, facet)
     known = [*DOMAIN_NAMES.values(), *STYLE]
     order = {axis: sorted(set(frame[axis]), key=lambda name: (known.index(name) if name in known else 99, name))
              for axis in (x, y)}
-    middle = (frame[value].min() + frame[value].max()) / 2
-    frame = frame.assign(_dark=frame[value] > middle)
-    base = alt.Chart(frame).encode(
+    low, high = frame[value].min(), frame[value].max()
+    signed = low < 0 < high
+    ends = [-max(-low, high), 0, max(-low, high)] if signed else [low, high]
+    stops = BOTH_WAYS if signed else BLUES
+    frame = frame.assign(ink=[_ink(number, ends, stops) for number in frame[value]])
+    fill = alt.Scale(domain=ends, range=[f"rgb{stop}" for stop in stops], interpolate="rgb")
+    text = "+" + text.removeprefix("+") if signed else text
+    chosen = alt.selection_point(name="chosen", fields=[y], on="click", clear="dblclick")
+    base = base_of(frame).encode(
         alt.X(f"{x}:N", sort=order[x], title=x, axis=alt.Axis(labelAngle=0)), alt.Y(f"{y}:N", sort=order[y], title=y))
-    ink = alt.condition("datum._dark", alt.value("white"), alt.value("black"))
+    ink = alt.Color("ink:N", scale=None)
     layers = [
-        base.mark_rect().encode(alt.Color(f"{value}:Q", scale=alt.Scale(scheme="blues"), legend=None)),
+        base.mark_rect().encode(alt.Color(f"{value}:Q", scale=fill, legend=None),
+                                opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.3))).add_params(chosen),
         base.mark_text(fontSize=10, dy=0 if note is None else -5).encode(
             text=alt.Text(f"{value}:Q", format=text), color=ink,
         ).transform_filter(alt.FieldValidPredicate(field=value, valid=True)),
     ]
     if note is not None:
         layers.append(base.mark_text(fontSize=8, dy=8).encode(text=f"{note}:N", color=ink))
-    chart = alt.layer(*layers).properties(width=size * 1.15 * len(order[x]), height=size * 0.75 * len(order[y]))
+    chart = alt.layer(*layers).resolve_scale(color="independent")
+    chart = chart.properties(width=size * 1.15 * len(order[x]), height=size * 0.75 * len(order[y]))
     if facet is not None:
         facets = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=facets), columns=columns)
     return finish(chart, title, good)
+
+
+def _ink(value: float, ends, stops) -> str:
+    """Black or white, whichever stands out more (4.5 to 1 at least) on the colour of `value` between the `stops`."""
+    rgb = [np.interp(value, ends, [stop[channel] for stop in stops]) / 255 for channel in range(3)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return "white" if np.dot(linear, (0.2126, 0.7152, 0.0722)) < 0.179 else "black"  # WCAG's relative luminance
+
+
+def _feet(base, shape, top: float):
+    """The mark of each bar's model at its foot: grey bars are told apart by it, and the legend shows it."""
+    return base.mark_point(filled=True, fill="white", stroke="black", strokeWidth=0.8, size=42).encode(
+        y="foot:Q", shape=shape).transform_calculate(foot=f"{0.045 * top}")
 
 
 def _whiskers(base, y_title):
@@ -280,17 +345,19 @@ def bars_with_intervals(frame, title, y_title="cosine", good="higher is better",
     `marks` names up to two more columns, drawn as ticks (ceiling, chance).
     """
     models = _models(frame)
-    order = list(dict.fromkeys(frame["benchmark"]))
-    base = alt.Chart(frame).encode(
+    order, chosen = list(dict.fromkeys(frame["benchmark"])), picker(legend=True)
+    base = base_of(frame).encode(
         x=alt.X("benchmark:N", sort=order, title=None, axis=alt.Axis(labelAngle=0)),
-        xOffset=alt.XOffset("model:N", sort=models))
+        xOffset=alt.XOffset("model:N", sort=models), opacity=strong(chosen))
     top = 1.05 * frame[["value", "high", *marks]].max(axis=None)
     scale = alt.Scale(domain=[min(0.0, frame[["value", "low"]].min(axis=None)), top], nice=False)
     layers = [base.mark_bar(stroke="black", strokeWidth=0.5).encode(
-        alt.Y("value:Q", title=y_title, scale=scale), _color(models)), *_whiskers(base, y_title)]
-    for name, thickness in zip(marks, (3, 1.5), strict=False):
-        layers.append(base.mark_tick(thickness=thickness, color="#A0A0A0", size=20).encode(y=f"{name}:Q"))
-    how = f"{good}; lines: 95 %" + (f"; grey ticks: {', '.join(marks)} (thick, thin)" if marks else "")
+        alt.Y("value:Q", title=y_title, scale=scale), _color(models)).add_params(chosen), *_whiskers(base, y_title)]
+    for name, thickness in zip(marks, (3, 1), strict=False):
+        layers += [base.mark_tick(thickness=thickness + more, color=color, size=20).encode(y=f"{name}:Q")
+                   for more, color in ((2, "white"), (0, "black"))]
+    layers.append(_feet(base, _shape(models), top))
+    how = f"{good}; lines: 95 %" + (f"; ticks: {', '.join(marks)} (thick, thin)" if marks else "")
     return finish(alt.layer(*layers).properties(width=95 * len(order), height=200), title, how)
 
 
@@ -301,20 +368,23 @@ def scatter(frame, title, x_title, y_title, facet=None, good="up and right is be
     Whiskers where the frame has low and high (of y). `own_x`: each panel has a horizontal scale of its own.
     """
     models = _models(frame)
-    ranks = (frame.groupby(facet) if facet else frame)["x"].rank(method="first")
-    base = alt.Chart(frame.assign(under=ranks % 2 == 0))  # neighbours get their names above and below
+    height, chosen = round(0.8 * width), picker()
+    frame = frame.assign(side=labels.sides(frame, facet, width, height))
+    base = base_of(frame, x=x_title, y=y_title).encode(opacity=strong(chosen))
     x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, padding=25))
     y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
-    line = base.mark_line(color="#888888", strokeDash=[4, 3]).encode(x, y).transform_regression(
+    line = alt.Chart(frame).mark_line(color="#888888", strokeDash=[4, 3]).encode(x, y).transform_regression(
         "x", "y", groupby=[facet] if facet else [])
-    dots = base.mark_point(filled=True, size=60, opacity=1).encode(x, y, _color(models, None), _shape(models, None))
-    over, under = (base.mark_text(dy=dy, fontSize=9).encode(x, y, text="model:N").transform_filter(test)
-                   for dy, test in ((-9, "!datum.under"), (11, "datum.under")))
-    layers = [line, dots, over, under]
+    dots = base.mark_point(filled=True, size=60).encode(
+        x, y, _color(models, None), _shape(models, None)).add_params(chosen)
+    names = [base.mark_text(dx=dx, dy=dy, align=ALIGN[towards], fontSize=9).encode(x, y, text="model:N").transform_filter(
+        alt.FieldEqualPredicate(field="side", equal=side))
+        for side, (towards, dx, dy) in labels.SIDES.items() if side in set(frame["side"])]
+    layers = [line, dots, *names]
     if {"low", "high"} <= set(frame.columns):
         scaled = alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
         layers.insert(1, base.mark_rule(opacity=0.5).encode(x, scaled, y2="high:Q", color=_color(models, None)))
-    chart = alt.layer(*layers).properties(width=width, height=0.8 * width)
+    chart = alt.layer(*layers).properties(width=width, height=height)
     if facet is not None:
         order = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
@@ -329,17 +399,20 @@ def paired_dots(frame, title, good="right is better", columns=2):
     """
     models = _models(frame)
     modes = [m for m in GROUPS if m in set(frame["mode"])]
-    order = list(dict.fromkeys(frame["benchmark"]))
-    base = alt.Chart(frame)
+    order, chosen = list(dict.fromkeys(frame["benchmark"])), picker("mode", legend=True)
+    base = base_of(frame)
     y = alt.Y("model:N", sort=models, title=None)
     x = alt.X("value:Q", title="judged rightly (%)", scale=alt.Scale(zero=False))
-    layers = [base.mark_line(color="#bbbbbb", strokeWidth=2).encode(x, y, detail="model:N")]
+    layers = [base.mark_line(color="#bbbbbb", strokeWidth=2).encode(x, y, detail="model:N", tooltip="model:N")]
     color = alt.Color("mode:N", title=None, scale=alt.Scale(domain=modes, range=[GROUPS[m][0] for m in modes]))
     shape = alt.Shape("mode:N", title=None, scale=alt.Scale(domain=modes, range=[GROUPS[m][1] for m in modes]))
-    if {"low", "high"} <= set(frame.columns):
-        layers.append(base.mark_rule(opacity=0.6).encode(
-            alt.X("low:Q", title="judged rightly (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=color))
-    layers.append(base.mark_point(filled=True, size=55, opacity=1).encode(x, y, color, shape))
+    for mode, shift in zip(modes, (-2, 2), strict=False):  # a little apart: neither interval hides the other
+        part = base.transform_filter(alt.FieldEqualPredicate(field="mode", equal=mode)).encode(opacity=strong(chosen))
+        if {"low", "high"} <= set(frame.columns):
+            layers.append(part.mark_rule(yOffset=shift).encode(
+                alt.X("low:Q", title="judged rightly (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=color))
+        layers.append(part.mark_point(filled=True, size=55, yOffset=shift).encode(x, y, color, shape))
+    layers[1] = layers[1].add_params(chosen)  # the first with a colour: the legend is its
     chart = alt.layer(*layers).properties(width=230, height=16 * len(models))
     chart = chart.facet(facet=alt.Facet("benchmark:N", title=None, sort=order), columns=columns)
     return finish(chart, title, good)
@@ -352,12 +425,17 @@ def grouped_bars(frame, title, y_title="average over four benchmarks (%)", good=
     """
     models = _models(frame)
     modes = [m for m in ("generation", "outcome", "process") if m in set(frame["mode"])]
-    base = alt.Chart(frame).encode(
+    chosen = picker("mode", legend=True)
+    base = base_of(frame).encode(
         x=alt.X("model:N", sort=models, title=None, axis=alt.Axis(labelAngle=-25)),
-        xOffset=alt.XOffset("mode:N", sort=modes))
+        xOffset=alt.XOffset("mode:N", sort=modes), opacity=strong(chosen))
     scale = alt.Scale(domain=modes, range=[GROUPS[m][0] for m in modes])
     color = alt.Color("mode:N", title=None, sort=modes, scale=scale)
-    layers = [base.mark_bar(stroke="black", strokeWidth=0.5).encode(alt.Y("value:Q", title=y_title), color)]
+    layers = [base.mark_bar(stroke="black", strokeWidth=0.5).encode(
+        alt.Y("value:Q", title=y_title), color).add_params(chosen)]
     if {"low", "high"} <= set(frame.columns):
         layers += _whiskers(base, y_title)
+    shapes = alt.Scale(domain=modes, range=[GROUPS[m][1] for m in modes])
+    shape = alt.Shape("mode:N", title=None, sort=modes, scale=shapes)
+    layers.append(_feet(base, shape, frame["value"].max()))
     return finish(alt.layer(*layers).properties(width=62 * len(models), height=200), title, good)

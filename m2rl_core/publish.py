@@ -37,14 +37,22 @@ def table(name: str, frame):
 
 
 def figure(name: str, chart):
-    """figures/<name>.png (144 dpi) and the chart's Vega-Lite source beside it."""
+    """figures/<name>.png (144 dpi), .svg, .csv (its data) and .vl.json (its Vega-Lite source, which reads the data).
+
+    A chart of several data sets has <name>-2.csv and so on. Returns the chart, which now knows its name.
+    """
+    chart.usermeta = {"figure": name, "embedOptions": {"downloadFileName": name}}
     report = report_folder()
     if report:
-        from m2rl_core import plots  # Altair takes a second to load
+        from m2rl_core import picture  # takes a while to load
 
-        target = _file(report / "figures", name, ".png")
-        write_atomic(target, plots.png(chart))
-        write_atomic(_file(report / "figures", name, ".vl.json"), json.dumps(chart.to_dict(), indent=1) + "\n")
+        spec = picture.source(chart)
+        lean, data = picture.beside(spec, name)
+        write_atomic(_file(report / "figures", name, ".png"), picture.png(spec))
+        write_atomic(_file(report / "figures", name, ".svg"), picture.svg(spec))
+        write_atomic(_file(report / "figures", name, ".vl.json"), json.dumps(lean, indent=1) + "\n")
+        for file, text in data.items():
+            write_atomic(_file(report / "figures", file.removesuffix(".csv"), ".csv"), text)
     return chart
 
 

@@ -1,6 +1,7 @@
 """The report as a site: one page for each executed notebook and an index, readable without a network.
 
-Pages hold their pictures, and their formulas as MathML, which browsers set by themselves.
+Pages hold their pictures as SVG, and their formulas as MathML, which browsers set by themselves. Where scripts may run,
+assets/vega.js takes the pictures' places on the screen, to hover and to click; print and mail keep the still ones.
 """
 from __future__ import annotations
 
@@ -10,21 +11,43 @@ import json
 import re
 from pathlib import Path
 
+from m2rl_core import picture
 from m2rl_core.progress import duration
 from m2rl_core.publish import CLAIM_KEYS
 from m2rl_core.store import write_atomic
 
 HEADLINES = ("headline", "figure2", "fig2", "figure9")  # the index shows the first of these that was made, or any
 STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word;
+  font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b }
 h1, h2, h3 { line-height: 1.25 } a { color: #0b57a4 } img { max-width: 100% }
 table { border-collapse: collapse; font-size: .86rem; display: block; overflow-x: auto }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 pre { background: #f6f7f8; padding: .6rem .8rem; overflow-x: auto; font-size: .84rem; border-radius: 4px }
 .jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none }
 .supported, .completed, .holds { color: #14692f } .failed, .contradicted { color: #a3170f }
+figure { margin: 0; overflow-x: auto } figure > svg { max-width: 100%; height: auto } figcaption { font-size: .8rem }
+@media screen { .live > svg { display: none } } @media print { .live > div { display: none } }
 .undecided, .not { color: #7a5d00 } nav { font-size: .9rem; color: #555 } .small { font-size: .85rem; color: #555 }
 """
+# A picture becomes live when it comes near the window; without assets/vega.js (a page mailed alone) it stays as it is.
+LIVE = """<script src="assets/vega.js"></script>
+<script>
+if (window.vegaEmbed) {
+  const seen = new IntersectionObserver(entries => entries.filter(entry => entry.isIntersecting).forEach(entry => {
+    const figure = entry.target, place = figure.insertBefore(document.createElement("div"), figure.firstChild);
+    seen.unobserve(figure);
+    const spec = JSON.parse(figure.querySelector("script").textContent);
+    vegaEmbed(place, spec, {mode: "vega-lite", renderer: "svg", actions: false})
+      .then(({view}) => {  // in charts of several panels Vega loses the first click on a legend: here it is
+        const names = Object.keys(view.getState().signals).filter(name => name.endsWith("_legend"));
+        names.forEach(name => view.signal(name, null, {force: true}));
+        return view.runAsync();
+      }).then(() => figure.classList.add("live"), error => { place.remove(); console.error(error) });
+  }), {rootMargin: "300px"});
+  document.querySelectorAll("figure.chart").forEach(figure => seen.observe(figure));
+}
+</script>"""
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?=\S)(?P<inline>[^$\n]+?)(?<=\S)\$(?!\d)", re.DOTALL)
 
 
@@ -36,6 +59,9 @@ def write(report: Path) -> list[Path]:
     claims = report / "claims.json"
     verdicts = json.loads(claims.read_text(encoding="utf-8")) if claims.is_file() else []
     write_atomic(report / "index.html", _page(f"M2RL: the {facts['profile']} report", index(facts, verdicts, report)))
+    if any("vega.js" in page.read_text(encoding="utf-8") for page in pages):
+        (report / "assets").mkdir(exist_ok=True)
+        write_atomic(report / "assets" / "vega.js", picture.script())
     return [*pages, report / "index.html"]
 
 
@@ -101,22 +127,42 @@ def notebook_table(entries: list[dict], report: Path) -> str:
 
 
 def _notebook_page(path: Path) -> Path:
-    """<name>.html beside <name>.ipynb; cells, outputs and pictures, no scripts."""
+    """<name>.html beside <name>.ipynb: cells, outputs and pictures."""
     import nbformat
     from pygments.formatters import HtmlFormatter
     notebook = nbformat.read(path, as_version=4)
+    figures: dict[str, str] = {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
         for output in cell.get("outputs", ()):
             if "text/markdown" in output.get("data", {}):
                 output.data["text/markdown"] = with_mathml(output.data["text/markdown"])
+            if picture.MIME in output.get("data", {}):
+                place = f"figure-{len(figures) + 1}-of-this-page"
+                figures[place] = figure(output.data[picture.MIME], len(figures) + 1, path.parent)
+                output.data = {"text/html": place}
     body, _ = _exporter().from_notebook_node(notebook)
+    for place, drawn in figures.items():  # after the export, which writes all HTML anew and in small letters
+        body = body.replace(place, drawn)
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
     target = path.with_name(path.name.removesuffix(".ipynb") + ".html")
     nav = '<nav><a href="index.html">All notebooks</a></nav>'
-    write_atomic(target, _page(path.stem, f"{nav}\n{body}", colours))
+    write_atomic(target, _page(path.stem, f"{nav}\n{body}" + (f"\n{LIVE}" if figures else ""), colours))
     return target
+
+
+def figure(spec: dict, number: int, report: Path) -> str:
+    """A picture as the page's `number`-th figure: still, its source for `LIVE`, and links to its files where published."""
+    # Ids are the page's, not the picture's.
+    still = re.sub(r'(\bid="|url\(#)(?=[\w-])', rf"\g<1>p{number}-", picture.svg(spec))
+    data = json.dumps(spec, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    name = spec.get("usermeta", {}).get("figure", "")
+    files = [f"{name}.svg", f"{name}.png", *(f"{name}{key.removeprefix('data')}.csv" for key in spec.get("datasets", {}))]
+    links = " · ".join(f'<a href="figures/{file}">{_text(file)}</a>' for file in files
+                       if name and (report / "figures" / file).is_file())
+    return (f'<figure class="chart">{still}<script type="application/json">{data}</script>'
+            + (f"<figcaption>{links}</figcaption>" if links else "") + "</figure>")
 
 
 @functools.cache

@@ -172,6 +172,13 @@ def test_verdicts_are_compared_when_a_report_is_checked(name):
     assert [cell.id for cell in tagged(name, VERDICT)] == [cell.id for cell in judged]
 
 
+def test_no_two_notebooks_publish_one_name():
+    """Catches a picture or a table that overwrites another notebook's in the report."""
+    found = [(what, *re.findall(r'"([^"]+)"', given)[:1]) for name in NOTEBOOKS for cell in code_cells(name)
+             for what, given in re.findall(r"publish_(figure|table)\((f?\"[^\"]+\")", cell.source)]
+    assert len(found) > 30 and len(set(found)) == len(found), sorted(each for each in found if found.count(each) > 1)
+
+
 def test_a_copy_with_a_fault_is_found(tmp_path, monkeypatch):
     """Catches rules that cannot fail: each fault planted into a good notebook breaks the rule meant for it."""
     faults = {

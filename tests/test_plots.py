@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from m2rl_core import paper, plots, png, study
+from m2rl_core import paper, picture, plots, study
 from m2rl_core.paper import audit
 
 MODELS = list(plots.STYLE)
@@ -84,12 +84,12 @@ def test_chart_renders_small(name):
 
 def test_notebooks_show_png():
     before = alt.renderers.active
-    plots.show_as_png()
+    plots.show_pictures()
     try:
         data, about = plots.figure1(stages())._repr_mimebundle_()
     finally:
         alt.renderers.enable(before)
-    assert list(data) == ["image/png"] and data["image/png"].startswith(b"\x89PNG")
+    assert list(data) == ["image/png", picture.MIME] and data["image/png"].startswith(b"\x89PNG")
     assert 300 < about["image/png"]["width"] < 1000
 
 
@@ -124,16 +124,16 @@ def colors_of(data):
 
 def test_shrink_keeps_every_pixel():
     pixels = RNG.integers(0, 5, (6, 7, 3)).astype(np.uint8) * 60
-    assert (colors_of(png.shrink(as_png(pixels))) == pixels).all()
+    assert (colors_of(picture.shrink(as_png(pixels))) == pixels).all()
 
 
 def test_shrink_lays_transparent_on_white_and_limits_colours():
-    assert (colors_of(png.shrink(as_png(np.zeros((2, 3, 4), np.uint8)))) == 255).all()
+    assert (colors_of(picture.shrink(as_png(np.zeros((2, 3, 4), np.uint8)))) == 255).all()
     many = RNG.integers(0, 256, (40, 40, 3)).astype(np.uint8)
-    found = colors_of(png.shrink(as_png(many)))
+    found = colors_of(picture.shrink(as_png(many)))
     assert len(np.unique(found.reshape(-1, 3), axis=0)) <= 256 and np.abs(found.astype(int) - many).mean() < 40
 
 
 def test_shrink_refuses_other_files():
     with pytest.raises(UnidentifiedImageError):
-        png.shrink(b"GIF89a")
+        picture.shrink(b"GIF89a")

@@ -17,6 +17,7 @@ import nbformat
 import pytest
 import yaml
 
+from m2rl_core import picture
 from m2rl_core.domains import BENCHMARKS
 from m2rl_core.profile import repo_root
 from m2rl_core.publish import CLAIM_KEYS
@@ -28,7 +29,7 @@ NAMES = [name for stem in NOTEBOOKS for name in (POLICIES if stem == TRAIN else 
 VERDICT = "nbval-check-output"
 VERDICTS = ("supported", "contradicted", "undecided", "not run")
 SCORES = {"table3": 9, "table4": 9, "table8": 9, "table6": 1}  # score tables and the benchmarks that they have at least
-SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
+SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png", picture.MIME}
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def test_every_notebook_is_readable_where_code_is_hosted(study, name):
         shown = output.get("data", {})
         assert set(shown) <= SHOWN, set(shown)
         assert not re.search(r"<script|<iframe|vega|https?://", shown.get("text/html", "")), shown["text/html"][:200]
+        assert ("image/png" in shown) == (picture.MIME in shown) and "http" not in json.dumps(shown.get(picture.MIME, ""))
     assert any("image/png" in output.get("data", {}) for output in found)
     assert str(study.report.parent.parent) not in text and str(ROOT) not in text
 
@@ -168,12 +170,18 @@ def test_all_figures_of_the_paper(study):
         assert (figures / f"figure{number}.png").is_file(), number
     for policy in POLICIES:
         assert (figures / f"figure9-{policy.removeprefix(f'{TRAIN}.')}.png").is_file(), policy
+    kinds = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<svg xmlns=", ".csv": b"", ".json": b"{"}
     for path in figures.iterdir():
-        if path.name.endswith(".vl.json"):
-            assert "vega-lite" in json.loads(path.read_text())["$schema"]
-        else:
-            assert path.suffix == ".png" and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", path.name
-            assert (figures / f"{path.stem}.vl.json").is_file()
+        assert path.read_bytes().startswith(kinds[path.suffix]), path.name
+    for path in figures.glob("*.vl.json"):
+        text = path.read_text(encoding="utf-8")
+        assert "vega-lite" in json.loads(text)["$schema"]
+        data = re.findall(r'"url": "([^"]+)"', text)
+        beside = {path.name.replace(".vl.json", end) for end in (".png", ".svg", ".csv")}
+        assert {*data, *beside} <= {each.name for each in figures.iterdir()}, path.name
+        given = json.loads(text)["title"]
+        title = given if isinstance(given, str) else f"{given['text']}; {given.get('subtitle', '')}"
+        assert re.search(r"\b(better|closer|good|beats|same way|starts from sft|undefined)\b", title), title
 
 
 def test_every_claim_is_judged_once(study):

@@ -175,28 +175,28 @@ def placed(frame: pd.DataFrame) -> pd.DataFrame:
 def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model scores and what it cost"):
     """The study in one picture: mean of nine against training cost, this run and the paper's printed numbers."""
     frame = placed(frame)
-    models = plots._models(frame)
+    models, chosen = plots._models(frame), plots.picker()
     charts = []
     for source, part in frame.groupby("source", sort=False):
         reach = [min(part["floor"].iloc[0], part["beside"].min()), max(part["top"].iloc[0], part["beside"].max())]
         scale = alt.Scale(domain=reach, nice=False)
-        base = alt.Chart(part)
+        base = plots.base_of(part).encode(opacity=plots.strong(chosen))
         x = alt.X("x:Q", title="training beyond SFT (% of the five experts together)",
                   scale=alt.Scale(domain=[-4, max(part["at"].max(), 100) + 34], nice=False),
                   axis=alt.Axis(values=[0, 25, 50, 75, 100, 125]))
         y = alt.Y("value:Q", title="mean of the nine benchmarks (%)", scale=scale)
         color, shape = plots._color(models, None), plots._shape(models, None)
-        whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.3, opacity=0.7).encode(
+        whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.3).encode(
             x, alt.Y("low:Q", scale=scale, title="mean of the nine benchmarks (%)"), y2="high:Q", color=color)
         leads = base.mark_rule(strokeWidth=0.6, color="#bbbbbb").encode(x, y, x2="at:Q", y2="beside:Q")
-        dots = base.mark_point(filled=True, size=65, opacity=1).encode(x, y, color, shape)
+        dots = base.mark_point(filled=True, size=65).encode(x, y, color, shape)
         names = base.mark_text(align="left", dx=2, fontSize=10).encode(
-            alt.X("at:Q"), alt.Y("beside:Q", scale=scale), text="model:N", color=color)
+            alt.X("at:Q"), alt.Y("beside:Q", scale=scale), text="model:N")  # black: a pale model's name is read too
         charts.append((leads + whiskers + dots + names).properties(
             width=400, height=300, title=alt.TitleParams(source, fontSize=11, anchor="start")))
     how = ("up and left is better; lines: 95 % (paper: sampling noise only); "
            "each merge costs the five experts, they are drawn side by side")
-    return plots.finish(alt.hconcat(*charts), title, how)
+    return plots.finish(plots.together(charts, chosen), title, how)
 
 
 def mix_or_merge(found: Evidence) -> Markdown:
