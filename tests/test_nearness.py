@@ -39,13 +39,13 @@ def test_a_contrast_is_drawn_around_its_estimate():
     """Fault: draws of one column that belong to another, or that are not centred on the score."""
     rows = evaluated(lambda m, d, i: i / 5 if m == "rl-math" else 0.5, ["rl-math", "merge-ties"])
     found = stats.measure(rows, np.random.default_rng(0), resamples=3000)
-    drawn = nearness.drawn(found, {("aime24", "rl-math"): 1.0})
+    drawn = found.drawn({("aime24", "rl-math"): 1.0})
     e = found.contrast({("aime24", "rl-math"): 1.0})
     assert drawn.shape == (3000,) and drawn.mean() == pytest.approx(e.estimate, abs=1.5)
     assert drawn.std() == pytest.approx(e.se, rel=0.1)
-    assert (nearness.drawn(found, {("aime24", "merge-ties"): 1.0}) == 50).all()
+    assert (found.drawn({("aime24", "merge-ties"): 1.0}) == 50).all()
     with pytest.raises(KeyError, match="ghost"):
-        nearness.drawn(found, {("aime24", "ghost"): 1.0})
+        found.drawn({("aime24", "ghost"): 1.0})
 
 
 def test_eq1_on_arrays_agrees_with_the_frame():

@@ -106,6 +106,20 @@ class Measured:
         training seed where there are several; the seeds are those that all its models have. KeyError for a cell that
         was not measured.
         """
+        total, deviations, variances, count, pooled = self._resampled(weights)
+        found = _expanded(total, deviations, variances, count, level)
+        return found if pooled == 1 else found._replace(spread=self.spread(weights))
+
+    def drawn(self, weights: Mapping[tuple[str, str], float]) -> np.ndarray:
+        """Resampled values of a contrast, (R,), around its estimate; NaN where a benchmark has a single item.
+
+        KeyError for a cell that was not measured.
+        """
+        total, deviations, *_ = self._resampled(weights)
+        return total + deviations
+
+    def _resampled(self, weights) -> tuple[float, np.ndarray, list[tuple[float, int]], int, int]:
+        """The estimate, deviations from it (R,), variances with how many each rests on, items, and seeds pooled."""
         for benchmark, column in weights:
             if not self.has(benchmark, column):
                 raise KeyError((benchmark, column))
@@ -122,8 +136,7 @@ class Measured:
         if (pooled := len(seeds)) > 1:
             variances.append((by_seed.var(ddof=1) / pooled, pooled))
             deviations = deviations + self.luck * sqrt(variances[-1][0])
-        found = _expanded(total, deviations, variances, count, level)
-        return found if pooled == 1 else found._replace(spread=self.spread(weights))
+        return total, deviations, variances, count, pooled
 
     def spread(self, weights: Mapping[tuple[str, str], float]) -> Spread:
         """The parts of a contrast's variance, unbiased but for the floor at 0: analysis of variance, items by seeds.

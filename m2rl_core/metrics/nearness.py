@@ -7,28 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
-from math import nan, sqrt
 
 import numpy as np
-
-from m2rl_core.metrics.stats import Measured
-
-
-def drawn(measured: Measured, weights: Mapping[tuple[str, str], float]) -> np.ndarray:
-    """Resampled values of a contrast, (R,), around its estimate; NaN where a benchmark has a single item.
-
-    KeyError for a cell that was not measured.
-    """
-    for benchmark, column in weights:
-        if not measured.has(benchmark, column):
-            raise KeyError((benchmark, column))
-    total = 0.0
-    for s in measured.strata:
-        w = np.array([weights.get((s.benchmark, c), 0.0) for c in s.columns]) * s.share
-        if w.any():
-            n = len(s.values)
-            total = total + s.values.mean(axis=0) @ w + s.deviations @ w * (sqrt(n / (n - 1)) if n > 1 else nan)
-    return total
 
 
 def near(kl: np.ndarray, factor: float) -> np.ndarray:

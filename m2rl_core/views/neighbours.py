@@ -113,7 +113,7 @@ def steadiness(evidence: Evidence, policy: str = "merge-ties", factor: float = F
     `share`: of the resamples in which the expert is a neighbour; `one_way`: in which it is and the reverse is not;
     `first`: in which it is the nearest of the other experts. NaN where a domain has a single prompt.
     """
-    cells = [nearness.drawn(evidence.measured("kl"), {(a, f"{EXPERT[b]}>{policy}"): 1.0}) for a in DOMAINS for b in DOMAINS]
+    cells = [evidence.measured("kl").drawn({(a, f"{EXPERT[b]}>{policy}"): 1.0}) for a in DOMAINS for b in DOMAINS]
     kl = np.stack(cells, 1).reshape(-1, len(DOMAINS), len(DOMAINS))  # (R, A, B)
     near, first = nearness.near(kl, factor), nearness.nearest(kl)
     known, named = np.isfinite(kl).all(), neighbours(divergences(evidence, [policy]), policy, factor)
