@@ -175,7 +175,7 @@ def strangers_need_not_help(evidence, domains):
     """Some merge of a domain's expert with one that is not its nearest loses to the expert; contradicted if all gain."""
     others = {d: [o for o in DOMAINS if o not in (d, _neighbour(evidence, d))] for d in domains}
     cells = [(_pair(evidence, d, o, d), EXPERT[d], OWN[d]) for d in domains for o in others[d]]
-    return some_below(differences(evidence, cells))
+    return some_below(differences(evidence, cells, "first"))
 
 
 def _consistency(evidence, models, benchmarks=tuple(FIGURE2.values())):

@@ -43,7 +43,7 @@ def test(found: pd.DataFrame, evidence: Evidence, policy: str = "merge-ties") ->
     order = found.assign(place=found["domain"].map(DOMAINS.index)).sort_values("place", kind="stable")
     partners = len(DOMAINS) - 1
     kl, change = (order[c].to_numpy().reshape(len(DOMAINS), partners) for c in ("kl", "change"))
-    of_kl, of_scores = evidence.measured("kl"), evidence.measured("scores")
+    of_kl, of_scores = evidence.measured("kl"), evidence.measured("first")
     kl_drawn = [of_kl.drawn({(r.domain, f"{EXPERT[r.partner]}>{policy}"): 1.0}) for r in order.itertuples()]
     drawn = [of_scores.drawn(difference(r.model, EXPERT[r.domain], OWN[r.domain])) for r in order.itertuples()]
     shape, most = (-1, len(DOMAINS), partners), nearness.comparisons(partners, len(DOMAINS))
