@@ -14,7 +14,8 @@ import torch
 
 from m2rl_core.claims.evidence import Evidence
 from m2rl_core.domains import DOMAINS
-from m2rl_core.metrics import interference, planted, skills, stats, weights
+from m2rl_core.merging.states import State
+from m2rl_core.metrics import interference, planted, skills, solved, stats, weights
 from m2rl_core.metrics import planted_models as models
 from m2rl_core.metrics.divergence import trajectory_kl
 from m2rl_core.profile import load_profile
@@ -77,7 +78,7 @@ def test_worlds_that_cannot_be_are_refused():
 
 def measured(made, seed=0, k=256):
     """The rows of one planted matrix, weights as stored."""
-    base, a, b = ({models.MATRIX.format("q"): tensor} for tensor in made)
+    base, a, b = (State({models.MATRIX.format("q"): tensor}) for tensor in made)
     found = weights.measure(base, {"a": a, "b": b}, k=k, seed=seed)
     return [frame[~frame["bf16"]].iloc[0] for frame in found]
 
@@ -117,7 +118,7 @@ def test_turned_shifts_are_recovered(rho):
         off = abs(line["cosine_projected"] - rho)
         hits += off <= 1.96 * line["projection_sd"]
         wrong += off <= 1.96 * (1 - rho**2) / sqrt(base.numel())
-        assert weights.cosine(a, b) > 0.99
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
     assert hits >= 0.95 * worlds - 3 * sqrt(0.95 * 0.05 * worlds) and wrong < worlds / 2
 
 
@@ -195,7 +196,7 @@ def test_certain_gains_are_recovered():
         shares = np.bincount(kind, minlength=4) / 80
         assert line["cosine"] == pytest.approx(planted.gain_cosine(shares)) and line["ceiling"] == pytest.approx(1)
         assert line["chance"] == pytest.approx(planted.gain_chance(shares))
-        who = skills.solved_apart(frame, "b", "model")["who"].value_counts()
+        who = solved.apart(frame, "b", "model")["who"].value_counts()
         assert [who["model only"], who["experts only"]] == [(kind == 1).sum(), (kind == 2).sum()]
         wrong += line["low"] <= planted.gain_chance(instruments.KINDS) <= line["high"]
     assert hits >= 0.95 * worlds - 3 * sqrt(0.95 * 0.05 * worlds), hits
@@ -233,7 +234,8 @@ def test_judges_are_recovered():
         value, low, high = instruments._balanced(rows, rng)
         hits["balanced"] += low <= 75 <= high
         assert low < value < high
-        line = judging.quality(planted.judged(80, 4, 0.7, 1.0, 0.0, rng)).iloc[0]
+        rows = planted.judged(80, 4, 0.7, 1.0, 0.0, rng)
+        line = judging.quality(rows, Evidence(judged=rows, resamples=100)).iloc[0]
         yes += line["balanced"] == 50 and line["accuracy"] > 52
     for name, count in hits.items():
         assert count >= 0.95 * worlds - 3 * sqrt(0.95 * 0.05 * worlds), name
@@ -274,7 +276,8 @@ def test_boxes_hang_on_the_seed_alone(run):
 def test_a_broken_instrument_is_called_so(run, monkeypatch):
     """Fault: verdicts that no fault of an instrument can reach. Accuracy is passed off as balanced accuracy."""
     real = judging.quality
-    monkeypatch.setattr(judging, "quality", lambda rows: (f := real(rows)).assign(balanced=f["accuracy"]))
+    monkeypatch.setattr(judging, "quality", lambda *given: (f := real(*given)).assign(
+        balanced=f["accuracy"], low=f["accuracy"] - 9, high=f["accuracy"] + 9))
     shown = instruments.shown(instruments.judging(run)).set_index("measure")["verdict"]
     assert shown["balanced accuracy of a judge that always says yes"] == "missed"
     assert shown["accuracy (percent)"] == "recovered"

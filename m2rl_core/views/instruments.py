@@ -16,7 +16,7 @@ from scipy.special import bdtr
 
 from m2rl_core.claims.evidence import Evidence
 from m2rl_core.domains import BENCHMARKS, DOMAINS
-from m2rl_core.metrics import planted, stats
+from m2rl_core.metrics import planted, solved, stats
 from m2rl_core.metrics import skills as gains
 from m2rl_core.views import judging as judges
 from m2rl_core.views import neighbours as near
@@ -55,6 +55,7 @@ def weights(run) -> pd.DataFrame:
     """Section 3.3: overlaps that are shared or due to small |w| alone, the angle of shifts and of gradients."""
     import torch  # here alone: the other sections' notebooks do without
 
+    from m2rl_core.merging.states import State
     from m2rl_core.metrics import interference
     from m2rl_core.metrics import planted_models as models
     from m2rl_core.metrics import weights as shift
@@ -65,7 +66,7 @@ def weights(run) -> pd.DataFrame:
         g = torch.Generator().manual_seed(int(rng.integers(2**62)))
         made = {"q": models.shared_mask(size, *OVERLAP, g), "k": models.alike_by_magnitude(size, settings.eta / 2, g),
                 "v": models.turned(size, rho, g)}
-        base, a, b = ({models.MATRIX.format(m): tensors[i] for m, tensors in made.items()} for i in range(3))
+        base, a, b = (State({models.MATRIX.format(m): tensors[i] for m, tensors in made.items()}) for i in range(3))
         found = shift.measure(base, {"a": a, "b": b}, eta=settings.eta, k=settings.random_projection,
                               seed=int(rng.integers(2**31)))
         shared, alike, angle = (frame[~frame["bf16"]].set_index("matrix").loc[m]
@@ -139,7 +140,7 @@ def skills(run) -> pd.DataFrame:
         yield "chance, of the items drawn", planted.gain_chance(drawn), *_exact(found["chance"], planted.gain_chance(drawn))
         yield "ceiling of gains that are certain", 1.0, *_exact(found["ceiling"], 1.0)
         alone = int((kind == planted.KINDS.index("model only")).sum())
-        apart = gains.solved_apart(frame, "b", "model")["who"].eq("model only").sum()
+        apart = solved.apart(frame, "b", "model")["who"].eq("model only").sum()
         yield "items that the model alone solves", alone, *_exact(int(apart), alone)
         for name, shares in (("the same skills", SAME), ("other skills", OTHER)):
             frame = planted.rows(planted.gains(n, shares, rng, before=0.3, after=0.7)[0], k, rng)
@@ -232,11 +233,9 @@ def _overlap(line: pd.Series, null: float, size: tuple[int, int]) -> tuple[float
 
 
 def _balanced(rows: pd.DataFrame, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Balanced accuracy as the section reports it, and its interval: the two truths as categories that weigh alike."""
-    value = judges.quality(rows)["balanced"].iloc[0]
-    by_truth = rows.assign(category=rows["truth"].astype(str), score=rows["correct"].astype(float))
-    e = stats.measure(by_truth, rng, resamples=RESAMPLES).contrast({("b", "sft"): 1.0})
-    return value, e.low, e.high
+    """Balanced accuracy and its interval as the section reports them."""
+    found = judges.quality(rows, Evidence(judged=rows, seed=int(rng.integers(2**31)), resamples=RESAMPLES)).iloc[0]
+    return found["balanced"], found["low"], found["high"]
 
 
 def _exact(found: float, wanted: float, tolerance: float = 1e-9) -> tuple[float, float, float, bool]:
