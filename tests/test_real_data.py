@@ -22,7 +22,7 @@ from pyarrow import parquet
 from m2rl_core import __main__ as main
 from m2rl_core import paper
 from m2rl_core.domains import coding, instruction, math, science
-from m2rl_core.real import commits, decontamination, hub, pieces, questions, rl_blend, schema, sft_blend
+from m2rl_core.real import cli, commits, decontamination, hub, pieces, questions, rl_blend, schema, sft_blend
 from m2rl_core.real.sft_blend import Blend, Kind, Settings
 
 AGENTIC, CODE, CHAT = (f"nvidia/Nemotron-{name}-v1" for name in (
@@ -170,9 +170,9 @@ def test_the_hub_is_read_at_the_pinned_commit(tmp_path):
     address, rows, asked = json.loads(ran.stdout)
     assert rows == [[1, {"problem": "one"}], [2, {"problem": "two"}]]
     assert address == f"hf://datasets/math-ai/aime25@{'a' * 40}/test.jsonl"
-    assert asked[0] == f"/api/datasets/math-ai/aime25/revision/{hub.sources()['math-ai/aime25'].revision}"
-    of_set = [path for path in asked[1:] if "aime25" in path]
-    assert of_set and all("a" * 40 in path for path in of_set)
+    first, *others = [path for path in asked if "aime25" in path]
+    assert first == f"/api/datasets/math-ai/aime25/revision/{hub.sources()['math-ai/aime25'].revision}"
+    assert others and all("a" * 40 in path for path in others)
 
 
 # ---- rows of the wrong schema
@@ -201,6 +201,8 @@ def test_a_wrong_row_is_named_by_file_line_and_field(put, monkeypatch, tmp_path,
         sft_blend.build(tmp_path / "out", Settings())
     assert str(caught.value) == (f"{CHAT}/data/chat_if.jsonl, line 2: field {field}: is it this data set's file, at the "
                                  "commit that is read?")
+    told = sft_blend.build(tmp_path / "skipped", Settings(skip_wrong=True))["types"]["Chat"]
+    assert told["rows"] == 2 and told["dropped"] == {"wrong field " + re.sub(r"\d", "", field.split(": ")[0]): 1}
 
 
 def test_a_line_that_is_no_row_is_named(put):
@@ -225,8 +227,11 @@ def test_each_reason_to_drop_an_sft_row(put):
         (said("-", dataset="other", split="train", index=0), "placeholder without a question"),
         (said("x", ""), "empty message"), (said("", "x"), "empty message"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        (json.loads('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\\ud800"}]}'),
+         "half a character"),
     ):
-        assert sft_blend.clean(row, "here", statements) == reason, row
+        file = hub.File(hub.sources()[CHAT], "x", "y", "z")
+        assert sft_blend.columns_of(file, 1, row, kind="Chat", statements=statements) == reason, row
     thought = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "reasoning_content": "y"}]}
     assert sft_blend.clean(thought, "here", NO_STATEMENTS)["messages"][1] == {
         "role": "assistant", "content": "", "reasoning_content": "y"}
@@ -351,7 +356,8 @@ def test_the_realised_blend_stands_beside_table_1():
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from m2rl_core.real import sft_blend
+from m2rl_core.real import pieces, sft_blend
+pieces.GROUP = 2
 sft_blend.table_1 = lambda: [sft_blend.Kind(*kind) for kind in {kinds!r}]
 clean, seen = sft_blend.clean, []
 
@@ -371,12 +377,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(put, monkeypatch, tmp_path):
     blend_files(put, rows=300)
     kinds = [(*KINDS[0][:2], 150, KINDS[0][3]), *KINDS[1:]]
     out = tmp_path / "killed"
-    code = KILLED.format(kinds=kinds, at=300 + 130, out=str(out))  # past the count, in the middle of a piece
+    code = KILLED.format(kinds=kinds, at=300 + 132, out=str(out))  # past the count, in the middle of a piece
     ran = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     left = every_file(out)
     assert not (out / "manifest.json").exists() and sum(name.endswith(".parquet") for name in left) == 18
+    assert any(name.endswith(".parquet.new") for name in left)
     table_of(monkeypatch, *kinds)
+    monkeypatch.setattr(pieces, "GROUP", 2)
     asked = Counter()
     clean = sft_blend.clean
     monkeypatch.setattr(sft_blend, "clean", lambda row, *rest: asked.update([row["messages"] == []]) or clean(row, *rest))
@@ -386,7 +394,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(put, monkeypatch, tmp_path):
     assert sum(asked.values()) == 300 - 18 * 7 + 8 + 6  # the last piece again, and what was never begun
     sft_blend.build(tmp_path / "whole", Settings(lines=7))
     assert every_file(out) == every_file(tmp_path / "whole")
-    assert all(every_file(out)[name] == digest for name, digest in left.items() if not name.endswith((".new", "commits.json")))
+    later = every_file(out)
+    assert [n for n in left if later.get(n) != left[n] and not n.endswith((".new", ".lock"))] == ["commits.json"]
     asked.clear()
     assert sft_blend.build(out, Settings(lines=7))["types"] and not asked
 
@@ -465,6 +474,7 @@ def test_each_reason_to_drop_an_rl_row():
         (program(inputs=[], outputs=[]), "empty truth"), ({"dataset": CODING, **asked("Add.")}, "empty truth"),
         (follow(instruction_id_list=[]), "empty truth"), (work(ground_truth=[]), "empty truth"),
         (follow(responses_create_params={"input": []}), "no prompt"), (follow(**asked(" ")), "no prompt"),
+        (follow(**asked("\ud800")), "half a character"),
     ):
         assert one(row) == reason, row
     assert one({"dataset": MATH, **held}, {(MATH, 3): ("q", "")}.items()) == "empty truth"
@@ -617,7 +627,18 @@ def test_the_command_makes_and_checks(put, monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "check.json").read_text())["repeated"]["all"]["prompts"] == 20 + 8 + 5 + 6
     assert main.main(["data", "sft", "--out", out, "--seed", "2"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {out} was begun with seed = 1, now it is 2")
+    put(CHAT, "data/chat_if.jsonl", [{"messages": 3}])
+    assert main.main(["data", "sft", "--out", out + "2", "--types", "Chat"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(
+        "at the commit that is read? (--skip-wrong leaves such rows out and counts them)")
     assert main.main(["data", "sources"]) == 0 and "licence: ODC-BY" in capsys.readouterr().out
+
+
+def test_the_readmes_commands_are_those_that_there_are():
+    """Fault: an option of the README that the command refuses."""
+    page = (Path(main.__file__).parent.parent / "README.md").read_text()
+    shown = re.findall(r"m2rl_core data (.*?)(?: +#.*)?$", page, re.M)
+    assert [cli.parser().parse_args(line.split()).command for line in shown] == ["sources", "sft", "rl", "check"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -18,7 +18,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         args.function(args)
     except (StudyError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        hint = " (--skip-wrong leaves such rows out and counts them)" if getattr(error, "field", "") else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (one, two):
         command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
         command.add_argument("--first", type=int, default=0, metavar="N", help="a trial: only N lines of every file")
+        command.add_argument("--skip-wrong", action="store_true", help="leave rows of the wrong schema out, and count them")
     three = commands.add_parser("check", help="the nine benchmarks' prompts in training prompts", allow_abbrev=False)
     three.set_defaults(function=check)
     three.add_argument("folder", type=Path, nargs="+", help="what `sft` or `rl` made")
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 def sft(args) -> None:
     types = tuple(name.strip() for name in args.types.split(",") if name.strip())
-    told = sft_blend.build(args.out, sft_blend.Settings(args.seed, args.share, types, args.first), _say)
+    told = sft_blend.build(args.out, sft_blend.Settings(args.seed, args.share, types, args.first, args.skip_wrong), _say)
     print(f"{'type':22} {'samples':>10} {'Table 1':>10} {'usable':>10} {'dropped':>9}")
     for name, line in told["types"].items():
         print(f"{name:22} {line['samples']:>10,} {line['paper']:>10,} {line['usable']:>10,} "
@@ -63,7 +65,7 @@ def sft(args) -> None:
 
 
 def rl(args) -> None:
-    told = rl_blend.build(args.out, rl_blend.Settings(args.template, args.first), _say)
+    told = rl_blend.build(args.out, rl_blend.Settings(args.template, args.first, args.skip_wrong), _say)
     for name, line in told["domains"].items():
         print(f"{name:8} {line['rows']:>7,} rows (the paper: {line['paper']:,})")
     _reasons(told["dropped"])

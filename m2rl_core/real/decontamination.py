@@ -110,7 +110,7 @@ def _line(name: str, index: Index, best: dict, rows: Counter) -> dict:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(" ".join(words(text)).encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(" ".join(words(text)).encode(errors="replace"), digest_size=8).digest())
 
 
 def _repeated(seen: Mapping[str, array]) -> dict:

@@ -1,7 +1,8 @@
 """Opens a public data set at one commit, row by row: from the Hugging Face hub, or from files given by hand.
 
 By hand: M2RL_DATA=/folder, with /folder/<owner>__<name>/ as a copy of the data set's repository, such as
-/folder/nvidia__Nemotron-Math-v2/data/low.jsonl. A data set that has no folder there is read from the hub.
+/folder/nvidia__Nemotron-Math-v2/data/low.jsonl (`hf download REPO --repo-type dataset --revision COMMIT --local-dir
+/folder/<owner>__<name>` makes one). A data set that has no folder there is read from the hub.
 JSON lines are read as text and parsed one by one, so that no two rows must agree on their types, nothing is filled
 up with None, and an error can name its line; a Parquet file's None-filled keys are removed again (`without_none`).
 """
@@ -107,11 +108,13 @@ def files(source: Source, splits: Sequence[str] = ()) -> list[File]:
 def _listing(source: Source) -> tuple[str, list[str]]:
     """Commit and all files of a data set, asked of the hub in one request."""
     from datasets import config
+    from datasets.utils.file_utils import get_authentication_headers_for_url
     address = f"{config.HF_ENDPOINT}/api/datasets/{source.repo}/revision/{source.revision or 'main'}"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         raise _unreachable(source, "HF_HUB_OFFLINE is set")
     try:
-        with urllib.request.urlopen(address, timeout=COMMIT_SECONDS) as reply:
+        request = urllib.request.Request(address, headers=get_authentication_headers_for_url(address))
+        with urllib.request.urlopen(request, timeout=COMMIT_SECONDS) as reply:
             info = json.load(reply)
         return info["sha"], sorted(entry["rfilename"] for entry in info["siblings"])
     except (OSError, ValueError, KeyError) as error:

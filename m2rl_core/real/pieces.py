@@ -16,6 +16,7 @@ from pathlib import Path
 from m2rl_core.errors import StudyError
 from m2rl_core.real import hub
 from m2rl_core.real.hub import File
+from m2rl_core.real.schema import SchemaError
 from m2rl_core.store import write_atomic
 
 LINES = 10_000  # of a file, for each piece
@@ -63,13 +64,14 @@ def begin(folder: Path, settings: dict) -> dict:
 
 
 def work(files: Sequence[File], folder: Path, convert: Convert, *, lines: int = LINES, first: int = 0,
-         columns: Sequence[str] | None = None, wanted: Callable[[Piece], set[int]] | None = None, write: bool = True,
+         wanted: Callable[[Piece], set[int]] | None = None, write: bool = True, skip_wrong: bool = False,
          report: Callable[[Piece], None] | None = None) -> list[Piece]:
     """All pieces of `files`, in order; those that are made already are only read.
 
     convert(file, line, row) gives the columns of a row, all texts, or the reason why it is dropped. `wanted(piece)`:
     the ranks (from 0, among the usable rows of the piece) that are written, all without it; it is asked with the
     piece's place alone. `first`: of each file only so many lines (0: all). Without `write`, rows are only counted.
+    With `skip_wrong`, a row of the wrong schema is dropped and counted by its field; else it raises SchemaError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pieces = []
@@ -77,7 +79,7 @@ def work(files: Sequence[File], folder: Path, convert: Convert, *, lines: int = 
         stem = f"{number:02d}-{Path(file.path).name.rsplit('.', 1)[0]}"
         done = [_noted(path) for path in sorted(folder.glob(f"{stem}-[0-9]*.json"))]
         if not (folder / f"{stem}-{WHOLE}.json").exists():
-            for piece in _rest(file, folder, stem, len(done), convert, lines, first, columns, wanted, write):
+            for piece in _rest(file, folder, stem, len(done), convert, lines, first, wanted, write, skip_wrong):
                 done.append(piece)
                 if report:
                     report(piece)
@@ -86,10 +88,10 @@ def work(files: Sequence[File], folder: Path, convert: Convert, *, lines: int = 
     return pieces
 
 
-def _rest(file, folder, stem, done, convert, lines, first, columns, wanted, write) -> Iterator[Piece]:
+def _rest(file, folder, stem, done, convert, lines, first, wanted, write, skip_wrong) -> Iterator[Piece]:
     """The pieces of one file after the first `done`, each written and noted before it is given."""
     last = first or float("inf")
-    stream = hub.read(file, skip=done * lines, columns=columns)
+    stream = hub.read(file, skip=done * lines)
     row = next(stream, None)
     while row is not None and row[0] <= last:
         start = done * lines + 1
@@ -100,7 +102,12 @@ def _rest(file, folder, stem, done, convert, lines, first, columns, wanted, writ
         with out:
             while row is not None and row[0] <= end:
                 number, content = row
-                made = convert(file, number, content)
+                try:
+                    made = convert(file, number, content)
+                except SchemaError as error:
+                    if not skip_wrong:
+                        raise
+                    made = f"wrong field {error.field}"
                 if isinstance(made, str):
                     dropped[made] += 1
                 else:

@@ -27,7 +27,7 @@ from m2rl_core.errors import StudyError
 from m2rl_core.real import commits, hub, pieces, questions, schema
 from m2rl_core.real.hub import File
 from m2rl_core.real.questions import DAPO, SKYWORK
-from m2rl_core.store import write_atomic
+from m2rl_core.store import hold, write_atomic
 
 REPO = "nvidia/Nemotron-3-Nano-RL-Training-Blend"
 LABELS = {
@@ -48,10 +48,14 @@ Problems = dict[tuple[str, int], tuple[str, str]]  # (label, row) -> (question, 
 
 @dataclass(frozen=True)
 class Settings:
-    """`template`: prompts as the data has them, or worded again as the released code does. `first`: lines (0: all)."""
+    """`template`: prompts as the data has them, or worded again as the released code does. `first`: lines (0: all).
+
+    `skip_wrong`: rows of the wrong schema are dropped and counted.
+    """
 
     template: Literal["data", "released"] = "data"
     first: int = 0
+    skip_wrong: bool = False
     lines: int = pieces.LINES
 
 
@@ -66,7 +70,7 @@ def build(out: Path, settings: Settings = Settings(), report: Callable[[str], No
     if (out / "report.json").is_file():
         return json.loads((out / "report.json").read_text())
     files = commits.files(REPO, out)
-    needed = _needed(files, settings.first)
+    needed = _needed(files, settings)
     report(f"{sum(map(len, needed.values()))} math problems to fetch")
     known: Problems = {}
     for label, numbers in needed.items():
@@ -78,23 +82,29 @@ def build(out: Path, settings: Settings = Settings(), report: Callable[[str], No
         made = to_row(row, f"{file.place}, line {number}", number, known, settings.template)
         return made if isinstance(made, str) else {"domain": made.domain, "row": made.to_json()}
 
-    done = pieces.work(files, out / "pieces", convert, first=settings.first, lines=settings.lines,
-                       report=lambda piece: report(f"{piece.name}: {piece.rows} of {piece.read} rows"))
+    with hold(out / ".lock", "this blend", report):
+        done = pieces.work(files, out / "pieces", convert, first=settings.first, lines=settings.lines,
+                           skip_wrong=settings.skip_wrong,
+                           report=lambda piece: report(f"{piece.name}: {piece.rows} of {piece.read} rows"))
     told = _join(out, done) | {"plan": plan, "commits": commits.read(out), "read": sum(piece.read for piece in done),
                                "dropped": pieces.dropped(done)}
     write_atomic(out / "report.json", json.dumps(told, indent=1))
     return told
 
 
-def _needed(files: list[File], first: int) -> dict[str, set[int]]:
+def _needed(files: list[File], settings: Settings) -> dict[str, set[int]]:
     """Label -> numbers of the rows of DAPO and Skywork that placeholders name."""
     wanted: dict[str, set[int]] = {label: set() for label in questions.MATH}
     for file in files:
         for number, row in hub.read(file):
-            if first and number > first:
+            if settings.first and number > settings.first:
                 break
             if row.get("dataset") in wanted and row.get("_hf_placeholder") is not None:
-                wanted[row["dataset"]].add(_placeholder(row, f"{file.place}, line {number}")[0])
+                try:
+                    wanted[row["dataset"]].add(_placeholder(row, f"{file.place}, line {number}")[0])
+                except schema.SchemaError:
+                    if not settings.skip_wrong:
+                        raise
     return wanted
 
 
@@ -131,6 +141,8 @@ def to_row(row: dict, place: str, number: int, problems: Problems, template: str
         return truth
     if not messages or not any(message["content"].strip() for message in messages):
         return "no prompt"
+    if not all(schema.whole(message["content"]) for message in messages):
+        return "half a character"
     bare = messages[-1]["content"]
     if template == "released":
         messages = _reworded(messages, domain)

@@ -5,6 +5,7 @@ Fields that some rows carry as JSON text (tools, tool calls, arguments) are read
 from __future__ import annotations
 
 import json
+import re
 
 from m2rl_core.errors import StudyError
 
@@ -14,7 +15,9 @@ MISSING = object()
 
 
 class SchemaError(StudyError):
-    """A row is not of the schema that its data set should have."""
+    """A row is not of the schema that its data set should have; `field`: which of its fields, without numbers."""
+
+    field: str = ""
 
 
 def get(row: dict, name: str, kind: type | tuple[type, ...], place: str, default=MISSING, path: str = ""):
@@ -31,7 +34,18 @@ def get(row: dict, name: str, kind: type | tuple[type, ...], place: str, default
 
 def wrong(place: str, field: str, what: str) -> SchemaError:
     """The error for one field of one row; `place` is "file, line N"."""
-    return SchemaError(f"{place}: field {field}: {what}: is it this data set's file, at the commit that is read?")
+    error = SchemaError(f"{place}: field {field}: {what}: is it this data set's file, at the commit that is read?")
+    error.field = re.sub(r"\[\d+\]", "[]", field)
+    return error
+
+
+def whole(text: str) -> bool:
+    """Whether a text can be written at all: JSON may hold halves of characters, which no file and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def decoded(value, kind: type, place: str, path: str):

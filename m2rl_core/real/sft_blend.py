@@ -25,7 +25,7 @@ from m2rl_core.real import commits, pieces, schema
 from m2rl_core.real.hub import File
 from m2rl_core.real.pieces import Piece
 from m2rl_core.real.questions import PLACEHOLDER, Statements
-from m2rl_core.store import write_atomic
+from m2rl_core.store import hold, write_atomic
 
 DOMAINS = {"Math Formal Proofs": "math", "Math": "math", "Science": "science", "Code": "coding", "Chat": "if",
            "Conversational Agent": "agent"}
@@ -52,12 +52,14 @@ class Settings:
 
     `share`: of its samples of every type; below 1, "use all" and "repeat" draw at random too. `types`: some of its
     types, () for all. `first`: only so many lines of every file, for a trial, where types may come out short (0: all).
+    `skip_wrong`: rows of the wrong schema are dropped and counted.
     """
 
     seed: int = 1
     share: float = 1.0
     types: tuple[str, ...] = ()
     first: int = 0
+    skip_wrong: bool = False
     lines: int = pieces.LINES
 
 
@@ -83,9 +85,10 @@ def build(out: Path, settings: Settings = Settings(), report: Callable[[str], No
         return json.loads((out / "report.json").read_text())
     statements = Statements(lambda repo: commits.source(repo, out))
     made, lines = {}, {}
-    for name in settings.types or known:
-        made[name], lines[name] = _kind(known[name], out, settings, statements, report)
-    manifest = [{"type": name, "folder": folder_name(name), "times": lines[name]["times"], **vars(piece)}
+    with hold(out / ".lock", "this blend", report):
+        for name in settings.types or known:
+            made[name], lines[name] = _kind(known[name], out, settings, statements, report)
+    manifest = [{"type": name, "folder": folder_name(name), "times": lines[name]["times"], "group": pieces.GROUP, **vars(piece)}
                 for name, done in made.items() for piece in done if piece.data]
     write_atomic(out / "manifest.json", json.dumps(manifest, indent=1))
     told = {"plan": plan, "commits": commits.read(out), "types": lines}
@@ -101,7 +104,7 @@ def _kind(kind: Kind, out: Path, settings: Settings, statements: Statements, rep
     """The pieces of one type, and its line of the report."""
     folder, files = out / folder_name(kind.type), commits.files(kind.repo, out)
     convert = partial(columns_of, kind=kind.type, statements=statements)
-    work = partial(pieces.work, files, convert=convert, lines=settings.lines, first=settings.first,
+    work = partial(pieces.work, files, convert=convert, lines=settings.lines, first=settings.first, skip_wrong=settings.skip_wrong,
                    report=lambda piece: report(f"{kind.type}: {piece.name}: {piece.rows} of {piece.read} rows usable"))
     random = settings.share < 1 or kind.sampling == "random sampling"
     wanted = None
@@ -146,7 +149,8 @@ def columns_of(file: File, number: int, row: dict, *, kind: str, statements: Sta
     made = clean(row, place, statements)
     if isinstance(made, str):
         return made
-    return {"type": kind, **{name: json.dumps(value, ensure_ascii=False) for name, value in made.items()}}
+    columns = {name: json.dumps(value, ensure_ascii=False) for name, value in made.items()}
+    return {"type": kind, **columns} if all(map(schema.whole, columns.values())) else "half a character"
 
 
 def clean(row: dict, place: str, statements: Statements) -> dict | str:
@@ -198,7 +202,7 @@ class Blend(Sequence):
             raise IndexError(index)
         at = bisect_right(self.ends, index)
         line = self.lines[at]
-        group, within = divmod(index - self.ends[at] + line["written"], pieces.GROUP)
+        group, within = divmod(index - self.ends[at] + line["written"], line["group"])
         data = f"{line['folder']}/{line['data']}"
         if self._held[:2] != (data, group):
             from pyarrow import parquet
