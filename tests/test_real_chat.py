@@ -115,7 +115,8 @@ def test_only_the_assistants_words_and_their_end_carry_loss(words):
     assert learnt(words, TALKS["tools"], (TOOL,)) == [
         '<think>\nlook\n</think>\n\nLet me see.\n<tool_call>\n{"name": "find", "arguments": {"who": "Zoë", "n": 1}}\n'
         '</tool_call>\n<tool_call>\n{"name": "find", "arguments": {"who":"Bo"}}\n</tool_call><|im_end|>',
-        '<think>\nagain\n</think>\n\n<tool_call>\n{"name": "find", "arguments": {"who": "Zoë", "n": 1}}\n</tool_call><|im_end|>',
+        '<think>\nagain\n</think>\n\n<tool_call>\n{"name": "find", "arguments": {"who": "Zoë", "n": 1}}\n</tool_call>'
+        '<|im_end|>',
         "<think>\nfound\n</think>\n\nIt is Zoë.<|im_end|>"]
 
 

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from m2rl_core import __main__ as main
 from m2rl_core import paper
 from m2rl_core.domains import coding, instruction, math, science
-from m2rl_core.real import cli, commits, decontamination, hub, pieces, questions, rl_blend, schema, sft_blend
+from m2rl_core.real import cli, commits, decontamination, hub, pieces, questions, rl_blend, rl_rows, schema, sft_blend
 from m2rl_core.real.sft_blend import Blend, Kind, Settings
 
 AGENTIC, CODE, CHAT = (f"nvidia/Nemotron-{name}-v1" for name in (
@@ -78,9 +78,8 @@ def test_every_source_of_the_study_is_listed_with_what_it_needs():
 
 
 def test_rows_keep_their_line_and_their_own_types(put):
-    """Faults: rows unified by Arrow, so that one row's keys appear in all others; lines counted wrongly after a skip or
-
-    by a separator inside of a text; a key of Parquet that Arrow filled with None."""
+    """Faults: rows unified by Arrow, so that one row's keys appear in all others; lines miscounted after a skip or where
+    a text has a separator in it; a key of Parquet that Arrow filled with None."""
     put("math-ai/aime25", "test.jsonl", [{"a": 1, "k": {"x": 1}}, '{"a": "b\u2028c", "k": null}', "", {"a": [2]}])
     file, = hub.files(hub.sources()["math-ai/aime25"])
     assert list(hub.read(file)) == [(1, {"a": 1, "k": {"x": 1}}), (2, {"a": "b\u2028c", "k": None}), (4, {"a": [2]})]
@@ -232,7 +231,8 @@ def test_each_reason_to_drop_an_sft_row(put):
     ):
         file = hub.File(hub.sources()[CHAT], "x", "y", "z")
         assert sft_blend.columns_of(file, 1, row, kind="Chat", statements=statements) == reason, row
-    thought = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "reasoning_content": "y"}]}
+    thought = {"messages": [{"role": "user", "content": "x"},
+                            {"role": "assistant", "content": None, "reasoning_content": "y"}]}
     assert sft_blend.clean(thought, "here", NO_STATEMENTS)["messages"][1] == {
         "role": "assistant", "content": "", "reasoning_content": "y"}
 
@@ -258,6 +258,37 @@ def test_each_kind_of_code_placeholder_gets_its_own_question(put):
     for (dataset, split, index), question in expected.items():
         row = said("-", "code", dataset=dataset, split=split, index=index)
         assert [m["content"] for m in sft_blend.clean(row, "here", statements)["messages"]] == [question, "code"]
+
+
+def test_what_is_not_there_is_said_before_hours_of_work(put, monkeypatch, tmp_path):
+    """Fault: a data set that placeholders need, found missing when the first of them is met."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    put(CODE, "data/competitive_coding_python.jsonl", [said("q")])
+    put(CODE, "data/competitive_coding_cpp.jsonl", [said("q")])
+    put(CODE, "data/infinibyte.jsonl", [said("-", dataset="taco", split="train", index=0)])
+    with pytest.raises(hub.HubError, match="^BAAI/TACO at its newest commit cannot be read"):
+        sft_blend.build(tmp_path / "out", Settings(types=("Code",)))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+    put(rl_blend.REPO, "train.jsonl", [work()])
+    with pytest.raises(hub.HubError, match="^BytedTsinghua-SIA/DAPO-Math-17k at 65877096c24f cannot be read"):
+        rl_blend.build(tmp_path / "rl")
+
+
+def test_contents_of_parts_are_joined():
+    """Fault: a content in the Responses form refused, or a picture in it passed over in silence."""
+    parts = [{"type": "input_text", "text": "What "}, {"type": "input_text", "text": "now?"}]
+    row = {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]}
+    assert schema.messages(row, "here") == [{"role": "system", "content": "x"}, {"role": "user", "content": "What now?"}]
+    with pytest.raises(schema.SchemaError, match=r"field messages\[0\].content\[0\].text: expected a text, found none"):
+        schema.messages({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "here")
+
+
+def test_each_placeholder_data_set_is_opened_once(put):
+    """Fault: a listing of the hub for each of a million placeholders."""
+    put("codeparrot/apps", "train.jsonl", [{"question": "q"}])
+    opened = []
+    statements = questions.Statements(lambda repo: opened.append(repo) or hub.sources()[repo])
+    assert [statements.of("apps", "train", 0), statements.of("apps", "train", 1)] == ["q", ""] and len(opened) == 1
 
 
 def test_tools_and_calls_come_out_in_one_form_whatever_the_row_has():
@@ -395,7 +426,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(put, monkeypatch, tmp_path):
     sft_blend.build(tmp_path / "whole", Settings(lines=7))
     assert every_file(out) == every_file(tmp_path / "whole")
     later = every_file(out)
-    assert [n for n in left if later.get(n) != left[n] and not n.endswith((".new", ".lock"))] == ["commits.json"]
+    assert [n for n in left if later.get(n) != left[n] and not n.endswith((".new", ".lock"))] == []
     asked.clear()
     assert sft_blend.build(out, Settings(lines=7))["types"] and not asked
 
@@ -433,7 +464,7 @@ def work(**more):
 
 
 def one(row, problems=(), template="data"):
-    return rl_blend.to_row(row, "train.jsonl, line 5", 5, dict(problems), template)
+    return rl_rows.to_row(row, "train.jsonl, line 5", 5, dict(problems), template)
 
 
 def test_rows_come_out_in_the_form_that_their_verifier_takes():
@@ -466,7 +497,7 @@ def test_each_reason_to_drop_an_rl_row():
     """Fault: a prompt that can never be rewarded, or that belongs to none of the five domains, among the rows."""
     held = {"_hf_placeholder": {"row": 3, "question_template": {"prefix": "", "suffix": ""}}}
     for row, reason in (
-        ({"dataset": rl_blend.NOT_USED}, "structured outputs (not in the study)"),
+        ({"dataset": rl_rows.NOT_USED}, "structured outputs (not in the study)"),
         ({"dataset": MATH, **held}, "placeholder without a problem"),
         ({"dataset": MATH, **asked("2+2?"), "expected_answer": ""}, "empty truth"),
         ({"dataset": MATH, **asked("2+2?")}, "empty truth"),
@@ -489,7 +520,8 @@ def test_each_reason_to_drop_an_rl_row():
     (follow(kwargs=[{}]), "kwargs: 1 for 2 instructions"),
     (follow(kwargs=[{}, 3]), "kwargs[1]: expected an object, found 3"),
     (work(ground_truth=[{"name": "x", "arguments": "{"}]), "ground_truth[0].arguments: its text is not JSON"),
-    ({"dataset": MATH, "_hf_placeholder": {"row": "3", "question_template": {}}}, "_hf_placeholder.row: expected a whole number"),
+    ({"dataset": MATH, "_hf_placeholder": {"row": "3", "question_template": {}}},
+     "_hf_placeholder.row: expected a whole number"),
     ({"dataset": questions.SKYWORK, "_hf_placeholder": {"row": 3, "question_template": "no place"}},
      "_hf_placeholder.question_template: it has no {question}"),
 ])
@@ -515,10 +547,11 @@ def rl_files(put):
     put(questions.MATH[questions.SKYWORK], "data/math-0.parquet", [
         {"prompt": [{"role": "user", "content": f"Sky {i}?"}], "reward_model": {"ground_truth": truth}}
         for i, truth in enumerate(('["1/2"]', "[]"))])
-    dapo = {"dataset": MATH, "_hf_placeholder": {"row": 2, "question_template": {"prefix": "Box it.\n\n", "suffix": "\n\n!\n"}}}
+    wrapping = {"prefix": "Box it.\n\n", "suffix": "\n\n!\n"}
+    dapo = {"dataset": MATH, "_hf_placeholder": {"row": 2, "question_template": wrapping}}
     sky = [{"dataset": questions.SKYWORK, "_hf_placeholder": {"row": i, "question_template": "Do: {question} \\boxed"}}
            for i in (0, 1, 9)]
-    rows = [dapo, *sky, choice(), program(inputs=["1"], outputs=["1"]), follow(), work(), {"dataset": rl_blend.NOT_USED}]
+    rows = [dapo, *sky, choice(), program(inputs=["1"], outputs=["1"]), follow(), work(), {"dataset": rl_rows.NOT_USED}]
     put(rl_blend.REPO, "train.jsonl", rows)
 
 
@@ -532,7 +565,8 @@ def test_the_rl_blend_is_filled_joined_and_reported(put, tmp_path):
         ("Box it.\n\nWhat is 2?\n\nIn two parts?\n\n!", "2"), ("Do: Sky 0? \\boxed", "1/2")]
     assert {name: line["rows"] for name, line in told["domains"].items()} == {
         "math": 2, "coding": 1, "science": 1, "if": 1, "agent": 1}
-    assert told["dropped"] == {"empty truth": 1, "placeholder without a problem": 1, "structured outputs (not in the study)": 1}
+    assert told["dropped"] == {"empty truth": 1, "placeholder without a problem": 1,
+                               "structured outputs (not in the study)": 1}
     assert told["read"] == 9 == sum(told["dropped"].values()) + sum(line["rows"] for line in told["domains"].values())
     assert told["remarks"]["math prompts without \\boxed"] == 1 and told["instruction_ids"]["keywords:existence"] == 1
     assert {row.domain for row in rl_blend.rows(tmp_path / "rl", "agent")} == {"agent"}
@@ -570,7 +604,8 @@ def found(train, **benchmarks):
 def test_shared_runs_of_13_words_are_hits():
     """Faults: case or punctuation that hides a hit, 12 shared words called one, an item in parts of two prompts."""
     item = run_of(26)
-    told = found([("a", "See: " + run_of(13, 5).upper().replace(" ", ", ")), ("b", run_of(12)), ("c", "other " * 30)], hle=[item])
+    train = [("a", "See: " + run_of(13, 5).upper().replace(" ", ", ")), ("b", run_of(12)), ("c", "other " * 30)]
+    told = found(train, hle=[item])
     line = told["benchmarks"]["hle"]
     assert (line["items"], line["items hit"], line["items hit by half"], line["training prompts"]) == (1, 1, 0, 1)
     assert line["examples"] == [{"item": "0", "share": round(1 / 14, 3), "place": "a", "run": run_of(13, 5)}]
@@ -586,7 +621,8 @@ def test_short_items_are_looked_for_whole_or_counted():
 
 def test_repeated_prompts_are_counted_within_and_across_sets():
     """Fault: the same prompt in two sets, or in another spelling of spaces and case, taken for two."""
-    told = decontamination.check({"one": [("a", "Same text."), ("b", "same  TEXT"), ("c", "other")], "two": [("d", "other")]}, {})
+    sets = {"one": [("a", "Same text."), ("b", "same  TEXT"), ("c", "other")], "two": [("d", "other")]}
+    told = decontamination.check(sets, {})
     assert told["repeated"] == {"one": {"prompts": 3, "different": 2, "most often": 2},
                                 "two": {"prompts": 1, "different": 1, "most often": 1},
                                 "all": {"prompts": 4, "different": 2, "most often": 2}}

@@ -127,8 +127,9 @@ def read(file: File, skip: int = 0, columns: Sequence[str] | None = None) -> Ite
     `columns` are read alone where the format allows it. Raises SchemaError for a line that is no JSON object, and
     HubError where the file cannot be opened or read on.
     """
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import config, disable_progress_bars, load_dataset
     disable_progress_bars()
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the hub of every file that is opened, also of a local one
     builder = BUILDERS[Path(file.path).suffix]
     options = {"columns": list(columns)} if columns and builder == "parquet" else {}
 

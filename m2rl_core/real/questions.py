@@ -34,15 +34,16 @@ class Statements:
         """The statement of one problem; "" for a data set, a split or an index that is not there, or an empty one."""
         if dataset not in CODE:
             return ""
-        source = self.find(CODE[dataset])
-        if split not in source.splits:
-            return ""
         if (dataset, split) not in self._known:
-            self._known[dataset, split] = [
-                statement(dataset, row, f"{file.place}, line {number}") for file in hub.files(source, [split])
-                for number, row in hub.read(file, columns=COLUMNS[dataset])]
+            self._known[dataset, split] = self._read(dataset, split)
         known = self._known[dataset, split]
         return known[index] if 0 <= index < len(known) else ""
+
+    def _read(self, dataset: str, split: str) -> list[str]:
+        source = self.find(CODE[dataset])
+        return [statement(dataset, row, f"{file.place}, line {number}")
+                for file in (hub.files(source, [split]) if split in source.splits else ())
+                for number, row in hub.read(file, columns=COLUMNS[dataset])]
 
 
 def statement(dataset: str, row: dict, place: str) -> str:

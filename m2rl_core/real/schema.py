@@ -63,8 +63,9 @@ def decoded(value, kind: type, place: str, path: str):
 def messages(row: dict, place: str) -> list[dict]:
     """A row's messages as {role, content, reasoning_content?, tool_calls?}; [] where the row has none.
 
-    Contents are texts (a tool's may be any JSON value); tool calls are [{name, arguments}], arguments as they are
-    given: a text stays one, for the chat template writes it as it is. All other keys are left out.
+    Contents are texts, or lists of parts with a text (a tool's may be any JSON value). Tool calls are [{name,
+    arguments}], arguments as they are given: a text stays one, for the chat template writes it as it is. All other
+    keys are left out; a developer is a system.
     """
     clean = []
     for i, message in enumerate(get(row, "messages", list, place, [])):
@@ -72,11 +73,14 @@ def messages(row: dict, place: str) -> list[dict]:
         if not isinstance(message, dict):
             raise wrong(place, path, f"expected an object, found {repr(message)[:40]}")
         role = get(message, "role", str, place, path=path + ".")
+        role = "system" if role == "developer" else role
         if role not in ROLES:
             raise wrong(place, f"{path}.role", f"unknown role {role!r}, the roles are {', '.join(ROLES)}")
         content = message.get("content")
         if role == "tool" and not isinstance(content, str | None):
             content = json.dumps(content, ensure_ascii=False)
+        elif isinstance(content, list):
+            content = "".join(_part(part, place, f"{path}.content[{n}]") for n, part in enumerate(content))
         elif not isinstance(content, str | None):
             content = get(message, "content", str, place, path=path + ".")
         one = {"role": role, "content": content or ""}
@@ -86,6 +90,13 @@ def messages(row: dict, place: str) -> list[dict]:
             one["tool_calls"] = _calls(calls, place, f"{path}.tool_calls")
         clean.append(one)
     return clean
+
+
+def _part(part, place: str, path: str) -> str:
+    """The text of one part of a content; SchemaError for a part of another kind, such as a picture."""
+    if not isinstance(part, dict):
+        raise wrong(place, path, f"expected an object, found {repr(part)[:40]}")
+    return get(part, "text", str, place, path=path + ".")
 
 
 def tools(value, place: str, path: str = "tools") -> list[dict]:

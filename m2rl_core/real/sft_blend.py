@@ -24,7 +24,7 @@ from m2rl_core.errors import StudyError
 from m2rl_core.real import commits, pieces, schema
 from m2rl_core.real.hub import File
 from m2rl_core.real.pieces import Piece
-from m2rl_core.real.questions import PLACEHOLDER, Statements
+from m2rl_core.real.questions import CODE, PLACEHOLDER, Statements
 from m2rl_core.store import hold, write_atomic
 
 DOMAINS = {"Math Formal Proofs": "math", "Math": "math", "Science": "science", "Code": "coding", "Chat": "if",
@@ -83,13 +83,16 @@ def build(out: Path, settings: Settings = Settings(), report: Callable[[str], No
     plan = pieces.begin(out, json.loads(json.dumps({"kind": "sft", **asdict(settings)})))
     if (out / "report.json").is_file():
         return json.loads((out / "report.json").read_text())
+    names = settings.types or tuple(known)
+    for repo in (*(known[name].repo for name in names), *(CODE.values() if "Code" in names else ())):
+        commits.files(repo, out)  # what is not there is said now, not after hours
     statements = Statements(lambda repo: commits.source(repo, out))
     made, lines = {}, {}
     with hold(out / ".lock", "this blend", report):
-        for name in settings.types or known:
+        for name in names:
             made[name], lines[name] = _kind(known[name], out, settings, statements, report)
-    manifest = [{"type": name, "folder": folder_name(name), "times": lines[name]["times"], "group": pieces.GROUP, **vars(piece)}
-                for name, done in made.items() for piece in done if piece.data]
+    manifest = [{"type": name, "folder": folder_name(name), "times": lines[name]["times"], "group": pieces.GROUP,
+                 **vars(piece)} for name, done in made.items() for piece in done if piece.data]
     write_atomic(out / "manifest.json", json.dumps(manifest, indent=1))
     told = {"plan": plan, "commits": commits.read(out), "types": lines}
     write_atomic(out / "report.json", json.dumps(told, indent=1))
@@ -104,7 +107,8 @@ def _kind(kind: Kind, out: Path, settings: Settings, statements: Statements, rep
     """The pieces of one type, and its line of the report."""
     folder, files = out / folder_name(kind.type), commits.files(kind.repo, out)
     convert = partial(columns_of, kind=kind.type, statements=statements)
-    work = partial(pieces.work, files, convert=convert, lines=settings.lines, first=settings.first, skip_wrong=settings.skip_wrong,
+    work = partial(pieces.work, files, convert=convert, lines=settings.lines, first=settings.first,
+                   skip_wrong=settings.skip_wrong,
                    report=lambda piece: report(f"{kind.type}: {piece.name}: {piece.rows} of {piece.read} rows usable"))
     random = settings.share < 1 or kind.sampling == "random sampling"
     wanted = None
