@@ -120,8 +120,13 @@ def test_a_folder_keeps_the_commit_that_it_was_begun_with(put, monkeypatch, tmp_
     assert commits.source("math-ai/aime24", tmp_path).revision == "f" * 40
     assert asked == ["", "f" * 40] and commits.read(tmp_path) == {"math-ai/aime24": "f" * 40}
     put("math-ai/aime24", "data/test-0.parquet", [{"problem": "x"}])
-    with pytest.raises(ValueError, match=r"was begun with math-ai/aime24 from f{40}, now it is by hand: choose another"):
+    with pytest.raises(ValueError, match=r"was begun with math-ai/aime24 from f{40}, now it is by hand, 1 files, \d+ bytes: "):
         commits.files("math-ai/aime24", tmp_path)
+    put("math-ai/aime25", "test.jsonl", [{"problem": "x"}])
+    assert commits.files("math-ai/aime25", tmp_path) == commits.files("math-ai/aime25", tmp_path)
+    put("math-ai/aime25", "test.jsonl", [{"problem": "other"}])
+    with pytest.raises(ValueError, match="was begun with math-ai/aime25 from by hand, 1 files, 17 bytes, now it is"):
+        commits.files("math-ai/aime25", tmp_path)
 
 
 HUB = """
@@ -573,8 +578,6 @@ def test_the_rl_blend_is_filled_joined_and_reported(put, tmp_path):
     before = every_file(tmp_path / "rl")
     (tmp_path / "rl" / "report.json").unlink()
     (tmp_path / "rl" / "pieces" / "00-train-000001.json").unlink()  # as a killed run leaves it
-    (tmp_path / "rl" / "pieces" / "00-train-whole.json").unlink()
-    (tmp_path / "rl" / "pieces" / "00-train-000002.json").unlink()
     rl_blend.build(tmp_path / "rl", rl_blend.Settings(lines=4))
     assert every_file(tmp_path / "rl") == before
 

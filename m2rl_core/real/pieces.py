@@ -77,13 +77,15 @@ def work(files: Sequence[File], folder: Path, convert: Convert, *, lines: int = 
     pieces = []
     for number, file in enumerate(files):
         stem = f"{number:02d}-{Path(file.path).name.rsplit('.', 1)[0]}"
-        done = [_noted(path) for path in sorted(folder.glob(f"{stem}-[0-9]*.json"))]
-        if not (folder / f"{stem}-{WHOLE}.json").exists():
+        done, whole = [], folder / f"{stem}-{WHOLE}.json"
+        while (note := folder / f"{stem}-{len(done):06d}.json").exists():
+            done.append(_noted(note))
+        if not whole.exists() or json.loads(whole.read_text())["pieces"] != len(done):
             for piece in _rest(file, folder, stem, len(done), convert, lines, first, wanted, write, skip_wrong):
                 done.append(piece)
                 if report:
                     report(piece)
-            write_atomic(folder / f"{stem}-{WHOLE}.json", json.dumps({"file": file.place, "pieces": len(done)}))
+            write_atomic(whole, json.dumps({"file": file.place, "pieces": len(done)}))
         pieces += done
     return pieces
 

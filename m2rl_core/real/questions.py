@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable
 
 from m2rl_core.real import hub, schema
-from m2rl_core.real.hub import File, Source
+from m2rl_core.real.hub import Source
 
 PLACEHOLDER = "-"
 CODE = {"taco": "BAAI/TACO", "apps": "codeparrot/apps", "code_contests": "deepmind/code_contests",
