@@ -153,6 +153,20 @@ def test_a_row_of_the_blend_can_be_encoded(words):
         '\n\n<tool_call>\n{"name": "find", "arguments": {"who": "Zoë"}}\n</tool_call><|im_end|>')
 
 
+def test_what_is_encoded_can_be_trained_on(words, policy):
+    """Fault: ids and flags of another form than `sft.masked_loss` takes."""
+    import math
+
+    import toy_policy
+    from m2rl_core.sft import masked_loss
+    student = toy_policy.clone(policy)
+    student.requires_grad()
+    row = chat.encode(words, TALKS["tools"], (TOOL,))
+    loss, tokens = masked_loss(student, [row])
+    assert math.isfinite(loss) and tokens == sum(row[1]) > 20
+    assert all(weight.grad is not None for weight in student.weights.values())
+
+
 def test_a_tokenizer_without_the_marks_is_named(words):
     """Fault: <think> cut into letters, which the model would learn to spell."""
     class Letters:

@@ -489,7 +489,8 @@ def test_rows_come_out_in_the_form_that_their_verifier_takes():
     row = one({"dataset": MATH, **asked("2+2?"), "expected_answer": "4"})
     assert row.truth == {"answer": "4"} and math.verify([row], [["\\boxed{4}"]])[0].score == 1.0
     row = one(program(inputs=["1 2\n"], outputs=["3\n"]))
-    assert row.truth == {"unit_tests": {"inputs": ["1 2\n"], "outputs": ["3\n"]}}
+    assert row.truth == {"unit_tests": {"inputs": ["1 2\n"], "outputs": ["3\n"]}, "cpu_seconds": 10}
+    assert one(program(inputs=["1"] * 50, outputs=["1"] * 50)).truth["cpu_seconds"] == 60
     assert coding.verify([row], [["no code"]])[0].reason == "no code block"
     row = one(work())
     assert row.truth["calls"] == [{"name": "email_send", "arguments": {"to": "ada@example.com"}}]

@@ -2,8 +2,9 @@
 
 `Row.truth` by domain (what a verifier of real rows reads):
   math     answer: the text of the value
-  coding   unit_tests: {inputs, outputs}, texts for stdin and stdout; a LiveCodeBench item adds function: the method of
-           Solution that is called ("" for stdin), inputs then being one JSON value a line
+  coding   unit_tests: {inputs, outputs}, texts for stdin and stdout; cpu_seconds: for all tests together (10 a test as in
+           the released code, 60 at most; that code draws 20 of the tests, here all count); a LiveCodeBench item adds
+           function: the method of Solution that is called ("" for stdin), inputs then being one JSON value a line
   science  letter: of the right option; options: how many there are
   if       instruction_id_list, kwargs: in the same order, without keys that are None
   agent    kind: "workplace" (NeMo-Gym's tables; replay `calls` and compare states; `agent.verify` does not know it yet),
@@ -27,6 +28,7 @@ LABELS = {
 }
 NOT_USED = "nano_v3_sft_profiled_structured_outputs"
 MAX_TURNS = 6
+RUN_SECONDS, CPU_SECONDS = 10, 60
 # The released code's wording (process_rl_data.py): put before a math prompt, and in place of the opening of a science one.
 MATH_OPENING = ("Solve the following math problem step by step. The last line of your response should be of the form "
                 "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n")
@@ -100,7 +102,9 @@ def _coding(row: dict, place: str) -> dict | str:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise schema.wrong(place, f"{path}{name}[{i}]", f"expected a text, found {repr(text)[:40]}")
-    return {"unit_tests": {"inputs": inputs, "outputs": outputs}} if inputs else "empty truth"
+    if not inputs:
+        return "empty truth"
+    return {"unit_tests": {"inputs": inputs, "outputs": outputs}, "cpu_seconds": min(RUN_SECONDS * len(inputs), CPU_SECONDS)}
 
 
 def _science(row: dict, place: str) -> dict | str:
