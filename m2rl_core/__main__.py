@@ -1,4 +1,4 @@
-"""The command line: reproduce, run, status, why, estimate, rebuild, clean, report, merge, bench.
+"""The command line: reproduce, run, status, why, estimate, rebuild, clean, report, merge, bench, data.
 
 Every error that a user can cause ends in one line and exit code 2; a report with a failed notebook in 1.
 """
@@ -173,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
     commands.add_parser("bench", help="measure merging, the engine or the weight analysis (bench merge --help)", add_help=False)
     commands.add_parser("merge", help="merge checkpoints of your own (merge --help)", add_help=False)
+    commands.add_parser("data", help="make and check the paper's own SFT and RL data (data --help)", add_help=False)
     return top
 
 
@@ -191,6 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         return cli.main(argv[1:]) or 0
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
+    if argv[:1] == ["data"]:
+        from m2rl_core.real import cli
+        return cli.main(argv[1:])
     args = parser().parse_args(argv)
     try:
         return args.function(args)
