@@ -75,6 +75,17 @@ def module(domain: str):
     return importlib.import_module(f"m2rl_core.domains.{MODULES[domain]}")
 
 
+def rule_of(row: Row, rules: Sequence[str]) -> str:
+    """The rule that a row asks its verifier for, `truth["rule"]`; the first of `rules` where it asks for none.
+
+    A loader sets it in every row of a source, from the profile. ValueError for a rule that the verifier does not have.
+    """
+    rule = row.truth.get("rule", rules[0])
+    if rule not in rules:
+        raise ValueError(f"row {row.id!r}: rule {rule!r} is none of {', '.join(rules)}")
+    return rule
+
+
 def is_held_out(fingerprint: str) -> bool:
     """Whether a problem belongs to the test sets, decided by its SHA-256 alone."""
     return int(hashlib.sha256(fingerprint.encode()).hexdigest()[:8], 16) / 16**8 < TEST_SHARE
