@@ -178,6 +178,16 @@ def test_a_failure_ends_a_program_after_few_tests(monkeypatch):
     assert box.rounds == (3, 8, 32, 18)  # 1, 4, 16 and the last 9 tests of those that still run
 
 
+def test_few_items_are_unpacked_at_once(monkeypatch):
+    """Faults: the tests of a whole benchmark in memory; verdicts in the places of other items."""
+    box = Counting()
+    monkeypatch.setattr(sandbox, "shared", lambda limits: box)
+    rows = [Row(**{**item([("1", "1")]).__dict__, "id": f"lcb/{i % 10}"}) for i in range(20)]
+    found = rewards(rows, [[block("good" if i % 3 else "bad")] for i in range(20)])
+    assert [one.score for one in found] == [float(i % 3 > 0) for i in range(20)]
+    assert box.rounds == (16, 4)  # two answers to each of eight items, then of two
+
+
 def test_without_a_sandbox_nothing_is_scored(monkeypatch):
     """Fault: a score of 0 on LiveCodeBench because this machine cannot run programs."""
     monkeypatch.setattr(sandbox, "shared", lambda limits: Interpreter("a test"))

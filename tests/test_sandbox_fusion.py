@@ -9,9 +9,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from toy_server import Scripted
 
 from m2rl_core import post, sandbox
 from m2rl_core.domains import Row, coding
@@ -34,38 +34,6 @@ def impatient(monkeypatch):
 def server():
     with Sandbox() as box, Server(box) as running:
         yield running
-
-
-class Scripted:
-    """A server that gives one (status, body) after the other, the last one for ever, and keeps what it was asked."""
-
-    def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                owner.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-                status, body = owner.answers.pop(0) if len(owner.answers) > 1 else owner.answers[0]
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 def result(**changed) -> dict:
@@ -168,7 +136,7 @@ def test_a_server_that_fails_at_one_program_costs_that_program():
 
 
 @pytest.mark.parametrize("answers, said", [
-    ([(404, {"detail": "None"})], r'SandboxFusion at http://127.0.0.1:\d+/run_code refuses with status 404: {"detail": "None"}'),
+    ([(404, {"detail": "None"})], r'SandboxFusion at http://127.0.0.1:\d+/run_code refuses with status 404: {"detail'),
     ([(503, b"")], r"cannot be reached \(5 attempts; the last: status 503: Service Unavailable\): is it running"),
     ([(200, b"<html>\nhello")], "answers with no JSON object: '<html> hello'"),
     ([(200, [1])], "answers with no JSON object"),

@@ -24,6 +24,7 @@ from m2rl_core.errors import StudyError
 SECONDS = 6  # a test
 LIMITS = sandbox.Limits(memory_bytes=4 * 2**30, output_bytes=8 * 2**20)
 LARGEST = 2**30  # bytes of an item's tests, decompressed
+ITEMS = 8  # whose tests are unpacked at once: some hold a hundred megabytes
 FIRST, MORE = 1, 4  # tests of a program in the first round, and how many times as many in each one after it
 
 # What every program finds imported, in the official order: later names hide earlier ones.
@@ -94,7 +95,7 @@ def decoded(text: str) -> list[dict]:
         raise StudyError(f"neither JSON nor a packed pickle of it ({type(error).__name__}: {error})") from error
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=ITEMS)
 def tests(public: str, private: str, metadata: str, row: str = "") -> Tests:
     """Public tests, then private ones, as the official code runs them; StudyError names the row and the field."""
     cases = []
@@ -137,6 +138,19 @@ def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdic
     if box.kind == "interpreter":
         raise StudyError(f"LiveCodeBench runs real programs, which the {box.about} cannot: apt-get install bubblewrap, "
                          "or M2RL_SANDBOX=http://... for a SandboxFusion server")
+    items: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        items.setdefault(row.id, []).append(i)
+    verdicts: list[Verdict | None] = [None] * len(rows)
+    groups = list(items.values())
+    for start in range(0, len(groups), ITEMS):
+        places = [i for item in groups[start:start + ITEMS] for i in item]
+        for i, verdict in zip(places, _verdicts(box, [rows[i] for i in places], [answers[i] for i in places]), strict=True):
+            verdicts[i] = verdict
+    return verdicts
+
+
+def _verdicts(box, rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdict]:
     asked = [tests(row.truth["public_test_cases"], row.truth["private_test_cases"], row.truth.get("metadata", ""), row.id)
              for row in rows]
     codes = [code_of(turns[-1]) for turns in answers]
