@@ -2,16 +2,22 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
+import io
 import json
 import os
 import pickle
+import random
 import shutil
+import sys
 import zlib
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from m2rl_core import sandbox
-from m2rl_core.domains import Row, livecodebench, rewards
+from m2rl_core.domains import Row, coding, livecodebench, rewards
 from m2rl_core.domains.livecodebench import decoded
 from m2rl_core.errors import StudyError
 from m2rl_core.interpreter import Interpreter
@@ -207,3 +213,73 @@ def test_both_kinds_of_coding_rows_in_one_batch_keep_their_places():
 def test_a_large_output_is_no_failure():
     """Fault: LiveCodeBench's long answers cut off by the limits of the miniature."""
     assert reasons(item([("300000", "7\n" * 300_000)]), "print('7\\n' * int(input()))") == ["right"]
+
+
+# --- beside the published code
+
+
+@pytest.fixture(scope="module")
+def published():
+    """LiveCodeBench's own grading, from evalscope's wheel, without evalscope's framework around it."""
+    names = ("evalscope", "evalscope.utils", "evalscope.utils.io_utils", "evalscope.utils.logger")
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    file = Path(importlib.util.find_spec("evalscope").origin).parent / "benchmarks/live_code_bench/testing_util.py"
+    for name in names:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = []
+    sys.modules[names[2]].current_time = sys.modules[names[3]].get_logger = lambda: None
+    try:
+        spec = importlib.util.spec_from_file_location("published_livecodebench", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(before)
+    return module
+
+
+def passes(grade, *arguments) -> bool:
+    """What the published code says; like its caller, an error of its own is a failure."""
+    try:
+        return grade(*arguments, 6)[0][-1] is True
+    except (ArithmeticError, ValueError):
+        return False
+
+
+def test_outputs_are_compared_as_published(published):
+    """Fault: a rule of comparison that drifts from LiveCodeBench's on some odd output."""
+    rng = random.Random(5)
+    parts = ("1", "1.0", "01", "1e0", "nan", "snan", "inf", "-0", "0", "Yes", "yes", " ", "  ", "\n", "\n\n", "1_0",
+             "\t", "\r\n", "٣")
+
+    def draw():
+        return "".join(rng.choice(parts) for _ in range(rng.randint(1, 4)))
+    agreed = set()
+    for _ in range(600):
+        want = draw()
+        got = rng.choice((want.replace("1", "1.0"), f" {want}\n", want.replace(" ", "  "), draw()))
+        program = f"import sys\nsys.stdout.write({got!r})"
+        right = passes(published.grade_stdio, program, [""], [want])
+        assert coding.same(got, want) is right, (got, want)
+        agreed.add(right)
+    assert agreed == {True, False}
+
+
+def test_values_are_compared_as_published(published, monkeypatch):
+    """Fault: a value that changes on its way out of the sandbox. Our program runs here, for its text is this file's."""
+    values = ("[1,2]", "(1,2)", "[(1,2)]", "[[1,2]]", "1", "1.0", "True", "'1'", "None", "{'a':1}", "{1:1}", "()",
+              "float('nan')", "float('inf')", "{1}", "[None]", "deque([1])", "defaultdict(int,{'a':1})", "range(2)", "10**30", "[{'a':(1,)}]")
+    wanted = ("[1,2]", "[[1,2]]", "1", "true", "\"1\"", "null", "{\"a\":1}", "{\"1\":1}", "[]", "[null]", "Infinity", "NaN",
+              "[0,1]", "1" + "0" * 30, "[{\"a\":[1]}]")
+    limit = sys.getrecursionlimit()
+    for value in values:
+        code = f"class Solution:\n    def f(self, x):\n        return {value}"
+        monkeypatch.setattr(sys, "stdin", io.StringIO("1"))
+        monkeypatch.setattr(sys, "stdout", printed := io.StringIO())
+        exec(livecodebench.program(code, "f"), {"__name__": "__main__"})
+        monkeypatch.undo()
+        for want in wanted:
+            ours = livecodebench.failure(Outcome((printed.getvalue(),)), livecodebench.Tests((("1", want),), "f"), 0) == ""
+            assert ours is passes(published.grade_call_based, code, ["1"], [want], "f"), (value, want)
+    sys.setrecursionlimit(limit)
