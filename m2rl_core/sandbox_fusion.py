@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ class Refused(ValueError):
 
 
 NUMBERS = {"compile_timeout": 10, "run_timeout": 10, "memory_limit_MB": -1}  # and their defaults
-LONGEST_RUN, LARGEST, QUEUE = 300, 16 * 2**20, 64  # seconds; bytes of a request; requests that wait
+LONGEST_RUN, LARGEST, QUEUE = 300, 64 * 2**20, 64  # seconds; bytes of a request; requests that wait
 
 
 def program_of(body: bytes) -> Program:
@@ -207,6 +208,11 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             raise StudyError(f"port {port} of 127.0.0.1 cannot be served ({error.strerror}): --port takes another") from error
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address) -> None:
+        """Who went away meanwhile needs no traceback."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
     def __enter__(self) -> Server:
         threading.Thread(target=self.serve_forever, daemon=True).start()

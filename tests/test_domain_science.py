@@ -1,7 +1,8 @@
 """Science rows and their verifier."""
 import pytest
 
-from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, rewards, science, training_rows
+from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, letters, rewards, science, training_rows
+from m2rl_core.errors import StudyError
 
 
 def score(truth, answer):
@@ -203,7 +204,7 @@ def test_unknown_names_are_errors():
 def test_letters_by_both_rules(answer, ours, released):
     """Fault: a rule "as released" that reads other letters than the released one."""
     assert science.letter_of(answer) == ours
-    assert science.first_letter_of(answer) == released
+    assert letters.first_letter_of(answer) == released
 
 
 def test_a_row_asks_for_the_released_rule():
@@ -213,3 +214,21 @@ def test_a_row_asks_for_the_released_rule():
     assert score({"letter": "J", "options": 10, "rule": "first_letter"}, "Answer: J") == 0.0  # never paid, as released
     with pytest.raises(ValueError, match="rule 'first' is none of last_letter, first_letter"):
         score({"letter": "B", "rule": "first"}, answer)
+
+
+@pytest.mark.parametrize("form, answer, letter", [
+    (r"\\boxed\{(.*?)\}", r"\boxed{A}, no: \boxed{(b)}", "B"),  # the last one, marks and case not minded
+    (r"\(\(([A-Z])\)\)", "((C)) and more", "C"), ("[A-D]", "A or C", "C"), (r"\\boxed\{(.*?)\}", "Answer: A", None),
+    (r"\\boxed\{(.*?)\}", r"\boxed{A or B}", None), (r"\\boxed\{(.*?)\}", r"\boxed{E}", None), ("(X)?Answer", "Answer", None),
+])
+def test_a_row_of_the_blend_has_a_form_of_its_own(form, answer, letter):
+    """Fault: a right letter in the form that the prompt asked for, scored 0 because we ask for another."""
+    assert letters.letter_by(form, answer) == letter
+    if letter:
+        assert score({"letter": letter, "output_regex": form}, answer) == 1.0
+        assert score({"letter": letter, "output_regex": None}, answer) == 0.0
+
+
+def test_a_form_that_is_none_is_an_error():
+    with pytest.raises(StudyError, match=r"^output_regex '\(' is no regular expression"):
+        score({"letter": "A", "output_regex": "("}, "A")

@@ -32,7 +32,7 @@ PAIR = "class Solution:\n    def pair(self, numbers: List[int], other) -> list:\
 
 
 def packed(value) -> str:
-    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+    return base64.b64encode(zlib.compress(pickle.dumps(value, protocol=4))).decode()
 
 
 def item(cases, function=None, **fields) -> Row:
@@ -94,6 +94,13 @@ def test_a_bomb_is_not_unpacked(monkeypatch):
     monkeypatch.setattr(livecodebench, "LARGEST", 1000)
     with pytest.raises(StudyError, match="^more than 1000 bytes"):
         decoded(packed("0" * 10**6))
+
+
+def test_a_pickle_that_asks_for_much_memory_is_refused():
+    """Fault: nine bytes (LONG_BINPUT with the largest number) for which the reader takes 32 gigabytes."""
+    text = base64.b64encode(zlib.compress(b"]r\xff\xff\xff\xff.")).decode()
+    with pytest.raises(StudyError, match="^a pickle that would fill the memory"):
+        decoded(text)
 
 
 @pytest.mark.parametrize("fields, said", [
@@ -269,7 +276,8 @@ def test_outputs_are_compared_as_published(published):
 def test_values_are_compared_as_published(published, monkeypatch):
     """Fault: a value that changes on its way out of the sandbox. Our program runs here, for its text is this file's."""
     values = ("[1,2]", "(1,2)", "[(1,2)]", "[[1,2]]", "1", "1.0", "True", "'1'", "None", "{'a':1}", "{1:1}", "()",
-              "float('nan')", "float('inf')", "{1}", "[None]", "deque([1])", "defaultdict(int,{'a':1})", "range(2)", "10**30", "[{'a':(1,)}]")
+              "float('nan')", "float('inf')", "{1}", "[None]", "deque([1])", "defaultdict(int,{'a':1})", "range(2)", "10**30",
+              "[{'a':(1,)}]")
     wanted = ("[1,2]", "[[1,2]]", "1", "true", "\"1\"", "null", "{\"a\":1}", "{\"1\":1}", "[]", "[null]", "Infinity", "NaN",
               "[0,1]", "1" + "0" * 30, "[{\"a\":[1]}]")
     limit = sys.getrecursionlimit()

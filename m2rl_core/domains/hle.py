@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from m2rl_core import post
-from m2rl_core.domains import Row, Verdict, math, science
+from m2rl_core.domains import Row, Verdict, letters, math, science
 from m2rl_core.errors import StudyError
 
 WHO = "the judge of HLE"
 SECONDS, AT_ONCE, TRIES = 300.0, 8, 2  # for one request; requests on their way; requests until a reply can be read
-LETTERS = 26
 FIELDS = ("extracted_final_answer", "reasoning", "correct", "confidence")
 
 PROMPT = """\
@@ -176,7 +175,7 @@ def by_rule(row: Row, answer: str) -> Verdict:
     if kind not in ("multipleChoice", "exactMatch"):
         raise ValueError(f"row {row.id!r}: answer_type {kind!r} is none of multipleChoice, exactMatch")
     if kind == "multipleChoice" and re.fullmatch("[A-Z]", gold):
-        said = science.letter_of(answer, LETTERS)
+        said = letters.letter_of(answer, len(letters.ALPHABET))
         right = said == gold
     else:
         said = science.exact_of(answer) or _answer_of(answer)

@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import pickle
+import pickletools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ def decoded(text: str) -> list[dict]:
         data = stream.decompress(base64.b64decode(text, validate=True), LARGEST)
         if stream.unconsumed_tail or not stream.eof:
             raise StudyError(f"more than {LARGEST} bytes, or cut off")
+        for code, number, at in pickletools.genops(data):
+            if "PUT" in code.name and number > at:  # a part's number makes room for as many
+                raise StudyError("a pickle that would fill the memory")
         found = _Unpickler(io.BytesIO(data)).load()
         return json.loads(found) if isinstance(found, str) else found
     except StudyError:
