@@ -106,6 +106,20 @@ def test_coding_rows_go_to_the_address(server, monkeypatch):
     assert sandbox.probe() == f"SandboxFusion at {server.url}/"
 
 
+@needs_bwrap
+def test_livecodebench_goes_to_the_address_too(server, monkeypatch):
+    """Fault: limits of LiveCodeBench that only our own sandbox can be opened with."""
+    monkeypatch.setenv("M2RL_SANDBOX", server.url)
+    monkeypatch.setattr(sandbox, "_larger", {})
+    cases = json.dumps([{"input": "[1, 2]", "output": "3"}, {"input": "[]", "output": "0"}])
+    truth = {"public_test_cases": cases, "private_test_cases": "[]", "metadata": '{"func_name": "total"}'}
+    row = Row("lcb/1", "coding", "", "", (), truth)
+    answers = [[f"```python\nclass Solution:\n    def total(self, x: List[int]):\n        return {value}\n```"]
+               for value in ("sum(x)", "3", "x[0] + x[1]")]
+    assert [one.reason for one in coding.verify([row] * 3, answers)] == [
+        "right", "wrong answer on test 2: 3", "test 2: IndexError: list index out of range"]
+
+
 # --- client
 
 

@@ -2,7 +2,8 @@
 
 The last box after the last "Answer:" must equal the truth, as a text cleaned in one way or by sympy cleaned in another.
 Written anew from what the released rule decides, oddities included. Departures: LaTeX becomes plain text by the few
-commands in `SIGNS` (released: pylatexenc, which knows all of them), and nothing with "__" or quotes in it is evaluated.
+commands in `SIGNS` (released: pylatexenc, which knows all of them); nothing with "__" or quotes in it is evaluated; and
+a box inside of <think> never counts (released: it does after an "Answer:" in there, where the answer itself has neither).
 It must run where it can be killed: `math.verify` does, in the worker.
 """
 from __future__ import annotations
