@@ -218,8 +218,9 @@ class Sandbox:
 def open_sandbox(limits: Limits = Limits()):
     """A `Sandbox`, or the `Interpreter` (with a warning) where bubblewrap cannot be used.
 
-    The environment variable M2RL_SANDBOX forces one: "bubblewrap" (SandboxUnavailable where it fails) or
-    "interpreter"; ValueError for any other value but "auto".
+    The environment variable M2RL_SANDBOX forces one: "bubblewrap" (SandboxUnavailable where it fails), "interpreter", or
+    the address of a SandboxFusion server (StudyError where it does not run Python); ValueError for any other value but
+    "auto".
     """
     found = _find(limits)
     if found.kind == "interpreter":
@@ -237,8 +238,11 @@ def _find(limits: Limits):
     from m2rl_core.interpreter import Interpreter
 
     choice = os.environ.get("M2RL_SANDBOX", "auto")
+    if choice.startswith(("http://", "https://")):
+        from m2rl_core.sandbox_fusion import Client
+        return Client(choice, limits)
     if choice not in CHOICES:
-        raise StudyError(f"M2RL_SANDBOX={choice!r}: one of {', '.join(CHOICES)}")
+        raise StudyError(f"M2RL_SANDBOX={choice!r}: one of {', '.join(CHOICES)}, or the address of a SandboxFusion server")
     if choice == "interpreter":
         return Interpreter("M2RL_SANDBOX=interpreter asks for it")
     try:
@@ -250,16 +254,19 @@ def _find(limits: Limits):
 
 
 _shared: list = []
+_larger: dict[Limits, list] = {}
 
 
-def shared():
-    """The process's one sandbox, opened when first asked for, closed at exit; a fork of the process gets its own."""
-    if not _shared or _shared[0][0] != os.getpid():
-        _shared[:] = [(os.getpid(), open_sandbox())]
-        atexit.register(_close, os.getpid())
-    return _shared[0][1]
+def shared(limits: Limits | None = None):
+    """The process's one sandbox (or one for other limits), opened when first asked for, closed at exit; a fork of the
+    process gets its own."""
+    place = _shared if limits is None else _larger.setdefault(limits, [])
+    if not place or place[0][0] != os.getpid():
+        place[:] = [(os.getpid(), open_sandbox(limits or Limits()))]
+        atexit.register(_close, os.getpid(), place)
+    return place[0][1]
 
 
-def _close(pid: int) -> None:
-    if pid == os.getpid() and _shared:
-        _shared.pop()[1].close()
+def _close(pid: int, place: list) -> None:
+    if pid == os.getpid() and place:
+        place.pop()[1].close()

@@ -66,7 +66,7 @@ def test_every_kind_has_a_case_and_is_really_of_its_benchmark():
     origin = {name: checkers.require(name).__module__.split(".")[2] for name in checkers.ids()}
     assert {origin[name] for name in constraints.SEEN} == {"ifeval"}
     assert {origin[name] for name in constraints.UNSEEN} == {"ifbench"}
-    assert sorted(origin.values()) == ["ifbench"] * 58 + ["ifeval"] * 25
+    assert sorted(origin.values()) == ["ifbench"] * 58 + ["ifeval"] * 25 + ["ifevalg"] * 29
 
 
 def test_all_must_hold_and_the_reason_names_the_first_missed():
@@ -193,7 +193,7 @@ def refuse(*a, **k): raise AssertionError("a download was attempted")
 nltk.download = nltk.downloader.Downloader.download = socket.socket.connect = refuse
 from m2rl_core.domains import checkers
 assert "langdetect" not in sys.modules, "loaded before it was needed"
-assert len(checkers.ids()) == 83
+assert len(checkers.ids()) == 83 + 29
 assert checkers.follows("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "",
                         "A cat. A dog.") == (True, "")
 assert checkers.follows("words:words_position", {"keyword": "is"}, "", "It is what it is, no.") == (True, "")

@@ -159,3 +159,58 @@ def test_unknown_names_are_errors():
         math.test("aime26", generator(0))
     with pytest.raises(ValueError, match="no worked answer"):
         math.respond(Row("real/7", "math", "aime24", "sha:1", (), {"answer": "73"}))
+
+
+# --- rules that a row may ask for
+
+
+def ruled(gold, answer, rule):
+    return math.verify([Row("m/1", "math", "", "", (), {"answer": gold, "rule": rule})], [[answer]])[0]
+
+
+@pytest.mark.parametrize("answer, score", [
+    (r"\boxed{5} or \boxed{6}", 1.0), (r"\boxed{6} or \boxed{5}", 0.0), (r"\boxed{70} \boxed{6}", 1.0), ("6", 0.0),
+    (r"\boxed{5}, no: \boxed{\frac{12}{2}}", 1.0), (r"\boxed{6} or \boxed{7", 1.0),
+])
+def test_the_last_box_alone(answer, score):
+    """Fault: benchmarks scored by the stricter rule of training, or math-verify given all boxes at once (706)."""
+    assert ruled("6", answer, "last_box").score == score
+
+
+@pytest.mark.parametrize("gold, answer, score", [
+    # what stands where: the last box after the last "Answer:"
+    ("5", r"\boxed{5}", 1), ("5", "Answer: 5", 0), ("5", r"\boxed{5} Answer: 5", 0),
+    ("5", r"Answer: \boxed{6} Answer: \boxed{5}", 1), (r"\boxed{5}", r"\boxed{5}", 1),
+    ("5", r"\boxed{6} \boxed{5}", 1), ("5", r"\boxed{5", 0), ("5", r"\boxed 5", 0), ("5", r"\fbox{5}", 0),
+    ("", r"\boxed{}", 0), ("x", r"###Response \boxed{x}", 1),
+    # equal as texts
+    (r"\frac{1}{2}", r"\boxed{\frac12}", 1), ("1/2", r"\boxed{\dfrac{1}{2}}", 1), ("0.5", r"\boxed{\frac{1}{2}}", 1),
+    ("5", r"\boxed{x=5}", 1), ("90", r"\boxed{90^\circ}", 1), ("12", r"\boxed{12\text{ cm}}", 1), ("50", r"\boxed{50\%}", 1),
+    (r"\sqrt{3}", r"\boxed{\sqrt3}", 1), ("(1,2)", r"\boxed{\left(1, 2\right)}", 1), ("B", r"\boxed{\text{B}}", 1),
+    # equal by sympy
+    ("x+1", r"\boxed{1+x}", 1), ("2.5", r"\boxed{2\frac{1}{2}}", 1), (r"\frac{\sqrt{12}}{2}", r"\boxed{\sqrt{3}}", 1),
+    (r"\frac{\pi}{2}", r"\boxed{\pi/2}", 1), ("1000", r"\boxed{1,000}", 1), ("3000000", r"\boxed{3 * 10^6}", 0),
+    ("073", r"\boxed{73}", 1), ("10", r"\boxed{10 cm}", 1), ("yes", r"\boxed{\text{Yes}}", 1),
+    ("[0,2x]", r"\boxed{[0,x+x]}", 1),
+    # what the rule refuses, and math-verify or a teacher would not
+    (r"\frac{1}{2}", r"\boxed{\frac{2}{4}}", 0), ("2", r"\boxed{\frac{4}{2}}", 0), ("1024", r"\boxed{2^{10}}", 0),
+    ("(1,2)", r"\boxed{[1,2]}", 0), ("(1,2)", r"\boxed{(1,2,3)}", 0), ("a+b+c", r"\boxed{c+b+a}", 0), ("4", r"\boxed{2+2}", 0),
+    # what is not evaluated
+    ("1", r"\boxed{().__class__}", 0), ("1", r"\boxed{9^9^9}", 0), ("x", r"\boxed{((((}", 0), ("x", r"\boxed{\frac}", 0),
+])
+def test_the_released_rule_by_hand(gold, answer, score):
+    """Fault: a rule "as released" that accepts what the released one refuses, or the other way round."""
+    assert ruled(gold, answer, "deepscaler").score == score
+
+
+def test_the_released_rule_is_killed_too(monkeypatch):
+    """Fault: a path to sympy around the worker that can be killed."""
+    monkeypatch.setattr(worker, "LIMIT", 3.0)
+    row = Row("m/1", "math", "", "", (), {"answer": "x", "rule": "deepscaler"})
+    endless, fine = rewards([row] * 2, [[r"</think>\boxed{9**9**9**9*x}"], [r"</think>\boxed{x}"]])
+    assert (endless.score, endless.reason, fine.score) == (0.0, "verifier killed after 3 s", 1.0)
+
+
+def test_an_unknown_rule_is_an_error():
+    with pytest.raises(ValueError, match="row 'm/1': rule 'first_box' is none of every_box, last_box, deepscaler"):
+        ruled("5", r"\boxed{5}", "first_box")

@@ -1,7 +1,8 @@
 """Science rows and their verifier."""
 import pytest
 
-from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, rewards, science, training_rows
+from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, letters, rewards, science, training_rows
+from m2rl_core.errors import StudyError
 
 
 def score(truth, answer):
@@ -180,3 +181,54 @@ def test_unknown_names_are_errors():
         science.test("gpqa", generator(0))
     with pytest.raises(ValueError, match="no worked answer"):
         science.respond(Row("real/7", "science", "hle", "sha:1", ({"role": "user", "content": "?"},), {"exact": "7"}))
+
+
+# --- the released rule
+
+
+@pytest.mark.parametrize("answer, ours, released", [
+    ("Answer: C", "C", "C"),
+    ("the answer depends on A. Answer: B", "B", "D"),  # "answer d..."
+    ("Choice B looks right, but the option is C.\nAnswer: C", "C", "B"),  # the first hit
+    ("An answer is not easy. Answer: B", "B", "B"),  # "answer is n...": N is no option, so the last capital of all
+    ("Answer: A\nAnswer: B", "B", "A"),
+    ("C is correct.", None, "C"),
+    ("Final option: b", None, "B"),
+    ("It must be (D).", None, "D"),  # the last capital that stands alone
+    ("A or B", None, "B"),
+    ("Answer: J", None, None),
+    ("no letter", None, None),
+    ("**Answer:** C", "C", "C"),  # the marks keep the pattern from hitting, the last capital saves it
+    ("The best choice: elements", None, "E"),
+])
+def test_letters_by_both_rules(answer, ours, released):
+    """Fault: a rule "as released" that reads other letters than the released one."""
+    assert science.letter_of(answer) == ours
+    assert letters.first_letter_of(answer) == released
+
+
+def test_a_row_asks_for_the_released_rule():
+    answer = "the answer depends on A. Answer: B"
+    assert score({"letter": "B"}, answer) == score({"letter": "D", "rule": "first_letter"}, answer) == 1.0
+    assert score({"letter": "B", "rule": "first_letter"}, answer) == 0.0
+    assert score({"letter": "J", "options": 10, "rule": "first_letter"}, "Answer: J") == 0.0  # never paid, as released
+    with pytest.raises(ValueError, match="rule 'first' is none of last_letter, first_letter"):
+        score({"letter": "B", "rule": "first"}, answer)
+
+
+@pytest.mark.parametrize("form, answer, letter", [
+    (r"\\boxed\{(.*?)\}", r"\boxed{A}, no: \boxed{(b)}", "B"),  # the last one, marks and case not minded
+    (r"\(\(([A-Z])\)\)", "((C)) and more", "C"), ("[A-D]", "A or C", "C"), (r"\\boxed\{(.*?)\}", "Answer: A", None),
+    (r"\\boxed\{(.*?)\}", r"\boxed{A or B}", None), (r"\\boxed\{(.*?)\}", r"\boxed{E}", None), ("(X)?Answer", "Answer", None),
+])
+def test_a_row_of_the_blend_has_a_form_of_its_own(form, answer, letter):
+    """Fault: a right letter in the form that the prompt asked for, scored 0 because we ask for another."""
+    assert letters.letter_by(form, answer) == letter
+    if letter:
+        assert score({"letter": letter, "output_regex": form}, answer) == 1.0
+        assert score({"letter": letter, "output_regex": None}, answer) == 0.0
+
+
+def test_a_form_that_is_none_is_an_error():
+    with pytest.raises(StudyError, match=r"^output_regex '\(' is no regular expression"):
+        score({"letter": "A", "output_regex": "("}, "A")

@@ -75,6 +75,17 @@ def module(domain: str):
     return importlib.import_module(f"m2rl_core.domains.{MODULES[domain]}")
 
 
+def rule_of(row: Row, rules: Sequence[str]) -> str:
+    """The rule that a row asks its verifier for, `truth["rule"]`; the first of `rules` where it asks for none.
+
+    A loader sets it in every row of a source, from the profile. ValueError for a rule that the verifier does not have.
+    """
+    rule = row.truth.get("rule", rules[0])
+    if rule not in rules:
+        raise ValueError(f"row {row.id!r}: rule {rule!r} is none of {', '.join(rules)}")
+    return rule
+
+
 def is_held_out(fingerprint: str) -> bool:
     """Whether a problem belongs to the test sets, decided by its SHA-256 alone."""
     return int(hashlib.sha256(fingerprint.encode()).hexdigest()[:8], 16) / 16**8 < TEST_SHARE
@@ -119,10 +130,17 @@ def answer_of(turn: str) -> str | None:
 def prepare(rows: Iterable[Row]) -> None:
     """Start what verifies these rows without waiting for it, so that it gets ready while answers are sampled."""
     from m2rl_core.domains import worker
-    known = {row.domain for row in rows} & set(MODULES)  # a judge's question belongs to no domain
-    wanted = [module(domain).__name__ for domain in sorted(known - set(SANDBOXED))]
+    asked = [_route(row) for row in rows if row.domain in MODULES]  # a judge's question belongs to no domain
+    wanted = sorted({home.__name__ for home, here in asked if not here})
     if wanted:
         worker.start(wanted)
+
+
+def _route(row: Row) -> tuple:
+    """The module that verifies a row, and whether it does so in this process: where what can hang is elsewhere already."""
+    found = module(row.domain)
+    found = getattr(found, "home", lambda _: found)(row)  # a domain may have several verifiers
+    return found, row.domain in SANDBOXED or getattr(found, "here", lambda: False)()
 
 
 def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[Verdict]:
@@ -135,7 +153,7 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
     """
     from m2rl_core.domains import worker
     verdicts: list[Verdict | None] = [None] * len(rows)
-    batches: dict[str, list[int]] = {}
+    batches: dict[tuple, list[int]] = {}
     answers: list[list[str]] = []
     for i, (row, turns) in enumerate(zip(rows, transcripts, strict=True)):
         parts = [answer_of(turn) for turn in turns]
@@ -143,10 +161,10 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
         if not parts or any(part is None for part in parts):
             verdicts[i] = Verdict(0.0, "no </think>")
         else:
-            batches.setdefault(row.domain, []).append(i)
-    for domain, indices in batches.items():
-        batch, home = ([rows[i] for i in indices], [answers[i] for i in indices]), module(domain)
-        found = verified(home.verify, *batch) if domain in SANDBOXED else worker.verify(home.__name__, *batch)
+            batches.setdefault(_route(row), []).append(i)
+    for (home, here), indices in batches.items():
+        batch = [rows[i] for i in indices], [answers[i] for i in indices]
+        found = verified(home.verify, *batch) if here else worker.verify(home.__name__, *batch)
         for i, verdict in zip(indices, found, strict=True):
             verdicts[i] = verdict
     return verdicts

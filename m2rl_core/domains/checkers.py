@@ -1,4 +1,4 @@
-"""The published IFEval (25 ids) and IFBench (58 ids) checkers, taken from the evalscope 1.14.1 wheel.
+"""The published IFEval (25 ids) and IFBench (58 ids) checkers, from the evalscope 1.14.1 wheel, and IFEvalG's other 29.
 
 `import evalscope` would start its whole framework, and its checkers fetch NLTK data when imported. So
 only the checker files are loaded, on first use, with a finder for NLTK data that never downloads. Where
@@ -41,21 +41,41 @@ def ids() -> tuple[str, ...]:
     return tuple(sorted(_registry()))
 
 
-def follows(instruction_id: str, kwargs: Mapping | None, prompt: str, response: str) -> tuple[bool, str]:
-    """Whether `response` obeys one instruction (strict IFEval), and what a checker stumbled on ("" if nothing).
+def follows(instruction_id: str, kwargs: Mapping | None, prompt: str, response: str, loose: bool = False) -> tuple[bool, str]:
+    """Whether `response` obeys one instruction, and what a checker stumbled on ("" if nothing); IFEval, strict or loose.
 
     `kwargs` are the instruction's parameters; those that are None are left out. Global `random` is seeded for the
     check, because some checkers draw the parameters that a row omits, and put back afterwards.
     Raises ValueError for an unknown id or parameters that it refuses, MissingData for absent NLTK data.
     """
+    stumbled = ""
     with _seeded():
         checker = _build(instruction_id, kwargs, prompt)
-        if not response.strip():
-            return False, ""
-        try:
-            return bool(checker.check_following(response)), ""
-        except BAD_TEXT as error:
-            return False, type(error).__name__
+        for text in readings(response) if loose else (response,):
+            try:
+                if text.strip() and checker.check_following(text):
+                    return True, ""
+            except BAD_TEXT as error:
+                stumbled = stumbled or type(error).__name__
+    return False, stumbled
+
+
+def readings(response: str) -> list[str]:
+    """The texts of which one must obey in loose IFEval: as it is, and without its first line, its last line, both, and
+    each of these four without asterisks."""
+    lines = response.split("\n")
+    cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return cut + [text.replace("*", "") for text in cut]
+
+
+def sentences(text: str) -> list[str]:
+    """IFEval's own splitting into sentences."""
+    return _published()[1].split_into_sentences(text)
+
+
+def tokens(text: str) -> list[str]:
+    """NLTK's words and marks."""
+    return _published()[1].nltk.word_tokenize(text)
 
 
 def require(instruction_id: str) -> type:
@@ -95,7 +115,14 @@ def _seeded() -> Iterator[None]:
 
 @functools.cache
 def _registry() -> dict[str, type]:
-    """Instruction id -> checker class, of both benchmarks (their ids do not overlap)."""
+    """Instruction id -> checker class, of both benchmarks and of training rows (no id is in two of them)."""
+    from m2rl_core.domains import ifevalg  # it asks here for sentences and tokens
+    return _published()[0] | ifevalg.registry()
+
+
+@functools.cache
+def _published() -> tuple[dict[str, type], ModuleType]:
+    """The published checkers by instruction id, and IFEval's module for taking texts apart."""
     try:
         return _load()
     except ImportError as error:
@@ -118,7 +145,8 @@ def _load():
         modules = [importlib.import_module(f"evalscope.benchmarks.{name}.instructions_registry") for name in BENCHMARKS]
         nltk.word_tokenize("a")  # NLTK keeps both tokenizers from here on; the folder may go
         modules[0].instructions.instructions_util.count_sentences("a")
-    return {name: checker for module in modules for name, checker in module.INSTRUCTION_DICT.items()}
+    known = {name: checker for module in modules for name, checker in module.INSTRUCTION_DICT.items()}
+    return known, modules[0].instructions.instructions_util
 
 
 @contextlib.contextmanager

@@ -97,9 +97,21 @@ def _answer(parts: Parts, worked: bool) -> list[dict]:
 def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdict]:
     """1.0 where the last python block passes every unit test; all programs run in one batch in the sandbox.
 
-    `truth` holds `unit_tests` {inputs, outputs}, and may hold `cpu_seconds` (all tests together, default 1).
-    ValueError names a row without tests.
+    `truth` holds `unit_tests` {inputs, outputs}, and may hold `cpu_seconds` (all tests together, default 1), or else
+    LiveCodeBench's fields, see `livecodebench.verify`. ValueError names a row without tests.
     """
+    from m2rl_core.domains import livecodebench  # it compares as is done here
+    verdicts: list[Verdict | None] = [None] * len(rows)
+    official = [i for i, row in enumerate(rows) if "private_test_cases" in row.truth]
+    others = [i for i in range(len(rows)) if i not in set(official)]
+    for check, places in ((_unit_tests, others), (livecodebench.verify, official)):
+        found = check([rows[i] for i in places], [answers[i] for i in places]) if places else []
+        for i, verdict in zip(places, found, strict=True):
+            verdicts[i] = verdict
+    return verdicts
+
+
+def _unit_tests(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdict]:
     batch: dict[int, sandbox.Program] = {}
     for i, (row, turns) in enumerate(zip(rows, answers, strict=True)):
         tests = row.truth["unit_tests"]

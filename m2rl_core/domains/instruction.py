@@ -1,4 +1,4 @@
-"""Instruction following: write about a topic under constraints, verified by the checkers of IFEval and IFBench.
+"""Instruction following: write about a topic under constraints, verified by the checkers of IFEval, IFBench, IFEvalG.
 
 SFT shows one constraint, sometimes two; RL draws one to three; the miniature "ifeval" asks for combinations of ids and
 parameters that no training row shows, and "ifbench" for ids that no training row names. `verify` serves real rows too.
@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from m2rl_core.domains import Row, Verdict, checkers, generator
+from m2rl_core.domains import Row, Verdict, checkers, generator, rule_of
 from m2rl_core.domains.constraints import FILLERS, JOINED, KINDS, NAMES, SEEN, TOPICS, UNSEEN, draft
 
 # Tuning: the first four weigh prompts of 1, 2 and 3 constraints.
@@ -23,6 +23,7 @@ CORPUS_STORIES = 0.4  # share of pre-training documents without a constraint
 MAX_PIECES = 32  # words, marks and line breaks of an answer, so that it fits the miniature model's response
 MAX_FILLERS = 9
 
+RULES = ("strict", "loose")  # of IFEval; the first is that of training
 OPENERS = ("Write about the {}.", "Tell me about the {}.")
 
 
@@ -84,12 +85,20 @@ def spoil(row: Row, rng: random.Random) -> list[dict]:
 
 
 def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdict]:
-    """Strict, prompt-level IFEval: 1 where the last turn's text obeys every instruction of its row, else 0.
+    """Prompt-level IFEval: 1 where the last turn's text obeys every instruction of its row, else 0.
 
-    `truth` has IFEval's keys: "instruction_id_list", and "kwargs" in the same order. The reason names the first
-    instruction that is missed. Raises ValueError for a row with an unknown id, or with parameters that do not fit it.
+    `truth` has IFEval's keys: "instruction_id_list", and "kwargs" in the same order; its "rule" is "strict" (where it
+    has none) or "loose". The reason names the first instruction that is missed. Raises ValueError for a row with an
+    unknown id or rule, or with parameters that do not fit it.
     """
     return [_verdict(row, turns[-1]) for row, turns in zip(rows, answers, strict=True)]
+
+
+def outcomes(row: Row, response: str) -> dict[str, list[bool]]:
+    """"strict" and "loose": whether each instruction of the row is obeyed, in order; all four of IFEval's numbers."""
+    prompt, pairs = row.messages[-1]["content"], _pairs(row)
+    return {rule: [checkers.follows(name, kwargs, prompt, response, loose=rule == "loose")[0] for name, kwargs in pairs]
+            for rule in RULES}
 
 
 def load() -> None:
@@ -98,16 +107,21 @@ def load() -> None:
 
 
 def _verdict(row: Row, response: str) -> Verdict:
+    rule = rule_of(row, RULES)
     for name in row.truth["instruction_id_list"]:
         checkers.require(name)  # also where an earlier instruction is missed
     if not response.strip():
         return Verdict(0.0, "empty answer")
     prompt = row.messages[-1]["content"]
-    for name, kwargs in zip(row.truth["instruction_id_list"], row.truth["kwargs"], strict=True):
-        followed, stumbled = checkers.follows(name, kwargs, prompt, response)
+    for name, kwargs in _pairs(row):
+        followed, stumbled = checkers.follows(name, kwargs, prompt, response, loose=rule == "loose")
         if not followed:
             return Verdict(0.0, f"missed {name}" + (f" ({stumbled})" if stumbled else ""))
     return Verdict(1.0, "right")
+
+
+def _pairs(row: Row) -> list[tuple[str, dict | None]]:
+    return list(zip(row.truth["instruction_id_list"], row.truth["kwargs"], strict=True))
 
 
 def _row(rng, source, counts, first):

@@ -3,6 +3,7 @@
 The verifier reads `\\boxed{}` and also serves real AIME rows. Two plain integers are compared as such;
 everything else goes to math-verify.
 A departure from "the last box counts": every box must hold the right value, so that listing guesses earns nothing.
+A row's "rule" says otherwise: "last_box", as benchmarks are scored, or "deepscaler", as the released code trains.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from random import Random
 
-from m2rl_core.domains import Row, Verdict, is_held_out
+from m2rl_core.domains import Row, Verdict, deepscaler, is_held_out, rule_of
 from m2rl_core.errors import StudyError
 
 # Difficulty, in one place. SFT sees shorter chains than RL and test, and half of its rows answer without working.
@@ -23,6 +24,7 @@ MULTIPLIERS = (2, 3, 4)  # few enough facts for a million weights
 COEFFICIENTS = (2, 3, 4, 5)
 CORPUS_LINES = 8
 
+RULES = ("every_box", "last_box", "deepscaler")
 CHAIN_WORDS = (  # start, one phrase for each operation, separator, end
     ("Start at {}", {"+": "Add {}", "-": "Subtract {}", "*": "Multiply by {}"}, ". ", ". Last digit?"),
     ("Take {}", {"+": "add {}", "-": "subtract {}", "*": "multiply by {}"}, ", ", ". What is the last digit?"),
@@ -163,8 +165,8 @@ def _ordinary_fact(rng: Random) -> str:
 
 
 def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdict]:
-    """1 where every box of the last turn holds `truth["answer"]`, otherwise 0 and why."""
-    return [_verify_one(row.truth["answer"], turns[-1]) for row, turns in zip(rows, answers, strict=True)]
+    """1 where every box of the last turn holds `truth["answer"]`, or what its "rule" asks for; otherwise 0 and why."""
+    return [score(row.truth["answer"], turns[-1], rule_of(row, RULES)) for row, turns in zip(rows, answers, strict=True)]
 
 
 def boxes(text: str) -> list[str]:
@@ -185,14 +187,18 @@ def boxes(text: str) -> list[str]:
     return found
 
 
-def _verify_one(gold: str, answer: str) -> Verdict:
+def score(gold: str, answer: str, rule: str = RULES[0]) -> Verdict:
+    """One answer's verdict by one of `RULES`; may take for ever, as with 9^{9^{9}}."""
+    if rule == "deepscaler":
+        right, found = deepscaler.right(answer, gold)
+        return Verdict(1.0, "right") if right else Verdict(0.0, "no box" if found is None else f"wrong answer: {found[:40]}")
     found = boxes(answer)
     if not found:
         return Verdict(0.0, "no box")
     outcome = _equal(gold, found[-1])
     if outcome != "right":
         return Verdict(0.0, f"{outcome}: {found[-1][:40]}")
-    if any(_equal(gold, other) != "right" for other in set(found[:-1])):
+    if rule == "every_box" and any(_equal(gold, other) != "right" for other in set(found[:-1])):
         return Verdict(0.0, "several different boxes")
     return Verdict(1.0, "right")
 

@@ -1,17 +1,20 @@
 """Science: formulas with small numbers and 20 elements, asked as multiple choice or openly.
 
 "gpqa_diamond" (miniature) is four options and `Answer: C`; "hle" (miniature) is `Exact Answer: 12 N`. The verifier
-serves real rows too: letters as far as the row has options, and for the open form a rule in place of a judge model,
-a lower bound. The authors' code takes the first "answer ... X" in the text; here the last `Answer: X` counts.
+serves real rows too: letters as far as the row has options; rows of HLE go to `hle.py`. The authors' code takes the
+first "answer ... X" in the text, which a row may ask for ("rule": "first_letter"); here the last `Answer: X` counts.
 """
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from decimal import Decimal
 from random import Random
+from types import ModuleType
 
-from m2rl_core.domains import Row, Verdict, is_held_out
+from m2rl_core.domains import Row, Verdict, is_held_out, rule_of
+from m2rl_core.domains.letters import first_letter_of, letter_by, letter_of
 
 # Difficulty, in one place. All facts are in the pre-training text.
 SFT_TERSE = 0.5  # share of open SFT rows with an empty <think>; a letter is always worked out, else it is learnt by heart
@@ -20,6 +23,8 @@ ELEMENT_SHARE = 0.25
 OPERANDS = range(2, 8)
 OPTIONS = 4
 CORPUS_LINES = 6
+
+RULES = ("last_letter", "first_letter")
 
 # result: (left, operation, right, unit of result, of left, of right)
 FORMULAS = {
@@ -232,22 +237,27 @@ def _element_fact(element: tuple, first: int) -> str:
 
 
 def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdict]:
-    """1 where the last turn ends in the right letter (`truth["letter"]`) or value (`truth["exact"]`), otherwise 0."""
+    """1 where the last turn ends in the right letter (`truth["letter"]`) or value (`truth["exact"]`), otherwise 0.
+
+    A row with letters may have the `output_regex` of its prompt's form, and may ask for one of `RULES`; a row of HLE
+    (`truth["answer_type"]`) goes to `hle.verify`.
+    """
     return [_verify_one(row, turns[-1]) for row, turns in zip(rows, answers, strict=True)]
 
 
-def letter_of(text: str, options: int = OPTIONS) -> str | None:
-    """The letter of the last `Answer: X`, X among the first `options` letters (10 at most); None where there is none.
+def home(row: Row) -> ModuleType:
+    """The module that verifies a row of this domain: this one, or that of HLE."""
+    from m2rl_core.domains import hle  # it reads letters as is done here
+    return hle if "answer_type" in row.truth else sys.modules[__name__]
 
-    The colon and the capital are required; bold, brackets and `\\boxed{}` around the letter are not minded. A letter
-    with a second one at its side ("Answer: A or B") is no answer.
-    """
-    last = _letter(min(options, 10) - 1)
-    mark = r"(?:\\boxed\{|\\text\{|[*_$(\[{\s])*"
-    letter = rf"{mark}([A-{last}])(?![A-Za-z0-9'])"
-    second = rf"[*_$)\]}}\s]*(?:,|/|&|\bor\b|\band\b){mark}[A-{last}](?![A-Za-z0-9'])"
-    found = list(re.finditer(rf"(?i:\banswer)[*_]*\s*:{letter}(?P<more>{second})?", text))
-    return found[-1][1] if found and not found[-1]["more"] else None
+
+def _letter_said(row: Row, answer: str) -> str | None:
+    options = row.truth.get("options", OPTIONS)
+    if rule_of(row, RULES) == "first_letter":
+        return first_letter_of(answer)
+    if row.truth.get("output_regex"):
+        return letter_by(row.truth["output_regex"], answer, options)
+    return letter_of(answer, options)
 
 
 def exact_of(text: str) -> str | None:
@@ -269,9 +279,11 @@ def _split(text: str) -> tuple[Decimal | None, str]:
 
 
 def _verify_one(row: Row, answer: str) -> Verdict:
+    if "answer_type" in row.truth:
+        return home(row).verify([row], [[answer]])[0]
     if "letter" in row.truth:
-        said, expected = letter_of(answer, row.truth.get("options", OPTIONS)), row.truth["letter"]
-        missing, right = "no letter after 'Answer:'", said == expected
+        said, expected = _letter_said(row, answer), row.truth["letter"]
+        missing, right = "no letter" if row.truth.get("output_regex") else "no letter after 'Answer:'", said == expected
     elif "exact" in row.truth:
         said, expected = exact_of(answer), row.truth["exact"]
         missing, right = "no 'Exact Answer:'", said is not None and same_text(said, expected)
