@@ -76,7 +76,7 @@ def finish(chart, title: str, good: str = ""):
 def nothing(text: str, title: str):
     """A picture that says why there is none."""
     chart = alt.Chart(pd.DataFrame({"text": [text]})).mark_text(fontSize=12).encode(text="text:N")
-    return finish(chart.properties(width=400, height=60), title)
+    return finish(chart.properties(width=400, height=60), title, "undefined")
 
 
 def _named(frame: pd.DataFrame, *columns: str | None) -> pd.DataFrame:
@@ -291,7 +291,8 @@ def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", 
     known = [*DOMAIN_NAMES.values(), *STYLE]
     order = {axis: sorted(set(frame[axis]), key=lambda name: (known.index(name) if name in known else 99, name))
              for axis in (x, y)}
-    low, high = frame[value].min(), frame[value].max()
+    known = frame[value].dropna()
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)  # JSON has no NaN
     signed = low < 0 < high
     ends = [-max(-low, high), 0, max(-low, high)] if signed else [low, high]
     stops = BOTH_WAYS if signed else BLUES

@@ -66,16 +66,16 @@ def write(report: Path) -> list[Path]:
 
 
 def index(facts: dict, verdicts: list[dict], report: Path) -> str:
-    """The body of index.html: verdicts, one figure, the notebooks, and what made them."""
+    """The body of index.html: one figure, the notebooks, the verdicts, and what made them."""
     machine = facts["machine"]
     figure = _headline(report)
     tables = "".join(f'<li><a href="tables/{path.name}">{path.name}</a></li>'
                      for path in sorted((report / "tables").glob("*.csv")))
     return "\n".join([
         f"<h1>Mix or merge: the study at profile <code>{_text(facts['profile'])}</code></h1>",
-        "<h2>Verdicts</h2>", verdict_table(sorted(verdicts, key=lambda claim: str(claim.get("section")))),
         f'<h2>One figure</h2><img src="{figure}" alt="{Path(figure).stem}">' if figure else "",
         "<h2>Notebooks</h2>", notebook_table(facts["notebooks"], report),
+        "<h2>Verdicts</h2>", verdict_table(sorted(verdicts, key=lambda claim: str(claim.get("section")))),
         f'<h2>Tables</h2><ul>{tables}</ul>' if tables else "",
         '<h2>What made this</h2>',
         f'<p class="small">Commit {_text(facts["commit"])}; {machine["cores"]} cores, {machine["memory_gb"]} GB, '

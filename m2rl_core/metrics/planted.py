@@ -2,7 +2,7 @@
 
 Scores, gains, judges and divergences, each in the form that the stages write it; the notebooks and the tests hold the
 real measures against them. `planted_models` has those of weights and policies. Every answer is that of the population
-from which items are drawn, so that an interval over items should hold it in 95 % of the worlds.
+that items are drawn from, so that an interval over items should hold it in 95 % of the worlds.
 """
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def steadiness_picture(found: pd.DataFrame, factor: float = FACTOR):
     note = "one way " + found["one_way"].map("{:.2f}".format)
     return plots.heatmap(found.rename(columns={"domain": "domain of the prompts"}).assign(note=note), title,
                          "domain of the prompts", "expert", "share", note="note", size=56,
-                         good="near zero or one: sure; near one half: a toss-up; prompts drawn with replacement")
+                         good="near zero or one is better: sure; near one half: a toss-up; prompts drawn with replacement")
 
 
 def steadiness_sentence(found: pd.DataFrame) -> Markdown:

@@ -30,7 +30,7 @@ def all_pairs(found: pd.DataFrame):
                           domain=found["domain"].map(DOMAIN_NAMES))
     return plots.scatter(points, title, "KL(partner || TIES of all), nats a response", "change against the expert (points)",
                          facet="domain", columns=3, own_x=True, width=200,
-                         good="a line that falls: nearer partners help more; whiskers: 95 % over items")
+                         good="up is better; a line that falls: nearer partners help more; whiskers: 95 % over items")
 
 
 def test(found: pd.DataFrame, evidence: Evidence, policy: str = "merge-ties") -> dict:
@@ -174,7 +174,7 @@ def effects_picture(found: pd.DataFrame):
         return plots.nothing(OFF, title)
     named = found.rename(columns={"domain": "tested on", "partner": "joins"})
     return plots.heatmap(named, title, "tested on", "joins", "change", text="+.1f", note="interval", size=62,
-                         good="points, 95 % over items; above zero: it helps")
+                         good="points, 95 % over items; above zero is better: it helps")
 
 
 def growth_sentence(found: pd.DataFrame, added: pd.DataFrame, two: pd.DataFrame) -> Markdown:

@@ -49,7 +49,7 @@ def figure(found: pd.DataFrame, title: str = "The main claims again, one reading
         panels.append((tiles + framed + letters).properties(
             width=TILE * len(names), height=TILE * len(claims), title=alt.TitleParams(group, fontSize=10, anchor="start")))
     how = ("S supported, C contradicted, ? undecided, – not run; framed: another verdict than by the study's own reading "
-           "(own); empty: this reading cannot matter")
+           "(own), fewer are better; empty: this reading cannot matter")
     return plots.finish(alt.hconcat(*panels, spacing=8), title, how)
 
 
