@@ -62,6 +62,14 @@ def judge(claim: dict, evidence: Evidence) -> Verdict:
     return TESTS[claim["test"]](evidence, **claim["params"])
 
 
+def attempt(claim: dict, evidence: Evidence, otherwise: str = "not run") -> Verdict:
+    """`judge`, or the verdict `otherwise` where the evidence lacks something, with what that is."""
+    try:
+        return judge(claim, evidence)
+    except Missing as error:
+        return Verdict(otherwise, note=str(error), needs=f"what is missing ({error})")
+
+
 def paper_evidence() -> Evidence:
     """The paper's printed numbers as evidence; figures without numbers are missing from it."""
     return Evidence(
@@ -85,14 +93,7 @@ def decide(section: str | None, evidence: Evidence) -> list[dict]:
 
 
 def _line(claim: dict, printed_evidence: Evidence, evidence: Evidence) -> dict:
-    try:
-        of_paper = judge(claim, printed_evidence)
-    except Missing as error:
-        of_paper = Verdict("cannot be decided from printed numbers", note=str(error))
-    try:
-        of_run = judge(claim, evidence)
-    except Missing as error:
-        of_run = Verdict("not run", note=str(error), needs=f"what is missing ({error})")
+    of_paper, of_run = attempt(claim, printed_evidence, "cannot be decided from printed numbers"), attempt(claim, evidence)
     told = [claim[key] for key in ("id", "section", "text", "printed", "rule", "test", "params")]
     values = [*told, of_paper.verdict, of_run.verdict, *_numbers(of_run), of_run.n or None, of_run.note, of_run.needs]
     return dict(zip(KEYS, [*values, *_numbers(of_paper), of_paper.note, where(claim)], strict=True))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from m2rl_core import claims, paper
-from m2rl_core.claims.evidence import MERGES, Evidence, Missing, Verdict
+from m2rl_core.claims.evidence import MERGES, Evidence, first_seed
 from m2rl_core.claims.places import FRAMES
 
 HEADLINES = {  # claim -> what it says, in short
@@ -64,7 +64,7 @@ def decided(readings: Iterable[Reading], headlines: Mapping[str, str] = HEADLINE
             claim = known[name]
             if not reading.touches(claim):
                 continue
-            found = _judge({**claim, "params": {**claim["params"], **reading.params}}, reading.evidence)
+            found = claims.attempt({**claim, "params": {**claim["params"], **reading.params}}, reading.evidence)
             if reading.own:
                 before[reading.group, name] = found.verdict
             base = before[reading.group, name]
@@ -72,13 +72,6 @@ def decided(readings: Iterable[Reading], headlines: Mapping[str, str] = HEADLINE
                          "verdict": found.verdict, "before": base, "estimate": found.estimate,
                          "flips": found.verdict != base})
     return pd.DataFrame(rows)
-
-
-def _judge(claim: dict, evidence: Evidence) -> Verdict:
-    try:
-        return claims.judge(claim, evidence)
-    except Missing as error:
-        return Verdict("not run", note=str(error))
 
 
 def every(evidence: Evidence, sweep: pd.DataFrame | None = None, layer: int | None = None,
@@ -122,8 +115,7 @@ def variants(evidence: Evidence, sweep: pd.DataFrame | None) -> list[Reading]:
     """Every merge of the sweep in its method's place, on the sweep's items; the methods' own readings are the base."""
     if sweep is None or evidence.scores is None:
         return []
-    rows = evidence.scores if "seed" not in evidence.scores else evidence.scores[evidence.scores["seed"] <= 1]
-    k = sweep["sample"].nunique()
+    rows, k = first_seed(evidence.scores), sweep["sample"].nunique()
     others = rows[~rows["model"].isin(MERGES) & rows["item"].isin(set(sweep["item"])) & (rows["sample"] < k)]
     own = sweep[sweep["model"].isin(MERGES)]
 

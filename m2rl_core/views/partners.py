@@ -59,7 +59,7 @@ def test(found: pd.DataFrame, evidence: Evidence, policy: str = "merge-ties") ->
             for model in side["model"]:
                 weights |= {(b, model): weights.get((b, model), 0.0) + sign / len(side) / len(mixed) / len(OWN[domain])
                             for b in OWN[domain]}
-    gap = evidence.contrast(weights) if mixed else stats.Estimate(np.nan, np.nan, np.nan, 0, np.nan)
+    gap = evidence.contrast(weights, of="first") if mixed else stats.Estimate(np.nan, np.nan, np.nan, 0, np.nan)
     return {"tau": count / most, "low": float(low), "high": float(high), "n": len(order), "comparisons": most,
             "p": nearness.p_value(count, nearness.chance(kl, change)), "gap": gap.estimate, "gap_low": gap.low,
             "gap_high": gap.high, "domains": mixed}
