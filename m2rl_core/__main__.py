@@ -131,8 +131,10 @@ def clean(args) -> int:
 def notebook_stages(here: Run, name: str) -> list[str]:
     """The stages whose names stand in a notebook's chapter of the study; raises UnknownStage for no such notebook."""
     from m2rl_core import study
-    models = [f"eval-{name}" for model in study.MODELS for name in study.seeds_of(model, here.profile.seeds).values()]
-    trained = [name for model in study.TRAINED for name in study.seeds_of(model, here.profile.seeds).values()]
+    def on_all_seeds(models):
+        return [policy for model in models for policy in study.seeds_of(model, here.profile.seeds).values()]
+
+    models, trained = [f"eval-{policy}" for policy in on_all_seeds(study.MODELS)], on_all_seeds(study.TRAINED)
     chapters = {
         "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*trained, *models, "sweep"],
         "3.3": ["weights"], "3.5": models,

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from m2rl_core.bench import measure, models
-from m2rl_core.bench.runs import Runs, write
+from m2rl_core.bench.runs import Runs, gather
 from m2rl_core.profile import repo_root
 
 READ, COLD = "one read of the files", "one read of the files, from the disk"
@@ -33,16 +32,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layers", type=int, default=2, help="of the models; each adds 1.2 GB of files (2)")
     parser.add_argument("--hidden", type=int, default=2560, help="of the models, for a try-out")
     args = parser.parse_args(argv)
-    try:
+
+    def measured() -> Iterator[list[dict]]:
         bench = Bench(args.scratch / f"{args.layers}-{args.hidden}", args.layers, args.hidden)
         for pair in range(args.pairs):
             bench.pair(pair)
-            write(args.out, bench.rows())
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: written")
-    return 0
+            yield bench.rows()
+    return gather(args.out, measured())
 
 
 class Bench:
@@ -50,11 +46,7 @@ class Bench:
 
     def __init__(self, folder: Path, layers: int, hidden: int):
         self.folder, self.home = folder, folder / "models"
-        if not self.home.is_dir():
-            part = folder / "partial"
-            shutil.rmtree(part, ignore_errors=True)
-            models.make(part, layers, 0, sizes=models.matrices(layers, hidden))
-            part.rename(self.home)
+        models.make_once(self.home, layers, 0, sizes=models.matrices(layers, hidden))
         self.files = sorted(self.home.glob("*/*.safetensors"))
         self.runs = Runs(folder / "runs.json")
 

@@ -9,11 +9,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from m2rl_core.bench import measure, work
-from m2rl_core.bench.runs import Runs, write
+from m2rl_core.bench.runs import Runs, gather
 from m2rl_core.profile import repo_root
 
 AGAINST = {  # name: (our side, the peer's, its name, how many times as fast we mean to be; None where it only informs)
@@ -38,17 +38,14 @@ def main(argv: Sequence[str]) -> int:
         if not python.exists():
             print(f"bench: {python} is missing: run it as `make bench NB=engine`, which installs it", file=sys.stderr)
             return 2
-    try:
+
+    def measured() -> Iterator[list[dict]]:
         folder = args.scratch / f"{args.prompts}-{args.new_tokens}"
         bench = Bench(folder, args.peer, args.vllm, args.prompts, args.new_tokens)
         for pair in range(args.pairs):
             bench.pair(pair)
-            write(args.out, bench.rows())
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: written")
-    return 0
+            yield bench.rows()
+    return gather(args.out, measured())
 
 
 class Bench:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
 from m2rl_core.bench import measure, models
-from m2rl_core.bench.runs import Runs, write
+from m2rl_core.bench.runs import Runs, gather
 from m2rl_core.merging.checkpoint import SHARD_BYTES, Checkpoint, total_bytes
 from m2rl_core.profile import repo_root
 
@@ -45,17 +45,14 @@ def main(argv: Sequence[str]) -> int:
     if not args.peer.exists() and set(only) & set(AGAINST):
         print(f"bench: {args.peer} is missing: run it as `make bench NB=merge`, which installs it", file=sys.stderr)
         return 2
-    try:
+
+    def measured() -> Iterator[list[dict]]:
         bench = Bench(args.scratch, args.peer, args.layers, args.vocab)
         for pair in range(args.pairs):
             for name in only:
                 bench.pair(name, pair)
-                write(args.out, bench.rows())
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: written")
-    return 0
+                yield bench.rows()
+    return gather(args.out, measured())
 
 
 class Bench:
@@ -64,11 +61,7 @@ class Bench:
     def __init__(self, folder: Path, peer: Path, layers: int, vocab: int):
         self.folder, self.peer = folder, peer
         self.home = folder / f"models-{layers}-{vocab}"
-        if not self.home.is_dir():
-            part = self.home.with_suffix(".partial")
-            shutil.rmtree(part, ignore_errors=True)
-            models.make(part, layers, vocab)
-            part.rename(self.home)
+        models.make_once(self.home, layers, vocab)
         self.runs = Runs(folder / f"runs-{layers}-{vocab}.json")
         self.inputs = [self.home / "base", *(self.home / f"e{i}" for i in range(models.EXPERTS))]
         self.files = [path for model in self.inputs for path in sorted(model.glob("*.safetensors"))]

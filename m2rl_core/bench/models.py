@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,6 +43,15 @@ def matrices(layers: int, hidden: int = 2560) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj": (hidden, inner),
     }
     return {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in layer.items()}
+
+
+def make_once(home: Path, layers: int, vocab: int, **options) -> None:
+    """`make` where `home` is not there yet; whole or not at all."""
+    if not home.is_dir():
+        part = home.with_name(f"{home.name}.partial")
+        shutil.rmtree(part, ignore_errors=True)
+        make(part, layers, vocab, **options)
+        part.rename(home)
 
 
 def make(

@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from m2rl_core.provenance import machine
+from m2rl_core.store import write_atomic
 
 
 class Runs:
@@ -46,12 +49,17 @@ class Runs:
         return [row | {"machine": machine()}]
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """The report's data, replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(rows, indent=2) + "\n")
-    part.rename(path)
+def gather(path: Path, measured: Iterable[list[dict]]) -> int:
+    """Replaces the report's data each time that `measured` gives its rows anew; 2 after one line on standard error."""
+    try:
+        for rows in measured:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(rows, indent=2) + "\n")
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: written")
+    return 0
 
 
 def _digits(seconds: float) -> float:

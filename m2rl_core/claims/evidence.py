@@ -89,22 +89,23 @@ class Evidence:
         if name == "first" and (self.scores is None or "seed" not in self.scores):
             name = "scores"
         if name not in self.cells:
-            if name == "passed":  # wrong answers that a judge calls right
-                rows = self.frame("judged", "truth", "said").query("truth == 0")
-                self.cells[name] = _judged(rows.assign(correct=rows["said"] == 1), self.rng(), self.resamples)
-                return self.cells[name]
-            rows, scale = self.frame(name), 100.0
-            if name == "judged":
-                self.cells[name] = _judged(rows, self.rng(), self.resamples)
-                return self.cells[name]
-            if name == "along":
-                rows = rows.assign(model=rows["model"] + "@" + rows["step"].astype(str))
-            if name == "kl":
-                scale = 1.0
-                rows = rows.rename(columns={"domain": "benchmark", "prompt": "item"})
-                rows = rows.assign(model=rows["expert"] + ">" + rows["policy"], score=rows["kl_exact"] * rows["tokens"])
-            self.cells[name] = stats.measure(rows, self.rng(), scale=scale, resamples=self.resamples)
+            self.cells[name] = self._resampled(name)
         return self.cells[name]
+
+    def _resampled(self, name: str) -> Measured:
+        if name == "passed":  # wrong answers that a judge calls right
+            rows = self.frame("judged", "truth", "said").query("truth == 0")
+            return _judged(rows.assign(correct=rows["said"] == 1), self.rng(), self.resamples)
+        rows, scale = self.frame(name), 100.0
+        if name == "judged":
+            return _judged(rows, self.rng(), self.resamples)
+        if name == "along":
+            rows = rows.assign(model=rows["model"] + "@" + rows["step"].astype(str))
+        if name == "kl":
+            scale = 1.0
+            rows = rows.rename(columns={"domain": "benchmark", "prompt": "item"})
+            rows = rows.assign(model=rows["expert"] + ">" + rows["policy"], score=rows["kl_exact"] * rows["tokens"])
+        return stats.measure(rows, self.rng(), scale=scale, resamples=self.resamples)
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng(self.seed)
@@ -198,7 +199,11 @@ def undecided(e: Estimate, needs: str = "", items: float = nan, note: str = "") 
 
 def below(e: Estimate, line: float = 0.0, parts: int = 1) -> Verdict:
     """Supported where the whole interval is below `line`, contradicted where it is above."""
-    found = above(e, line, parts)
+    return opposite(above(e, line, parts))
+
+
+def opposite(found: Verdict) -> Verdict:
+    """The verdict on the contrary claim, the numbers as they are."""
     swapped = {"supported": "contradicted", "contradicted": "supported"}.get(found.verdict, found.verdict)
     return replace(found, verdict=swapped)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import atanh, ceil
 
 from m2rl_core.claims.evidence import (
-    EXPERT, JUDGED, MERGES, Missing, Verdict, above, below, differences, every, every_above,
+    EXPERT, JUDGED, MERGES, Missing, Verdict, above, below, differences, every, every_above, opposite,
 )
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average, difference
@@ -34,34 +34,32 @@ def judge_correlation(evidence, mode, sign):
 def process_better(evidence, benchmarks, consistently, line=0.0):
     """Process minus outcome above `line`: in every (model, benchmark) cell, or in the mean over all cells."""
     models = _judges(evidence, ("outcome", "process"), benchmarks)
-    triples = [(f"{m}/process", f"{m}/outcome", [b]) for m in models for b in benchmarks]
     if consistently:
+        triples = [(f"{m}/process", f"{m}/outcome", [b]) for m in models for b in benchmarks]
         return every_above(differences(evidence, triples, "judged"), line)
+    return above(_mean_gap(evidence, models, benchmarks, "judged"), line)
+
+
+def _mean_gap(evidence, models, benchmarks, of):
+    """Process minus outcome in the mean over models and benchmarks."""
     weights: dict = {}
-    for a, b, on in triples:
-        weights.update(difference(a, b, on))
-    return above(evidence.contrast({cell: w / len(triples) for cell, w in weights.items()}, of="judged"), line)
+    for m in models:
+        for b in benchmarks:
+            weights.update(difference(f"{m}/process", f"{m}/outcome", [b]))
+    cells = len(models) * len(benchmarks)
+    return evidence.contrast({cell: w / cells for cell, w in weights.items()}, of=of)
 
 
 def outcome_better(evidence, benchmarks, margin=0.0):
     """Outcome minus process above `margin` in the mean over models and `benchmarks`."""
     found = process_better(evidence, benchmarks, consistently=False, line=-margin)
-    swapped = {"supported": "contradicted", "contradicted": "supported"}.get(found.verdict, found.verdict)
-    return replace(found, verdict=swapped, estimate=-found.estimate, low=-found.high, high=-found.low)
+    return replace(opposite(found), estimate=-found.estimate, low=-found.high, high=-found.low)
 
 
 def waves_through(evidence, benchmark):
     """Share of wrong answers called right by process minus that by outcome, mean over models, above 0."""
-    passed = evidence.measured("passed")
-    models = [m for m in ("sft", *EXPERT.values(), *MERGES, "rl-multi", "mt-opd")
-              if all(passed.has(benchmark, f"{m}/{mode}") for mode in ("process", "outcome"))]
-    if not models:
-        raise Missing(f"no wrong answers on {benchmark}")
-    weights: dict = {}
-    for m in models:
-        weights.update(difference(f"{m}/process", f"{m}/outcome", [benchmark]))
-    weights = {cell: w / len(models) for cell, w in weights.items()}
-    return above(evidence.contrast(weights, of="passed"))
+    models = _judges(evidence, ("outcome", "process"), [benchmark], "passed", f"no wrong answers on {benchmark}")
+    return above(_mean_gap(evidence, models, [benchmark], "passed"))
 
 
 def judges_better(evidence, cells):
@@ -70,12 +68,12 @@ def judges_better(evidence, cells):
     return every_above(differences(evidence, triples, "judged"))
 
 
-def _judges(evidence, modes, benchmarks):
-    judges = evidence.measured("judged")
+def _judges(evidence, modes, benchmarks, of="judged", missing="no judged rows"):
+    judges = evidence.measured(of)
     models = [m for m in ("sft", *EXPERT.values(), *MERGES, "rl-multi", "mt-opd")
               if all(judges.has(b, f"{m}/{mode}") for b in benchmarks for mode in modes)]
     if not models:
-        raise Missing("no judged rows")
+        raise Missing(missing)
     return models
 
 

@@ -28,7 +28,7 @@ class Projection:
         check(k)
         self.n, self.k, self.columns = n, k, columns(k)
         self.width = -(-n // k) * k
-        self.start = start_of(seed, "projection", name)
+        self.start = start(seed, name)
 
     def signs(self) -> np.ndarray:
         """D's diagonal: +-1, (n,). Value i is in row i // columns: 32 rows share a 32-bit word for each column."""
@@ -57,6 +57,11 @@ class Projection:
         heavy, lower it further.
         """
         return (1 - rho**2) * math.sqrt((self.width / self.k - 1) / max(1, self.width - 1))
+
+
+def start(seed: int, name: str) -> int:
+    """Where the stream of signs of a tensor begins; see `merging.dare`."""
+    return start_of(seed, "projection", name)
 
 
 def columns(k: int) -> int:

@@ -25,7 +25,7 @@ from m2rl_core.merging.pool import Pool, cores
 from m2rl_core.merging.reader import Reader
 from m2rl_core.merging.stored import as_float, count_of
 from m2rl_core.metrics.masks import BINS, ETA
-from m2rl_core.metrics.projection import Projection, check, columns
+from m2rl_core.metrics.projection import Projection, check, columns, start
 from m2rl_core.metrics.weight_kernel import CODES, ROWS, drain, halve, look
 
 MATRICES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
@@ -113,8 +113,8 @@ class Stream:
         width, bf16 = columns(self.k), rows[0].dtype == np.uint16
         sums, folds = np.zeros((self.pairs, 3)), np.zeros((self.pairs, 2, width))
         eta = None if bf16 and self.eta < 2**-8 else np.float32(self.eta)  # on bfloat16 it decides nothing: see `masks`
-        start = Projection(stretch.count, self.k, self.seed, stretch.name).start
-        look(rows, stretch.first // width, eta, state_of(start, 0), self._table(stretch.name, way), sums, folds)
+        signs = state_of(start(self.seed, stretch.name), 0)
+        look(rows, stretch.first // width, eta, signs, self._table(stretch.name, way), sums, folds)
         return sums, folds
 
     def _table(self, name: str, way: int) -> np.ndarray:

@@ -88,7 +88,7 @@ def quality(rows: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
     where there is a single answer of a kind. `right` is the share of right answers among those that were judged; a
     reply that is neither yes nor no is unreadable and counts as wrong.
     """
-    lines, cells = [], {model: _kinds(part, evidence) for model, part in rows.groupby("model", sort=False)}
+    lines, cells = [], _kinds(rows, evidence)
     for (model, benchmark, mode), part in rows.groupby(["model", "benchmark", "mode"], sort=False):
         both = part["truth"].nunique() == 2
         e = cells[model].contrast({(benchmark, mode): 1.0}) if both else stats.Estimate(nan, nan, nan, 0, nan)
@@ -102,11 +102,14 @@ def quality(rows: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _kinds(rows: pd.DataFrame, evidence: Evidence) -> stats.Measured:
-    """One model's judgements, a column a mode; right and wrong answers are strata of equal weight: balanced accuracy."""
+def _kinds(rows: pd.DataFrame, evidence: Evidence) -> dict[str, stats.Measured]:
+    """Each model's judgements, a column a mode; right and wrong answers are strata of equal weight: balanced accuracy."""
     rows = rows.assign(category=rows["truth"].astype(str), score=rows["correct"].astype(float))
-    both = rows.groupby(["benchmark", "item"])["mode"].transform("nunique") == rows["mode"].nunique()
-    return stats.measure(rows[both], evidence.rng(), column="mode", resamples=evidence.resamples)
+    found = {}
+    for model, part in rows.groupby("model", sort=False):
+        both = part.groupby(["benchmark", "item"])["mode"].transform("nunique") == part["mode"].nunique()
+        found[model] = stats.measure(part[both], evidence.rng(), column="mode", resamples=evidence.resamples)
+    return found
 
 
 def quality_shown(found: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
@@ -114,13 +117,12 @@ def quality_shown(found: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
 
     Balanced accuracy counts the benchmarks with at least two answers of each kind, so that it has an interval.
     """
-    lines, rows = [], evidence.frame("judged")
+    lines, cells = [], _kinds(evidence.frame("judged"), evidence)
     for (model, mode), part in found.groupby(["model", "mode"], sort=False):
         mean = part[["accuracy", "yes", "right", "unreadable"]].mean()
         on, told = list(part.loc[part["low"].notna(), "benchmark"]), "undefined"
         if on:
-            cells = _kinds(rows[rows["model"] == model], evidence)
-            e = stats.widen(cells.contrast({(benchmark, mode): 1 / len(on) for benchmark in on}))
+            e = stats.widen(cells[model].contrast({(benchmark, mode): 1 / len(on) for benchmark in on}))
             told = f"{interval(*e[:3])} ({len(on)} of {len(part)} benchmarks)"
         lines.append({
             "model": model, "mode": mode, "accuracy": f"{mean['accuracy']:.1f}",
