@@ -143,7 +143,10 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class AnalysisSpec:
-    """Settings of the analyses; `eta` is the relative threshold of a changed weight, `sweep_...` belong to 3.2."""
+    """Settings of the analyses; `eta` is the relative threshold of a changed weight, `sweep_...` belong to 3.2.
+
+    `etas` are other thresholds under which the claims on weights are decided again; each reads the models once more.
+    """
 
     eta: float
     layer: int
@@ -156,6 +159,7 @@ class AnalysisSpec:
     judge_k: int
     bootstrap: int
     pairs: bool
+    etas: tuple[float, ...] = (1e-4, 1e-2)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def study(profile: Profile) -> dict[str, Stage]:
 
     analysis = profile.analysis
     add("weights", "weights", ("sft", *EXPERTS), {
-        "eta": analysis.eta, "random_projection": analysis.random_projection, **seed})
+        "eta": analysis.eta, "etas": analysis.etas, "random_projection": analysis.random_projection, **seed})
     several = {"sweep": variants(profile.merge), **({"subsets": subsets(profile.merge)} if analysis.pairs else {})}
     for name, merged in several.items():
         add(name, "sweep", ("sft", *EXPERTS), {

@@ -28,16 +28,18 @@ def sampled(levels, k, n=60, models=("sft", *EXPERT.values(), "rl-multi", *MERGE
 
 
 def test_the_planted_eta_flips_and_the_others_do_not():
-    """Masks overlap as stored and at eta 0.01, not in bfloat16."""
+    """Masks overlap as stored and at eta 0.01, not at 0.0001 and not in bfloat16."""
     found = weights()
     low = found.jaccard["bf16"]
-    masks = pd.concat([found.jaccard.assign(eta=0.001, jaccard=found.jaccard["jaccard"].where(~low, 0.1)),
-                       found.jaccard.assign(eta=0.01)])
-    decided = readings.decided(readings.weights(Evidence(jaccard=masks, cosine=found.cosine), None, 0.001))
+    masks = found.jaccard.assign(eta=0.001, jaccard=found.jaccard["jaccard"].where(~low, 0.1))
+    etas = [pd.concat([frame.assign(eta=0.01), (frame.assign(jaccard=0.1) if i == 0 else frame).assign(eta=0.0001)])
+            for i, frame in enumerate((found.jaccard, found.cosine))]
+    decided = readings.decided(readings.weights(Evidence(jaccard=masks, cosine=found.cosine), None, etas))
     seen = verdicts(decided, "changed weights")
     assert seen["masks-overlap", "as stored"] == ("supported", False)
     assert seen["masks-overlap", "bfloat16"] == ("contradicted", True)
     assert seen["masks-overlap", "η 0.01"] == ("supported", False)
+    assert seen["masks-overlap", "η 0.0001"] == ("contradicted", True)
     assert seen["directions-agree", "bfloat16"] == ("supported", False)
     assert not any(claim == "few-interferences" for claim, _ in seen)  # it reads no weights
 

@@ -301,7 +301,7 @@ def test_build_writes_every_layer_matrix_and_pair(tmp_path):
         save_file({name: x + 0.1 * seed * normal(*x.shape, seed=seed) for name, x in state.items()},
                   inputs[model] / "model.safetensors")
     steps = []
-    stage = SimpleNamespace(settings={"eta": 1e-3, "random_projection": 16, "layer": 1, "seed": 3})
+    stage = SimpleNamespace(settings={"eta": 1e-3, "etas": [1e-2, 0.5], "random_projection": 16, "layer": 1, "seed": 3})
     progress = SimpleNamespace(step=lambda done, total: steps.append((done, total)))
     weights.build(SimpleNamespace(stage=stage, inputs=inputs, out=tmp_path, progress=progress))
     overlaps, cosines = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("jaccard", "cosine"))
@@ -310,6 +310,12 @@ def test_build_writes_every_layer_matrix_and_pair(tmp_path):
                                       "share_a", "share_b", "eta"]
     assert list(cosines.columns) == ["layer", "matrix", "a", "b", "bf16", "cosine", "cosine_sd", "cosine_projected",
                                      "projection_sd", "n"]
+    for name, frame in (("jaccard", overlaps), ("cosine", cosines)):
+        others = pd.read_parquet(tmp_path / f"{name}_etas.parquet")
+        assert others["eta"].unique().tolist() == [1e-2, 0.5] and len(others) == 2 * len(frame)
+        assert set(frame.columns) | {"eta"} == set(others.columns)
+    shares = pd.read_parquet(tmp_path / "jaccard_etas.parquet").groupby("eta")["share_a"].mean()
+    assert shares[0.5] < shares[1e-2] < overlaps["share_a"].mean()
     assert set(overlaps.a) | set(overlaps.b) == set(DOMAINS) and set(overlaps.matrix) == set(weights.MATRICES)
     assert json.loads(overlaps.layer.drop_duplicates().to_json(orient="values")) == [0, 1]
     with pytest.raises(ValueError, match="not a Qwen3 model"):

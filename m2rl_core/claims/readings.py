@@ -5,7 +5,7 @@ own reading; where a reading rests on fewer items (variants of merges), against 
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -75,9 +75,12 @@ def decided(readings: Iterable[Reading], headlines: Mapping[str, str] = HEADLINE
 
 
 def every(evidence: Evidence, sweep: pd.DataFrame | None = None, layer: int | None = None,
-          eta: float | None = None) -> list[Reading]:
-    """All readings that this evidence allows; `sweep`: rows of the merges' variants, `layer`: the one shown, from 0."""
-    return [*samples(evidence), *costs(evidence), *variants(evidence, sweep), *weights(evidence, layer, eta),
+          etas: Sequence[pd.DataFrame] | None = None) -> list[Reading]:
+    """All readings that this evidence allows.
+
+    `sweep`: rows of the merges' variants; `layer`: the one shown, from 0; `etas`: jaccard and cosine at other thresholds.
+    """
+    return [*samples(evidence), *costs(evidence), *variants(evidence, sweep), *weights(evidence, layer, etas),
             *estimators(evidence), *thresholds(evidence)]
 
 
@@ -132,30 +135,26 @@ def variants(evidence: Evidence, sweep: pd.DataFrame | None) -> list[Reading]:
     return found
 
 
-def weights(evidence: Evidence, layer: int | None, eta: float | None) -> list[Reading]:
+def weights(evidence: Evidence, layer: int | None, etas: Sequence[pd.DataFrame] | None) -> list[Reading]:
     """Which weights count as changed (stored type and eta) and in which layer."""
-    masks, angles = evidence.jaccard, evidence.cosine
-    if masks is None or angles is None:
+    if evidence.jaccard is None or evidence.cosine is None:
         return []
+    names = ("jaccard", "cosine")
 
-    def kept(test, **own) -> Evidence:
-        parts = {name: frame[test(frame)].assign(bf16=False) for name, frame in (("jaccard", masks), ("cosine", angles))}
-        return replace(evidence, **parts)
+    def kept(test, frames=(evidence.jaccard, evidence.cosine)) -> Evidence:
+        return replace(evidence, **{name: frame[test(frame)].assign(bf16=False)
+                                    for name, frame in zip(names, frames, strict=True)})
 
-    def at(frame, bf16, value=eta):
-        same = frame["bf16"] == bf16
-        return same & (frame["eta"] == value) if value is not None and "eta" in frame else same
-
-    frames = ("jaccard", "cosine")
-    found = [Reading("changed weights", "as stored", kept(lambda f: at(f, False)), frames, own=True),
-             Reading("changed weights", "bfloat16", kept(lambda f: at(f, True)), frames)]
-    others = sorted(set(masks["eta"]) - {eta}) if "eta" in masks and eta is not None else []
-    found += [Reading("changed weights", f"η {value:g}", kept(lambda f, v=value: at(f, False, v)), frames)
-              for value in others]
+    found = [Reading("changed weights", "as stored", kept(lambda f: ~f["bf16"]), names, own=True),
+             Reading("changed weights", "bfloat16", kept(lambda f: f["bf16"]), names)]
+    for value in sorted(set(etas[0]["eta"])) if etas is not None else ():
+        changed = kept(lambda f, value=value: ~f["bf16"] & (f["eta"] == value), etas)
+        found.append(Reading("changed weights", f"η {value:g}", changed, names))
     if layer is not None:
-        found.append(Reading("layer", "all", kept(lambda f: at(f, False)), frames, own=True))
-        found += [Reading("layer", name, kept(lambda f, i=i: at(f, False) & (f["layer"] == i)), frames)
-                  for i, name in ((layer, f"{layer}, from 0"), (layer - 1, f"{layer}, from 1")) if i in set(masks["layer"])]
+        found.append(Reading("layer", "all", kept(lambda f: ~f["bf16"]), names, own=True))
+        found += [Reading("layer", name, kept(lambda f, i=i: ~f["bf16"] & (f["layer"] == i)), names)
+                  for i, name in ((layer, f"{layer}, from 0"), (layer - 1, f"{layer}, from 1"))
+                  if i in set(evidence.jaccard["layer"])]
     return found
 
 

@@ -245,12 +245,19 @@ def measure(
 
 
 def build(ctx) -> None:
-    """jaccard.parquet and cosine.parquet of the five experts against `sft`; `a` and `b` are domains."""
+    """jaccard.parquet and cosine.parquet of the five experts against `sft`; `a` and `b` are domains.
+
+    `jaccard_etas` and `cosine_etas` are the same at the other thresholds `etas`, a column eta each.
+    """
     settings = ctx.stage.settings
     with ExitStack() as stack:
         base, *models = (stack.enter_context(Checkpoint(Path(ctx.inputs[name])))
                          for name in ("sft", *(f"rl-{domain}" for domain in DOMAINS)))
-        found = measure(base, dict(zip(DOMAINS, models, strict=True)), eta=settings["eta"],
-                        k=settings["random_projection"], seed=settings["seed"], report=ctx.progress.step)
-    for name, frame in zip(("jaccard", "cosine"), found, strict=True):
-        frame.to_parquet(ctx.out / f"{name}.parquet", index=False)
+        at = {eta: measure(base, dict(zip(DOMAINS, models, strict=True)), eta=eta, k=settings["random_projection"],
+                           seed=settings["seed"], report=ctx.progress.step)
+              for eta in (settings["eta"], *settings["etas"])}
+    for i, name in enumerate(("jaccard", "cosine")):
+        at[settings["eta"]][i].to_parquet(ctx.out / f"{name}.parquet", index=False)
+        others = [at[eta][i].assign(eta=eta) for eta in settings["etas"]]
+        if others:
+            pd.concat(others, ignore_index=True).to_parquet(ctx.out / f"{name}_etas.parquet", index=False)

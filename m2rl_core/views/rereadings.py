@@ -16,10 +16,10 @@ TILE = 22  # points, the side of a tile
 
 
 def of(run, evidence: Evidence) -> pd.DataFrame:
-    """`claims.readings.decided` on a run: its evidence, the sweep's variants of merges, its layer and its eta."""
+    """`claims.readings.decided` on a run: its evidence, the sweep's variants of merges, its layer and other etas."""
     analysis = run.profile.analysis
-    found = readings.every(evidence, run.table("sweep", "rows.parquet"), analysis.layer, analysis.eta)
-    return readings.decided(found)
+    at = [run.table("weights", f"{name}_etas.parquet") for name in ("jaccard", "cosine")] if analysis.etas else None
+    return readings.decided(readings.every(evidence, run.table("sweep", "rows.parquet"), analysis.layer, at))
 
 
 def label(reading: str) -> str:
