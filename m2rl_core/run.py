@@ -123,7 +123,8 @@ class Run:
             module, function = BUILDERS[stage.kind].split(":")
             build = getattr(importlib.import_module(module), function)
             if "torch" in sys.modules:
-                sys.modules["torch"].set_num_threads(self.profile.threads_of(stage.kind))
+                from m2rl_core import cpu
+                cpu.settle(self.profile.threads_of(stage.kind))
             context = BuilderContext(self.profile, stage, inputs, out, out / STATE, shown, shown.log,
                                      self.seed(stage.name))
             try:

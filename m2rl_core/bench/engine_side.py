@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from m2rl_core import cpu
 from m2rl_core import policy as policies
 from m2rl_core.bench.work import Work, parameters
 from m2rl_core.domains import Row
@@ -132,7 +133,7 @@ def shares(run: Callable[[int], int]) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     side, folder = argv[0], Path(argv[1])
     work = Work.load(folder)
-    torch.set_num_threads(work.threads)
+    cpu.settle(work.threads)
     policy = policies.load(folder / "model")
     facts = {"parameters": parameters(policy)}
     with VllmEngine(work.threads, python=Path(argv[2])) if side == "vllm" else TORCH as engine:

@@ -4,9 +4,10 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 BLOCK = 1 << 20
 
@@ -28,8 +29,8 @@ def drop(files: Sequence[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(command: Sequence[str], log: Path) -> dict:
-    """Runs a command to its end: seconds of wall time, peak of anonymous memory and of all resident memory in MB.
+def run(command: Sequence[str], log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> dict:
+    """Runs a command, with these environment variables beside its own, to its end: seconds of wall time, peak of anonymous memory and of all resident memory in MB.
 
     Resident memory includes pages of mapped files, which cost nothing; anonymous memory does not. It is read
     every 20 ms. RuntimeError, with the end of `log`, where the command fails.
@@ -37,7 +38,7 @@ def run(command: Sequence[str], log: Path) -> dict:
     anonymous = resident = 0
     with log.open("w") as out:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment)
         while process.poll() is None:
             try:
                 status = Path(f"/proc/{process.pid}/status").read_text()
