@@ -6,7 +6,7 @@ import sys
 
 from IPython.display import Markdown, display
 
-from m2rl_core.plots import show_pictures
+from m2rl_core.drawing import show_pictures
 from m2rl_core.provenance import commit, machine, packages
 from m2rl_core.run import Run, open_run
 

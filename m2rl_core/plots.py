@@ -1,144 +1,24 @@
-"""Altair pictures of the study; every function takes one tidy frame and returns a chart.
-
-Each model has one colour (Okabe and Ito's, safe for the colour-blind), one mark and one dash everywhere, so that
-pictures read in black and white. Titles say which way is good; intervals are 95 %; an unfinished run is pale.
-Where a viewer can, hovering shows the item and a click on a mark or the legend leaves one model (shift: more) strong.
-"""
+"""Altair pictures of the study; every function takes one tidy frame and returns a chart in the manner of `drawing`."""
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 
-from m2rl_core import labels, picture
-from m2rl_core.slim import without
+from m2rl_core import drawing, labels, picture
+from m2rl_core.drawing import alt
 
-with without("rfc3987_syntax"):  # jsonschema's grammar of international URLs: over a second, for a check of no chart
-    import altair as alt
-
-# model: (colour, mark, dash)
-STYLE = {
-    "base": ("#999999", "cross", [1, 2]),
-    "sft": ("#555555", "square", [4, 2]),
-    "rl-math": ("#0072B2", "circle", [1, 0]),
-    "rl-coding": ("#E69F00", "triangle-up", [6, 2]),
-    "rl-science": ("#009E73", "diamond", [2, 2]),
-    "rl-if": ("#D55E00", "triangle-down", [8, 2, 2, 2]),
-    "rl-agent": ("#CC79A7", "triangle-right", [4, 4]),
-    "rl-multi": ("#000000", "square", [1, 0]),
-    "merge-average": ("#9ED3F2", "triangle-left", [1, 1]),
-    "merge-ta": ("#56B4E9", "triangle-up", [3, 1]),
-    "merge-ties": ("#1F78B4", "circle", [5, 1]),
-    "merge-sce": ("#3B8EA5", "diamond", [7, 1]),
-    "merge-ties-dare": ("#2B5C8A", "triangle-down", [5, 1, 1, 1]),
-    "merge-ta-dare": ("#7FA8D1", "square", [3, 1, 1, 1]),
-    "mt-opd": ("#8A6D00", "cross", [10, 2]),
-}
 ALIGN = {0: "center", 1: "left", -1: "right"}
-ENDS = {"low": "95 % from", "high": "95 % to"}
 GROUPS = {"outcome": ("#0072B2", "circle"), "process": ("#D55E00", "diamond"), "generation": ("#999999", "square")}
-DOMAIN_NAMES = {"math": "Math", "coding": "Coding", "science": "Science", "if": "IF", "agent": "Agent"}
-
-
 BLUES = ((247, 251, 255), (8, 81, 156))  # from nothing to much; red, green, blue
 BOTH_WAYS = ((213, 94, 0), (255, 255, 255), (0, 114, 178))  # below 0, 0, above 0
-HELPERS = {"pale", "finished", "side", "own", "x2", "y0", "y2", "at", "beside", "floor", "top", "ink"}  # not for readers
-
-
-def png(chart: alt.TopLevelMixin | dict, ppi: int = picture.PPI) -> bytes:
-    """The chart as a small PNG."""
-    return picture.png(picture.source(chart), ppi)
-
-
-def show_pictures(ppi: int = picture.PPI) -> None:
-    """Let notebooks embed each chart as a small PNG, which shows everywhere, and as its source, which JupyterLab draws
-    by itself, to hover and to click, offline too."""
-    def render(spec: dict, **options) -> tuple[dict, dict]:
-        data = picture.bundle(picture.source(spec))
-        width, height = (round(int.from_bytes(data["image/png"][at:at + 4], "big") * 72 / ppi) for at in (16, 20))
-        return data, {"image/png": {"width": width, "height": height}}
-
-    alt.renderers.register("m2rl", render)
-    alt.renderers.enable("m2rl")
-
-
-def finish(chart, title: str, good: str = ""):
-    params = alt.TitleParams(title, subtitle=good or alt.Undefined, anchor="start", fontSize=12, subtitleFontSize=10)
-    return (
-        chart.properties(title=params)
-        .configure(font=picture.FONT)
-        .configure_view(stroke="#dddddd")
-        .configure_axis(labelFontSize=10, titleFontSize=10, titleFontWeight="normal", gridColor="#eeeeee")
-        .configure_legend(labelFontSize=10, titleFontSize=10, symbolStrokeWidth=1.5, labelLimit=220)
-        .configure_header(labelFontSize=10, titleFontSize=10)
-    )
-
-
-def nothing(text: str, title: str):
-    """A picture that says why there is none."""
-    chart = alt.Chart(pd.DataFrame({"text": [text]})).mark_text(fontSize=12).encode(text="text:N")
-    return finish(chart.properties(width=400, height=60), title, "undefined")
-
-
-def _named(frame: pd.DataFrame, *columns: str | None) -> pd.DataFrame:
-    """Domains by their display names in these columns; Vega cannot sort by a list that holds "if"."""
-    return frame.assign(**{c: frame[c].replace(DOMAIN_NAMES) for c in columns if c is not None})
-
-
-def _models(frame: pd.DataFrame) -> list[str]:
-    """The models of a frame in the study's order, unknown ones last."""
-    present = list(dict.fromkeys(frame["model"]))
-    return [m for m in STYLE if m in present] + [m for m in present if m not in STYLE]
-
-
-def _colors(models):
-    return alt.Scale(domain=models, range=[STYLE.get(m, ("#333333",))[0] for m in models])
-
-
-def _color(models, legend=alt.Undefined):
-    return alt.Color("model:N", scale=_colors(models), title=None, legend=legend)
-
-
-def _shape(models, legend=alt.Undefined):
-    scale = alt.Scale(domain=models, range=[STYLE.get(m, ("", "circle"))[1] for m in models])
-    return alt.Shape("model:N", scale=scale, title=None, legend=legend)
-
-
-def _dash(models, legend=alt.Undefined):
-    scale = alt.Scale(domain=models, range=[STYLE.get(m, ("", "", [1, 0]))[2] for m in models])
-    return alt.StrokeDash("model:N", scale=scale, title=None, legend=legend)
-
-
-def tips(frame: pd.DataFrame, **titles: str) -> list[alt.Tooltip]:
-    """What hovering shows: every column that a reader knows, in the frame's order; `titles` by column."""
-    shown = [c for c in frame if c not in HELPERS and not frame[c].isna().all()]
-    number = {c: pd.api.types.is_float_dtype(frame[c]) for c in shown}
-    return [alt.Tooltip(f"{c}:Q" if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
-                        else f"{c}:N", title=titles.get(c, ENDS.get(c, c)), **({"format": ".4~g"} if number[c] else {}))
-            for c in shown]
-
-
-def base_of(frame: pd.DataFrame, **titles: str) -> alt.Chart:
-    """A chart of the frame whose marks say what they are."""
-    return alt.Chart(frame).encode(tooltip=tips(frame, **titles))
-
-
-def picker(field: str = "model", legend: bool = False) -> alt.Parameter:
-    """A click on a mark (and on the legend) chooses one value of `field`; nothing chosen is all chosen."""
-    bound = {"bind": "legend"} if legend else {}
-    return alt.selection_point(name="chosen", fields=[field], on="click", clear="dblclick", **bound)
-
-
-def strong(pick: alt.Parameter, shown=1.0):
-    """Opacity: `shown` (a number, or a column's encoding) where chosen, a tenth elsewhere."""
-    return alt.when(pick).then(alt.value(shown) if isinstance(shown, float) else shown).otherwise(alt.value(0.1))
 
 
 def figure1(stages, done=()):
     """Fig. 1 from the study itself: `stages` is a list of (name, needs); stages outside `done` are pale if it is given.
 
-    Only models are drawn (names of STYLE); the column is the longest path from the start.
+    Only models are drawn (names of drawing.STYLE); the column is the longest path from the start.
     """
-    needs = {name: [n for n in sources if n in STYLE] for name, sources in stages if name in STYLE}
+    needs = {name: [n for n in sources if n in drawing.STYLE] for name, sources in stages if name in drawing.STYLE}
     depth: dict[str, int] = {}
     for name, sources in needs.items():
         depth[name] = 1 + max((depth[source] for source in sources), default=-1)
@@ -163,13 +43,13 @@ def figure1(stages, done=()):
     boxes = nodes.assign(x=nodes.x - half, x2=nodes.x + half, y0=nodes.y - 0.33, y2=nodes.y + 0.33)
     rects = alt.Chart(boxes).mark_rect(cornerRadius=4, strokeWidth=2, fill="white").encode(
         x, alt.Y("y0:Q", axis=None), x2="x2:Q", y2="y2:Q", opacity=pale, tooltip=["model:N", "starts from:N"],
-        stroke=alt.Color("model:N", scale=_colors(_models(nodes)), legend=None))
+        stroke=alt.Color("model:N", scale=drawing.colors(drawing.models_of(nodes)), legend=None))
     texts = alt.Chart(nodes).mark_text(fontSize=11).encode(x, y, text="model:N", opacity=pale)
-    chosen = picker("model")  # a box is chosen: the lines that leave it stay strong
-    lines = lines.encode(opacity=strong(chosen))
+    chosen = drawing.picker("model")  # a box is chosen: the lines that leave it stay strong
+    lines = lines.encode(opacity=drawing.strong(chosen))
     chart = (lines + rects.add_params(chosen) + texts).properties(width=150 * len(columns), height=34 * tallest)
     how = "every merge and MT-OPD also starts from sft (not drawn)" + ("; pale: not finished" if done else "")
-    return finish(chart, "Mix (rl-multi) or merge (merge-*, mt-opd): the study as it runs", how)
+    return drawing.finish(chart, "Mix (rl-multi) or merge (merge-*, mt-opd): the study as it runs", how)
 
 
 def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher is better", columns=3, zero=False,
@@ -179,30 +59,30 @@ def trajectories(frame, title, y_title="accuracy (%)", facet=None, good="higher 
     Columns: model, step, value; optional low, high (a band), `facet`, finished (bool; unfinished runs are pale).
     """
     finished = frame["finished"] if "finished" in frame else pd.Series(True, frame.index)
-    frame = _named(frame, facet).assign(pale=finished.map({True: 1.0, False: 0.35}))
-    models = _models(frame)
+    frame = drawing.named(frame, facet).assign(pale=finished.map({True: 1.0, False: 0.35}))
+    models = drawing.models_of(frame)
     x = alt.X("step:Q", title=x_title, axis=alt.Axis(tickCount=5))
     scale = alt.Scale(zero=zero)
-    base, chosen = base_of(frame), picker(legend=legend)
-    y, pale = alt.Y("value:Q", title=y_title, scale=scale), strong(chosen, alt.Opacity("pale:Q", scale=None))
+    base, chosen = drawing.base_of(frame), drawing.picker(legend=legend)
+    y, pale = alt.Y("value:Q", title=y_title, scale=scale), drawing.strong(chosen, alt.Opacity("pale:Q", scale=None))
     legend = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, symbolOpacity=1) if legend else None
     layers = [base.mark_line(strokeWidth=1.6).encode(
-        x, y, _color(models, legend), strokeDash=_dash(models, legend), opacity=pale).add_params(chosen)]
+        x, y, drawing.color(models, legend), strokeDash=drawing.dash(models, legend), opacity=pale).add_params(chosen)]
     if {"low", "high"} <= set(frame.columns):
         layers.insert(0, base.mark_area().encode(
-            x, alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q", color=_color(models, legend),
+            x, alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q", color=drawing.color(models, legend),
             opacity=alt.when(chosen).then(alt.value(0.13)).otherwise(alt.value(0.02))))
     # A line by itself says its first point only.
     layers.append(base.mark_point(opacity=0, size=80, filled=True).encode(x, y).properties(description=picture.HOVER))
     chart = alt.layer(*layers)
     good += "" if finished.all() else "; pale: not finished"
     if facet is None:
-        return finish(chart.properties(width=380, height=200), title, good)
+        return drawing.finish(chart.properties(width=380, height=200), title, good)
     chart = chart.properties(width=185, height=120)
     order = list(dict.fromkeys(frame[facet]))
     chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
     # Axes of their own: else a last row that is not full leaves an axis under nothing.
-    return finish(chart.resolve_scale(y="independent").resolve_axis(x="independent"), title, good)
+    return drawing.finish(chart.resolve_scale(y="independent").resolve_axis(x="independent"), title, good)
 
 
 def together(charts: list[alt.LayerChart], pick: alt.Parameter) -> alt.HConcatChart:
@@ -231,43 +111,43 @@ def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5)
         theirs = printed[printed.index.isin(scores["model"])][shared].rename_axis("model").reset_index()
         parts.append(theirs.melt("model", var_name="benchmark").assign(source="paper (printed)"))
     frame = pd.concat(parts, ignore_index=True)
-    models = _models(frame)
+    models = drawing.models_of(frame)
     y = alt.Y("model:N", sort=models, title=None)
-    chosen = picker()
-    base = base_of(frame).encode(opacity=strong(chosen))
+    chosen = drawing.picker()
+    base = drawing.base_of(frame).encode(opacity=drawing.strong(chosen))
     rules = base.mark_rule(strokeWidth=1.5).encode(
-        alt.X("low:Q", title="score (%)"), y, x2="high:Q", color=_color(models, None),
+        alt.X("low:Q", title="score (%)"), y, x2="high:Q", color=drawing.color(models, None),
     ).transform_filter("isValid(datum.low)").add_params(chosen)
     dots = base.mark_point(size=45, filled=True).encode(
-        x="value:Q", y=y, color=_color(models, None), shape=_shape(models, None),
+        x="value:Q", y=y, color=drawing.color(models, None), shape=drawing.shape(models, None),
     ).transform_filter("datum.source == 'this run'")
     hollow = base.mark_point(size=45, filled=False, strokeWidth=1.2, color="#333333").encode(
-        x="value:Q", y=y, shape=_shape(models, None), tooltip=["model:N", "benchmark:N", "value:Q", "source:N"],
+        x="value:Q", y=y, shape=drawing.shape(models, None), tooltip=["model:N", "benchmark:N", "value:Q", "source:N"],
     ).transform_filter("datum.source != 'this run'")
     chart = (rules + dots + hollow).properties(width=118 if len(benchmarks) > 1 else 330, height=13 * len(models))
     chart = chart.facet(facet=alt.Facet("benchmark:N", title=None, sort=benchmarks), columns=columns)
     hollow_is = "; hollow: the paper's model, full benchmarks" if printed is not None else ""
     how = f"right is better; filled: this run (95 %){hollow_is}"
-    return finish(chart.resolve_scale(x="independent"), title, how)
+    return drawing.finish(chart.resolve_scale(x="independent"), title, how)
 
 
 def readings(frame, title, good="right is better; filled: as in Table 4, hollow: one parameter changed; lines: 95 %"):
     """One line a reading of a merging method, grouped by method. Columns: model, label, value, low, high, own (bool)."""
-    models, order, chosen = _models(frame), list(frame["label"]), picker()
-    base = base_of(frame).encode(opacity=strong(chosen))
+    models, order, chosen = drawing.models_of(frame), list(frame["label"]), drawing.picker()
+    base = drawing.base_of(frame).encode(opacity=drawing.strong(chosen))
     y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
     rules = base.mark_rule(strokeWidth=1.5).encode(
-        alt.X("low:Q", title="mean of nine (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=_color(models, None))
+        alt.X("low:Q", title="mean of nine (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=drawing.color(models, None))
     dots = [base.mark_point(size=45, filled=filled, strokeWidth=1.5).encode(
-        x="value:Q", y=y, color=_color(models, None), shape=_shape(models, None),
+        x="value:Q", y=y, color=drawing.color(models, None), shape=drawing.shape(models, None),
     ).transform_filter(test) for filled, test in ((True, "datum.own"), (False, "!datum.own"))]
-    return finish(alt.layer(rules.add_params(chosen), *dots).properties(width=330, height=14 * len(order)), title, good)
+    return drawing.finish(alt.layer(rules.add_params(chosen), *dots).properties(width=330, height=14 * len(order)), title, good)
 
 
 def against(frame, title, good="left is better; filled: ours, hollow: the other tool, grey tick: the floor; log scale"):
     """A benchmark: ours and another tool's cost, joined. Columns: name, side ("ours", "other" or "floor"), measure, value."""
-    order, chosen = list(dict.fromkeys(frame["name"])), picker("name")
-    base = base_of(frame).encode(opacity=strong(chosen))
+    order, chosen = list(dict.fromkeys(frame["name"])), drawing.picker("name")
+    base = drawing.base_of(frame).encode(opacity=drawing.strong(chosen))
     x = alt.X("value:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=14), axis=alt.Axis(tickCount=4))
     y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
     layers = [base.mark_line(color="#bbbbbb", strokeWidth=2).encode(x, y, detail="name:N").transform_filter(
@@ -278,7 +158,7 @@ def against(frame, title, good="left is better; filled: ours, hollow: the other 
         "datum.side == 'floor'"))
     chart = alt.layer(*layers).properties(width=270, height=26 * len(order))
     facet = alt.Facet("measure:N", title=None, sort=list(dict.fromkeys(frame["measure"])))
-    return finish(chart.facet(facet=facet, columns=2).resolve_scale(x="independent"), title, good)
+    return drawing.finish(chart.facet(facet=facet, columns=2).resolve_scale(x="independent"), title, good)
 
 
 def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", columns=2, size=42, note=None):
@@ -287,8 +167,8 @@ def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", 
     `x`, `y`, `value`, `facet` and `note` (a second line of text in each cell) name columns of the frame. Values on both
     sides of 0 get one hue a side, white at 0, and a sign; each cell's ink is the one of black and white that stands out.
     """
-    frame = _named(frame, x, y, facet)
-    known = [*DOMAIN_NAMES.values(), *STYLE]
+    frame = drawing.named(frame, x, y, facet)
+    known = [*drawing.DOMAIN_NAMES.values(), *drawing.STYLE]
     order = {axis: sorted(set(frame[axis]), key=lambda name: (known.index(name) if name in known else 99, name))
              for axis in (x, y)}
     known = frame[value].dropna()
@@ -300,7 +180,7 @@ def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", 
     fill = alt.Scale(domain=ends, range=[f"rgb{stop}" for stop in stops], interpolate="rgb")
     text = "+" + text.removeprefix("+") if signed else text
     chosen = alt.selection_point(name="chosen", fields=[y], on="click", clear="dblclick")
-    base = base_of(frame).encode(
+    base = drawing.base_of(frame).encode(
         alt.X(f"{x}:N", sort=order[x], title=x, axis=alt.Axis(labelAngle=0)), alt.Y(f"{y}:N", sort=order[y], title=y))
     ink = alt.Color("ink:N", scale=None)
     layers = [
@@ -317,7 +197,7 @@ def heatmap(frame, title, x, y, value="value", facet=None, good="", text=".2f", 
     if facet is not None:
         facets = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=facets), columns=columns)
-    return finish(chart, title, good)
+    return drawing.finish(chart, title, good)
 
 
 def _ink(value: float, ends, stops) -> str:
@@ -345,21 +225,21 @@ def bars_with_intervals(frame, title, y_title="cosine", good="higher is better",
 
     `marks` names up to two more columns, drawn as ticks (ceiling, chance).
     """
-    models = _models(frame)
-    order, chosen = list(dict.fromkeys(frame["benchmark"])), picker(legend=True)
-    base = base_of(frame).encode(
+    models = drawing.models_of(frame)
+    order, chosen = list(dict.fromkeys(frame["benchmark"])), drawing.picker(legend=True)
+    base = drawing.base_of(frame).encode(
         x=alt.X("benchmark:N", sort=order, title=None, axis=alt.Axis(labelAngle=0)),
-        xOffset=alt.XOffset("model:N", sort=models), opacity=strong(chosen))
+        xOffset=alt.XOffset("model:N", sort=models), opacity=drawing.strong(chosen))
     top = 1.05 * frame[["value", "high", *marks]].max(axis=None)
     scale = alt.Scale(domain=[min(0.0, frame[["value", "low"]].min(axis=None)), top], nice=False)
     layers = [base.mark_bar(stroke="black", strokeWidth=0.5).encode(
-        alt.Y("value:Q", title=y_title, scale=scale), _color(models)).add_params(chosen), *_whiskers(base, y_title)]
+        alt.Y("value:Q", title=y_title, scale=scale), drawing.color(models)).add_params(chosen), *_whiskers(base, y_title)]
     for name, thickness in zip(marks, (3, 1), strict=False):
         layers += [base.mark_tick(thickness=thickness + more, color=color, size=20).encode(y=f"{name}:Q")
                    for more, color in ((2, "white"), (0, "black"))]
-    layers.append(_feet(base, _shape(models), top))
+    layers.append(_feet(base, drawing.shape(models), top))
     how = f"{good}; lines: 95 %" + (f"; ticks: {', '.join(marks)} (thick, thin)" if marks else "")
-    return finish(alt.layer(*layers).properties(width=95 * len(order), height=200), title, how)
+    return drawing.finish(alt.layer(*layers).properties(width=95 * len(order), height=200), title, how)
 
 
 def scatter(frame, title, x_title, y_title, facet=None, good="up and right is better", columns=2, own_x=False,
@@ -368,29 +248,29 @@ def scatter(frame, title, x_title, y_title, facet=None, good="up and right is be
 
     Whiskers where the frame has low and high (of y). `own_x`: each panel has a horizontal scale of its own.
     """
-    models = _models(frame)
-    height, chosen = round(0.8 * width), picker()
+    models = drawing.models_of(frame)
+    height, chosen = round(0.8 * width), drawing.picker()
     frame = frame.assign(side=labels.sides(frame, facet, width, height))
-    base = base_of(frame, x=x_title, y=y_title).encode(opacity=strong(chosen))
+    base = drawing.base_of(frame, x=x_title, y=y_title).encode(opacity=drawing.strong(chosen))
     x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, padding=25))
     y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
     line = alt.Chart(frame).mark_line(color="#888888", strokeDash=[4, 3]).encode(x, y).transform_regression(
         "x", "y", groupby=[facet] if facet else [])
     dots = base.mark_point(filled=True, size=60).encode(
-        x, y, _color(models, None), _shape(models, None)).add_params(chosen)
+        x, y, drawing.color(models, None), drawing.shape(models, None)).add_params(chosen)
     names = [base.mark_text(dx=dx, dy=dy, align=ALIGN[towards], fontSize=9).encode(x, y, text="model:N").transform_filter(
         alt.FieldEqualPredicate(field="side", equal=side))
         for side, (towards, dx, dy) in labels.SIDES.items() if side in set(frame["side"])]
     layers = [line, dots, *names]
     if {"low", "high"} <= set(frame.columns):
         scaled = alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False, padding=12))
-        layers.insert(1, base.mark_rule(opacity=0.5).encode(x, scaled, y2="high:Q", color=_color(models, None)))
+        layers.insert(1, base.mark_rule(opacity=0.5).encode(x, scaled, y2="high:Q", color=drawing.color(models, None)))
     chart = alt.layer(*layers).properties(width=width, height=height)
     if facet is not None:
         order = list(dict.fromkeys(frame[facet]))
         chart = chart.facet(facet=alt.Facet(f"{facet}:N", title=None, sort=order), columns=columns)
         chart = chart.resolve_scale(y="independent", x="independent" if own_x else "shared")
-    return finish(chart, title, good)
+    return drawing.finish(chart, title, good)
 
 
 def paired_dots(frame, title, good="right is better", columns=2):
@@ -398,17 +278,17 @@ def paired_dots(frame, title, good="right is better", columns=2):
 
     Columns: benchmark, model, mode ("outcome" or "process"), value; optional low, high.
     """
-    models = _models(frame)
+    models = drawing.models_of(frame)
     modes = [m for m in GROUPS if m in set(frame["mode"])]
-    order, chosen = list(dict.fromkeys(frame["benchmark"])), picker("mode", legend=True)
-    base = base_of(frame)
+    order, chosen = list(dict.fromkeys(frame["benchmark"])), drawing.picker("mode", legend=True)
+    base = drawing.base_of(frame)
     y = alt.Y("model:N", sort=models, title=None)
     x = alt.X("value:Q", title="judged rightly (%)", scale=alt.Scale(zero=False))
     layers = [base.mark_line(color="#bbbbbb", strokeWidth=2).encode(x, y, detail="model:N", tooltip="model:N")]
     color = alt.Color("mode:N", title=None, scale=alt.Scale(domain=modes, range=[GROUPS[m][0] for m in modes]))
     shape = alt.Shape("mode:N", title=None, scale=alt.Scale(domain=modes, range=[GROUPS[m][1] for m in modes]))
     for mode, shift in zip(modes, (-2, 2), strict=False):  # a little apart: neither interval hides the other
-        part = base.transform_filter(alt.FieldEqualPredicate(field="mode", equal=mode)).encode(opacity=strong(chosen))
+        part = base.transform_filter(alt.FieldEqualPredicate(field="mode", equal=mode)).encode(opacity=drawing.strong(chosen))
         if {"low", "high"} <= set(frame.columns):
             layers.append(part.mark_rule(yOffset=shift).encode(
                 alt.X("low:Q", title="judged rightly (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=color))
@@ -416,7 +296,7 @@ def paired_dots(frame, title, good="right is better", columns=2):
     layers[1] = layers[1].add_params(chosen)  # the first with a colour: the legend is its
     chart = alt.layer(*layers).properties(width=230, height=16 * len(models))
     chart = chart.facet(facet=alt.Facet("benchmark:N", title=None, sort=order), columns=columns)
-    return finish(chart, title, good)
+    return drawing.finish(chart, title, good)
 
 
 def grouped_bars(frame, title, y_title="average over four benchmarks (%)", good="higher is better"):
@@ -424,12 +304,12 @@ def grouped_bars(frame, title, y_title="average over four benchmarks (%)", good=
 
     Columns: model, mode ("generation", "outcome" or "process"), value; optional low, high.
     """
-    models = _models(frame)
+    models = drawing.models_of(frame)
     modes = [m for m in ("generation", "outcome", "process") if m in set(frame["mode"])]
-    chosen = picker("mode", legend=True)
-    base = base_of(frame).encode(
+    chosen = drawing.picker("mode", legend=True)
+    base = drawing.base_of(frame).encode(
         x=alt.X("model:N", sort=models, title=None, axis=alt.Axis(labelAngle=-25)),
-        xOffset=alt.XOffset("mode:N", sort=modes), opacity=strong(chosen))
+        xOffset=alt.XOffset("mode:N", sort=modes), opacity=drawing.strong(chosen))
     scale = alt.Scale(domain=modes, range=[GROUPS[m][0] for m in modes])
     color = alt.Color("mode:N", title=None, sort=modes, scale=scale)
     layers = [base.mark_bar(stroke="black", strokeWidth=0.5).encode(
@@ -439,4 +319,4 @@ def grouped_bars(frame, title, y_title="average over four benchmarks (%)", good=
     shapes = alt.Scale(domain=modes, range=[GROUPS[m][1] for m in modes])
     shape = alt.Shape("mode:N", title=None, sort=modes, scale=shapes)
     layers.append(_feet(base, shape, frame["value"].max()))
-    return finish(alt.layer(*layers).properties(width=62 * len(models), height=200), title, good)
+    return drawing.finish(alt.layer(*layers).properties(width=62 * len(models), height=200), title, good)

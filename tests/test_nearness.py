@@ -11,7 +11,7 @@ import pytest
 from m2rl_core.claims.evidence import EXPERT, OWN, Evidence
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.metrics import nearness, stats
-from m2rl_core.views import neighbours, partners, readings
+from m2rl_core.views import divergences, neighbours, partners
 
 
 def trajectories(kl, prompts=6, spread=0.0, policies=neighbours.POLICIES):
@@ -139,17 +139,17 @@ def test_a_single_prompt_is_said_and_not_drawn():
     found = neighbours.steadiness(evidence)
     assert found["share"].isna().all() and "single prompt" in neighbours.steadiness_sentence(found).data
     assert "single prompt" in str(neighbours.steadiness_picture(found).to_dict())
-    assert "Too few prompts" in readings.sentence(readings.readings(evidence)).data
+    assert "Too few prompts" in divergences.sentence(divergences.readings(evidence)).data
 
 
 def test_four_readings_by_hand():
     """2 nats over 10 tokens: 2 by the response and 0.2 by the token, sampled or exact; fault: units mixed up."""
-    found = readings.readings(Evidence(kl=trajectories(lambda d, e: 2.0, spread=0.5), resamples=200))
+    found = divergences.readings(Evidence(kl=trajectories(lambda d, e: 2.0, spread=0.5), resamples=200))
     assert len(found) == 3 * 25
-    for name, value in zip(readings.READINGS, (2, 2, 0.2, 0.2), strict=True):
+    for name, value in zip(divergences.READINGS, (2, 2, 0.2, 0.2), strict=True):
         assert found[name].tolist() == pytest.approx([value] * 75)
     assert (found["sampled_response_se"] / found["exact_response_se"]).tolist() == pytest.approx([1] * 75)
-    assert "**1.00** times" in readings.sentence(found).data and len(readings.shown(found)) == 15
+    assert "**1.00** times" in divergences.sentence(found).data and len(divergences.shown(found)) == 15
 
 
 # -- subsets ---------------------------------------------------------------------------------------------------------

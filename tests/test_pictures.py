@@ -14,7 +14,7 @@ from PIL import Image
 from test_plots import CHARTS as PLOTS
 from test_plots import grid
 
-from m2rl_core import labels, picture, plots, publish, site
+from m2rl_core import drawing, labels, picture, plots, publish, site
 from m2rl_core.paper import audit as printed
 from m2rl_core.views import audit, opening, toys, verdicts
 
@@ -91,7 +91,7 @@ def test_a_model_has_its_colour_mark_and_dash_in_every_chart(name):
         for channel, at in (("color", 0), ("stroke", 0), ("shape", 1), ("strokeDash", 2)):
             scale = (encoding.get(channel) or {}).get("scale") or {}
             for model, drawn in zip(scale.get("domain", []), scale.get("range", []), strict=False):
-                assert model not in plots.STYLE or drawn == plots.STYLE[model][at], (model, channel, drawn)
+                assert model not in drawing.STYLE or drawn == drawing.STYLE[model][at], (model, channel, drawn)
 
 
 @every
@@ -205,11 +205,11 @@ def test_values_around_0_have_a_hue_a_side_and_a_sign():
 
 def test_what_is_drawn_together_differs_in_lightness_or_in_mark():
     """CIE L* of the pale merges and the rest; where two are within 10, mark and dash must both differ."""
-    for group in (list(plots.STYLE)[:8], list(plots.STYLE)[8:]):
+    for group in (list(drawing.STYLE)[:8], list(drawing.STYLE)[8:]):
         for i, one in enumerate(group):
             for other in group[i + 1:]:
-                close = abs(lightness(plots.STYLE[one][0]) - lightness(plots.STYLE[other][0])) < 10
-                assert not close or plots.STYLE[one][1:] != plots.STYLE[other][1:], (one, other)
+                close = abs(lightness(drawing.STYLE[one][0]) - lightness(drawing.STYLE[other][0])) < 10
+                assert not close or drawing.STYLE[one][1:] != drawing.STYLE[other][1:], (one, other)
     assert lightness("#ffffff") == pytest.approx(100) and lightness("#777777") == pytest.approx(50, abs=0.1)
 
 
@@ -281,7 +281,7 @@ def test_the_script_comes_from_the_pinned_package_and_says_so(report):
 
 def test_a_notebook_shows_both(monkeypatch):
     before = alt.renderers.active
-    plots.show_pictures()
+    drawing.show_pictures()
     try:
         data, _ = PLOTS["scatter"]()._repr_mimebundle_()
     finally:

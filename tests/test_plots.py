@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from m2rl_core import paper, picture, plots, study
+from m2rl_core import drawing, paper, picture, plots, study
 from m2rl_core.paper import audit
 
-MODELS = list(plots.STYLE)
+MODELS = list(drawing.STYLE)
 EXPERTS = MODELS[2:7]
 RNG = np.random.default_rng(0)
 
@@ -24,7 +24,7 @@ def stages():
 
 def curves():
     frame = pd.DataFrame([{"model": m, "step": s, "domain": d, "value": s + RNG.normal(), "finished": m != "rl-if"}
-                          for m in EXPERTS for s in range(0, 50, 10) for d in plots.DOMAIN_NAMES])
+                          for m in EXPERTS for s in range(0, 50, 10) for d in drawing.DOMAIN_NAMES])
     return frame.assign(low=frame["value"] - 2, high=frame["value"] + 2)
 
 
@@ -39,7 +39,7 @@ def table():
 
 def grid():
     return pd.DataFrame([{"domain": d, "expert": f"rl-{e}", "value": RNG.random(), "policy": p, "change": "+1.0"}
-                         for d in plots.DOMAIN_NAMES for e in plots.DOMAIN_NAMES for p in ("rl-multi", "merge-ties")])
+                         for d in drawing.DOMAIN_NAMES for e in drawing.DOMAIN_NAMES for p in ("rl-multi", "merge-ties")])
 
 
 def gains():
@@ -76,7 +76,7 @@ CHARTS = {
 @pytest.mark.parametrize("name", CHARTS)
 def test_chart_renders_small(name):
     """Catches a chart that Vega refuses, an empty picture, and one too large for the committed report."""
-    data = plots.png(CHARTS[name]())
+    data = drawing.png(CHARTS[name]())
     width, height = struct.unpack(">II", data[16:24])
     assert data.startswith(b"\x89PNG") and 400 < width < 2000 and 200 < height < 1600
     assert 4_000 < len(data) <= 80 * 1024
@@ -84,7 +84,7 @@ def test_chart_renders_small(name):
 
 def test_notebooks_show_png():
     before = alt.renderers.active
-    plots.show_pictures()
+    drawing.show_pictures()
     try:
         data, about = plots.figure1(stages())._repr_mimebundle_()
     finally:
@@ -96,17 +96,17 @@ def test_notebooks_show_png():
 def test_models_differ_in_black_and_white():
     """Within what is drawn together, no two models share mark and dash, or colour."""
     for group in (MODELS[:8], MODELS[8:], [*EXPERTS, "rl-multi", "merge-ties", "mt-opd"]):
-        assert len({plots.STYLE[m][0] for m in group}) == len(group)
-        assert len({(plots.STYLE[m][1], tuple(plots.STYLE[m][2])) for m in group}) == len(group)
+        assert len({drawing.STYLE[m][0] for m in group}) == len(group)
+        assert len({(drawing.STYLE[m][1], tuple(drawing.STYLE[m][2])) for m in group}) == len(group)
 
 
 def test_style_covers_the_study():
-    assert set(plots.STYLE) == set(study.MODELS)
+    assert set(drawing.STYLE) == set(study.MODELS)
 
 
 def test_only_domains_named_if_are_renamed():
     """Vega cannot sort by a list that holds "if"; models such as rl-if keep their name."""
-    found = plots._named(pd.DataFrame({"domain": ["if", "math"], "model": ["rl-if", "rl-math"]}), "domain", "model")
+    found = drawing.named(pd.DataFrame({"domain": ["if", "math"], "model": ["rl-if", "rl-math"]}), "domain", "model")
     assert found.to_numpy().tolist() == [["IF", "rl-if"], ["Math", "rl-math"]]
 
 

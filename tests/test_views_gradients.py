@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from m2rl_core import plots
+from m2rl_core import drawing, plots
 from m2rl_core.metrics import gradient_noise, interference
 from m2rl_core.views import gradients, training
 
@@ -57,7 +57,7 @@ def test_pairs_that_agree_and_conflict():
     assert list(shown["pair"]) == ["Coding - Math", "Coding - Science", "Agent - Math", "IF - Math"]
     assert shown.loc[0, "lowest in"] == "0.600 (last norm)" and shown.loc[0, "highest in"] == "0.900 (MLP, last third)"
     assert list(shown["steps"]) == [3, 3, 3, 0] and shown.loc[3, "cosine, all weights [95 %]"] == "–"
-    plots.png(plots.heatmap(both, "t", "other domain", "domain", facet="group", columns=4))
+    drawing.png(plots.heatmap(both, "t", "other domain", "domain", facet="group", columns=4))
 
 
 def test_variances_by_hand():
@@ -75,7 +75,7 @@ def test_variances_by_hand():
     assert "took 1.50 times as long" in said and "leave 125 % of" in said
     shown = gradients.noise_shown(seen)
     assert shown.loc[0, "noise by squared mean, full (%)"] == 25 and len(shown) == 1
-    plots.png(plots.against(gradients.noise_pairs(seen), "t"))
+    drawing.png(plots.against(gradients.noise_pairs(seen), "t"))
 
 
 def test_profiles_that_do_not_look_say_so():

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from m2rl_core import claims, paper, plots
+from m2rl_core import claims, drawing, paper, plots
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.paper import audit as checks
 from m2rl_core.profile import load_profile, profile_names
@@ -62,7 +62,7 @@ def test_the_plan_counts_what_is_left_and_says_what_was_never_timed():
     assert set(opening.by_kind(blank)["time left"]) == {"–", "not measured yet"}
     assert "Nothing would run" in opening.plan_sentence(frame.assign(done=True))
     for each in (frame, blank):
-        assert plots.png(opening.plan_chart(each))[:4] == b"\x89PNG"
+        assert drawing.png(opening.plan_chart(each))[:4] == b"\x89PNG"
 
 
 def test_the_ledger_counts_every_claim_once():
@@ -87,7 +87,7 @@ def test_the_printed_means_are_within_their_own_noise():
     reach = 1.96 * np.hypot(*[checks.standard_errors(m).iloc[-1]["se_draws"] for m in ("rl-multi", "merge-ties")])
     assert f"±{reach:.2f}" in text and reach > draws.loc["rl-multi", "high"] - draws.loc["rl-multi", "value"]
     links = checks.judge_correlations(np.random.default_rng(0))
-    assert all(plots.png(chart)[:4] == b"\x89PNG" for chart in (audit.means_chart(frame),
+    assert all(drawing.png(chart)[:4] == b"\x89PNG" for chart in (audit.means_chart(frame),
                                                                 audit.correlation_chart(links)))
 
 
@@ -157,7 +157,7 @@ def test_the_worst_step_of_all_runs_is_told():
     idle = {"rl-math": gain().assign(skipped_groups=1.0)}
     assert "No step recorded" in details.agreement_sentence(idle, "torch")
     for shown in (frame, details.agreement(idle)):  # a run of a few idle steps must not end the notebook
-        assert plots.png(plots.trajectories(shown, "t", "", "panel", "g", 2)).startswith(b"\x89PNG")
+        assert drawing.png(plots.trajectories(shown, "t", "", "panel", "g", 2)).startswith(b"\x89PNG")
 
 
 def test_step_zero_is_the_sft_model_on_the_same_items():

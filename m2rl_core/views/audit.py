@@ -7,7 +7,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from m2rl_core import paper, plots
+from m2rl_core import drawing, paper
 from m2rl_core.paper import audit
 from m2rl_core.views.opening import VERDICT_COLOURS, interval
 
@@ -93,15 +93,15 @@ def means_with_noise() -> pd.DataFrame:
 def means_chart(frame: pd.DataFrame):
     """`means_with_noise` as dots; the thick line is the noise of the draws, the thin one that of the items."""
     order = list(dict.fromkeys(frame["model"]))
-    chosen = plots.picker()
-    base = plots.base_of(frame).encode(opacity=plots.strong(chosen))
+    chosen = drawing.picker()
+    base = drawing.base_of(frame).encode(opacity=drawing.strong(chosen))
     x, y = alt.X("low:Q", title="mean of nine benchmarks (%)", scale=alt.Scale(zero=False)), alt.Y(
         "model:N", sort=order, title=None)
     thick, thin = (base.mark_rule(strokeWidth=width, color=colour).encode(x, y, x2="high:Q").transform_filter(
         f"datum.kind == '{kind}'") for kind, width, colour in (("draws", 4, "#7fb3d9"), ("items", 1, "#555555")))
     dots = base.mark_point(filled=True, size=40, color="#0072B2").encode(x="value:Q", y=y).add_params(chosen)
     chart = (thin + thick + dots).properties(width=430, height=15 * len(order))
-    return plots.finish(chart, "What the paper printed, with the noise it did not print",
+    return drawing.finish(chart, "What the paper printed, with the noise it did not print",
                          "right is better; thick: samples are the noise, thin: items are (95 %)")
 
 
@@ -121,7 +121,7 @@ def correlation_chart(frame: pd.DataFrame):
     """`audit.judge_correlations` as dots: r over all nine models with its interval, and r with each model left out."""
     frame = frame.assign(kind=np.where(frame["dropped"] == "", "all nine models", "one left out"),
                          label="judging by " + frame["mode"])
-    base = plots.base_of(frame)
+    base = drawing.base_of(frame)
     y = alt.Y("label:N", title=None)
     x = alt.X("r:Q", title="Pearson's r with the generation average", scale=alt.Scale(domain=[-1, 1]))
     rule = base.mark_rule(strokeWidth=2, color="#0072B2").encode(alt.X("low:Q", title=""), y, x2="high:Q")
@@ -130,7 +130,7 @@ def correlation_chart(frame: pd.DataFrame):
         "datum.dropped == ''")
     zero = alt.Chart(pd.DataFrame({"r": [0]})).mark_rule(color="#bbbbbb").encode(x="r:Q")
     chart = (zero + rule.transform_filter("datum.dropped == ''") + left + dots).properties(width=430, height=90)
-    return plots.finish(chart, "Does a better generator judge better? (Table 7)",
+    return drawing.finish(chart, "Does a better generator judge better? (Table 7)",
                          "right of 0: a better generator is a better judge; "
                          "dot and line: nine models, 95 %; ticks: one left out")
 

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core import paper, plots
+from m2rl_core import drawing, paper, plots
 from m2rl_core.claims.evidence import EXPERT, OWN, Evidence
 from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import nearness, stats
 from m2rl_core.metrics.stats import difference
-from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval
 
@@ -127,7 +127,7 @@ def steadiness_picture(found: pd.DataFrame, factor: float = FACTOR):
     """`steadiness` as a grid: the share, and below it that of being a neighbour one way only."""
     title = f"How sure is who is near whom? Share of resamples with KL below {factor:g} x the own expert's"
     if found["share"].isna().any():
-        return plots.nothing("a single prompt in a domain cannot be resampled", title)
+        return drawing.nothing("a single prompt in a domain cannot be resampled", title)
     note = "one way " + found["one_way"].map("{:.2f}".format)
     return plots.heatmap(found.rename(columns={"domain": "domain of the prompts"}).assign(note=note), title,
                          "domain of the prompts", "expert", "share", note="note", size=56,

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from m2rl_core import paper, plots
+from m2rl_core import drawing, paper
 from m2rl_core.domains import BENCHMARKS
 from m2rl_core.paper import audit
 from m2rl_core.progress import duration
@@ -108,10 +108,10 @@ def plan_chart(plan: pd.DataFrame):
     value, title = ("seconds", "seconds") if timed else ("tokens", "tokens at most (not all stages are timed yet)")
     frame = plan[plan[value] > 0].assign(pale=plan["done"].map({True: 1.0, False: 0.35}))
     frame = frame.nlargest(20, value, keep="all").head(20)
-    chart = plots.base_of(frame).mark_bar(color="#0072B2").encode(
+    chart = drawing.base_of(frame).mark_bar(color="#0072B2").encode(
         alt.X(f"{value}:Q", title=title), alt.Y("stage:N", sort=list(frame["stage"]), title=None),
         opacity=alt.Opacity("pale:Q", scale=None)).properties(width=430, height=13 * len(frame))
-    return plots.finish(chart, f"The {len(frame)} largest stages", "less is better; pale: not made yet")
+    return drawing.finish(chart, f"The {len(frame)} largest stages", "less is better; pale: not made yet")
 
 
 def reasons(run) -> pd.DataFrame:

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core import plots
+from m2rl_core import drawing, plots
 from m2rl_core.claims.evidence import EXPERT, OWN, Evidence
 from m2rl_core.domains import DOMAINS
+from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import nearness, stats
 from m2rl_core.metrics.stats import difference
-from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval
 
@@ -25,7 +25,7 @@ def all_pairs(found: pd.DataFrame):
     """The twenty ordered pairs as a picture, a domain each; `found` as `neighbours.pairs` makes it."""
     title = "Does a nearer partner help more? Every pair merge against its expert"
     if found.empty:
-        return plots.nothing(OFF, title)
+        return drawing.nothing(OFF, title)
     points = found.assign(model="rl-" + found["partner"], x=found["kl"], y=found["change"],
                           domain=found["domain"].map(DOMAIN_NAMES))
     return plots.scatter(points, title, "KL(partner || TIES of all), nats a response", "change against the expert (points)",
@@ -148,7 +148,7 @@ def growth_picture(found: pd.DataFrame):
     """The changes of `growth` as lines, a panel a domain and one for their mean."""
     title = "What more experts in a TIES merge do to the domains that it holds"
     if found.empty:
-        return plots.nothing(OFF, title)
+        return drawing.nothing(OFF, title)
     panel = found["model"].str.removeprefix("rl-").map(lambda name: DOMAIN_NAMES.get(name, "Mean of the five"))
     drawn = found.assign(panel=panel, value=found["change"], low=found["change_low"], high=found["change_high"])
     return plots.trajectories(drawn, title, "change (points)", facet="panel", legend=False, x_title="experts merged",
@@ -171,7 +171,7 @@ def effects_picture(found: pd.DataFrame):
     """`effects` as a grid."""
     title = "Who helps whom: what a partner adds, averaged over all merges that it can join"
     if found.empty:
-        return plots.nothing(OFF, title)
+        return drawing.nothing(OFF, title)
     named = found.rename(columns={"domain": "tested on", "partner": "joins"})
     return plots.heatmap(named, title, "tested on", "joins", "change", text="+.1f", note="interval", size=62,
                          good="points, 95 % over items; above zero is better: it helps")

@@ -8,8 +8,8 @@ from m2rl_core import paper
 from m2rl_core.domains import (
     BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, module, rewards, training_rows,
 )
+from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
-from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views.opening import interval, miniature
 
 END = "<|im_end|>"

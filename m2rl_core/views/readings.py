@@ -1,71 +1,91 @@
-"""Section 3.4: the four readings of one divergence: a response or a token, sampled or exact, with what each costs in noise."""
+"""Section 4: the main claims under the readings that the paper leaves open, as one picture and one sentence."""
 from __future__ import annotations
 
-import numpy as np
+import altair as alt
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core.claims.evidence import EXPERT, Evidence
-from m2rl_core.domains import DOMAINS
-from m2rl_core.metrics import stats
-from m2rl_core.plots import DOMAIN_NAMES
-from m2rl_core.views.neighbours import POLICIES
-from m2rl_core.views.opening import interval
+from m2rl_core import drawing
+from m2rl_core.claims import readings
+from m2rl_core.claims.evidence import Evidence
+from m2rl_core.views.opening import VERDICT_COLOURS
+from m2rl_core.views.sensitivity import READINGS
 
-READINGS = {  # name: (unit, estimate), in the order of the table
-    "sampled_response": "a response, sampled (the paper's)", "exact_response": "a response, exact",
-    "sampled_token": "a token, sampled", "exact_token": "a token, exact",
-}
+LETTERS = {"supported": "S", "contradicted": "C", "undecided": "?", "not run": "–"}
+TILE = 22  # points, the side of a tile
 
 
-def readings(evidence: Evidence) -> pd.DataFrame:
-    """policy, data, expert, then for each of READINGS <name>, <name>_low, <name>_high and <name>_se, in nats, and n.
-
-    Intervals are over prompts, with the same resamples for all four. A response is that of the expert on a prompt of
-    `data`; "token" is the mean over responses of the mean over a response's tokens.
-    """
-    rows = evidence.frame("kl", "kl_seq", "kl_token", "kl_exact")
-    rows = rows.assign(model=rows["expert"] + ">" + rows["policy"], benchmark=rows["domain"], item=rows["prompt"],
-                       sampled_response=rows["kl_seq"], exact_response=rows["kl_exact"] * rows["tokens"],
-                       sampled_token=rows["kl_token"], exact_token=rows["kl_exact"])
-    cells = {name: stats.measure(rows, evidence.rng(), score=name, scale=1.0, resamples=evidence.resamples)
-             for name in READINGS}
-    lines = []
-    for policy in [p for p in POLICIES if p in set(rows["policy"])]:
-        for data in DOMAINS:
-            for expert in DOMAINS:
-                line: dict[str, object] = {"policy": policy, "data": data, "expert": expert}
-                for name, found in cells.items():
-                    e = found.contrast({(data, f"{EXPERT[expert]}>{policy}"): 1.0})
-                    line |= {name: e.estimate, f"{name}_low": e.low, f"{name}_high": e.high, f"{name}_se": e.se, "n": e.n}
-                lines.append(line)
-    return pd.DataFrame(lines)
+def of(run, evidence: Evidence) -> pd.DataFrame:
+    """`claims.readings.decided` on a run: its evidence, the sweep's variants of merges, its layer and other etas."""
+    analysis = run.profile.analysis
+    at = [run.table("weights", f"{name}_etas.parquet") for name in ("jaccard", "cosine")] if analysis.etas else None
+    return readings.decided(readings.every(evidence, run.table("sweep", "rows.parquet"), analysis.layer, at))
 
 
-def shown(found: pd.DataFrame) -> pd.DataFrame:
-    """The divergences from each domain's own expert, for the eye."""
-    own = found[found["data"] == found["expert"]]
-    return pd.DataFrame({"policy": own["policy"], "domain": own["data"].map(DOMAIN_NAMES)} | {
-        title: [interval(r[name], r[f"{name}_low"], r[f"{name}_high"], 4 if name.endswith("token") else 3)
-                for _, r in own.iterrows()] for name, title in READINGS.items()})
+def label(reading: str) -> str:
+    """A reading in words: variants of merges by the names that section 3.2 gives them."""
+    model, _, change = reading.partition(" ")
+    varied, equals, value = change.partition("=")
+    return f"{model.removeprefix('merge-')}: {READINGS.get(varied, varied)} {value}" if equals else reading
+
+
+def figure(found: pd.DataFrame, title: str = "The main claims again, one reading changed at a time"):
+    """Rows: claims; columns: readings, grouped by what is left open, the study's own first. Empty: no influence."""
+    claims = [name for name in readings.HEADLINES.values() if name in set(found["headline"])]
+    panels = []
+    for group in dict.fromkeys(found.sort_values("group", key=lambda g: g.map(order(found)), kind="stable")["group"]):
+        part = found[found["group"] == group]
+        part = part.assign(label=[label(r.reading) + (" (own)" if r.own else "") for r in part.itertuples()],
+                           letter=part["verdict"].map(LETTERS))
+        names = list(dict.fromkeys(part.sort_values("own", ascending=False, kind="stable")["label"]))
+        axis = alt.Axis(labelLimit=250, domain=False, ticks=False) if not panels else None
+        y = alt.Y("headline:N", sort=claims, scale=alt.Scale(domain=claims), title=None, axis=axis)
+        x = alt.X("label:N", sort=names, title=None, axis=alt.Axis(orient="top", labelAngle=-60, labelLimit=200, ticks=False))
+        base = alt.Chart(part).encode(x, y)
+        colours = alt.Scale(domain=list(LETTERS), range=[VERDICT_COLOURS.get(name, "#999999") for name in LETTERS])
+        tiles = base.mark_rect(opacity=0.8).encode(alt.Color("verdict:N", scale=colours, title=None))
+        framed = base.mark_rect(fill=None, stroke="black", strokeWidth=2.5).transform_filter("datum.flips")
+        letters = base.mark_text(fontSize=11, fontWeight="bold", color="white").encode(text="letter:N")
+        panels.append((tiles + framed + letters).properties(
+            width=TILE * len(names), height=TILE * len(claims), title=alt.TitleParams(group, fontSize=10, anchor="start")))
+    how = ("S supported, C contradicted, ? undecided, – not run; framed: another verdict than by the study's own reading "
+           "(own), fewer are better; empty: this reading cannot matter")
+    return drawing.finish(alt.hconcat(*panels, spacing=8), title, how)
+
+
+def order(found: pd.DataFrame) -> dict[str, int]:
+    """The groups as they were decided, narrow ones first."""
+    sizes = found.groupby("group", sort=False)["reading"].nunique()
+    return {group: place for place, group in enumerate(sizes.sort_values(kind="stable").index)}
 
 
 def sentence(found: pd.DataFrame) -> Markdown:
-    """How much narrower the exact estimate is, whether both agree, and whether token and response rank alike."""
-    told = []
-    for unit in ("response", "token"):
-        ratio = (found[f"sampled_{unit}_se"] / found[f"exact_{unit}_se"]).replace([np.inf, -np.inf], np.nan).dropna()
-        if ratio.empty:
-            return Markdown("Too few prompts for a standard error, so the two estimates cannot be compared.")
-        told.append(f"**{ratio.median():.2f}** times that of the exact one by the {unit} (from {ratio.min():.2f} to "
-                    f"{ratio.max():.2f}, {len(ratio)} cells)")
-    apart = ((found["sampled_response_low"] > found["exact_response_high"])
-             | (found["sampled_response_high"] < found["exact_response_low"])).sum()
-    ranks = [found.groupby(["policy", "data"])[name].rank() for name in ("exact_response", "exact_token")]
-    same = ranks[0].eq(ranks[1]).groupby([found["policy"], found["data"]]).all()
-    ratio = (found["sampled_response_se"] / found["exact_response_se"]).median()
-    return Markdown(
-        f"The standard error of the sampled estimate is {told[0]}, and {told[1]}: in the median, a sampled divergence of a "
-        f"response needs {ratio ** 2:.1f} times the prompts for the same precision. The intervals of the two do not touch in "
-        f"{apart} of {len(found)} cells. By token and by response the five experts stand in one order in {same.sum()} of "
-        f"{len(same)} (policy, domain) columns.")
+    """How many headlines keep their verdict under all readings, and which hang on one, with what flips them."""
+    changed = found[~found["own"]]
+    flips = {name: part for name, part in changed[changed["flips"]].groupby("headline", sort=False)}
+    tried = list(dict.fromkeys(changed["headline"]))
+    kept = [name for name in tried if name not in flips]
+    hang = {name: part for name, part in flips.items() if part["group"].nunique() == 1}
+    more = [name for name in flips if name not in hang]
+    turned = changed[changed["flips"] & changed[["verdict", "before"]].isin(["supported", "contradicted"]).all(axis=1)]
+    untried = [name for name in dict.fromkeys(found["headline"]) if name not in tried]
+
+    def told(part: pd.DataFrame) -> str:
+        values = ", ".join(f"{label(r.reading)}: {r.before} becomes {r.verdict}" for r in part.itertuples())
+        return f"{part['group'].iloc[0]} ({values})"
+
+    verdict = found[found["own"]].groupby("headline")["verdict"].first()  # on all items, where there is that
+    same = {v: [name for name in kept if verdict[name] == v] for v in LETTERS}
+    named = "; ".join(f"{len(names)} {v} ({', '.join(names)})" for v, names in same.items() if names)
+    text = [f"Of {len(tried)} headlines, **{len(kept)} keep their verdict under every reading tried**"
+            + (f": {named}." if named else ".")]
+    text.append(f"{len(hang)} hang on one thing that the paper leaves open"
+                + (": " + "; ".join(f"*{name}* on {told(part)}" for name, part in hang.items()) if hang else "") + ".")
+    if more:
+        text.append(f"{len(more)} change under several: " + "; ".join(
+            f"*{name}* ({', '.join(dict.fromkeys(flips[name]['group']))})" for name in more) + ".")
+    text.append("No reading turns a supported claim into a contradicted one or the reverse." if turned.empty else
+                f"A supported claim turns into a contradicted one, or the reverse, in {len(turned)} of {len(changed)} cells.")
+    if untried:
+        text.append(f"No other reading of {'; '.join(untried)} could be tried.")
+    return Markdown(" ".join(text))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from m2rl_core import plots
+from m2rl_core import drawing, plots
 from m2rl_core.claims.evidence import EXPERT, FIGURE2, Evidence, first_seed
 from m2rl_core.metrics import skills, solved
 from m2rl_core.views.opening import interval, miniature
@@ -26,7 +26,7 @@ def figure5(found: pd.DataFrame):
     title = "Fig. 5: cosine of gains with the union of the experts' (miniature benchmarks)"
     named = found.rename(columns={"cosine": "value"}).dropna(subset="value")
     if named.empty:
-        return plots.nothing("undefined on every benchmark: no gains to compare", title)
+        return drawing.nothing("undefined on every benchmark: no gains to compare", title)
     return plots.bars_with_intervals(named, title, marks=("ceiling", "chance"))
 
 

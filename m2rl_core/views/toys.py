@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2rl_core import plots
+from m2rl_core import drawing
 from m2rl_core.losses import Loss, advantages, importance_weights, policy_loss
 from m2rl_core.merging import merge_state
 from m2rl_core.losses import reverse_kl
@@ -29,10 +29,10 @@ def advantage_chart(group: int):
     title = "an answer that is"
     color = alt.Color("answer:N", title=title, scale=alt.Scale(domain=kinds, range=["#009E73", "#D55E00"]))
     shape = alt.Shape("answer:N", title=title, scale=alt.Scale(domain=kinds, range=["circle", "square"]))
-    base = plots.base_of(frame).encode(alt.X("right:O", title=f"right answers in the group of {group}",
+    base = drawing.base_of(frame).encode(alt.X("right:O", title=f"right answers in the group of {group}",
                                          axis=alt.Axis(labelAngle=0)), alt.Y("advantage:Q"), color)
     chart = (base.mark_line() + base.mark_point(filled=True, size=50, opacity=1).encode(shape))
-    return plots.finish(chart.properties(width=330, height=190),
+    return drawing.finish(chart.properties(width=330, height=190),
                          "A rare success counts most, a unanimous group nothing",
                          "above 0: the answer is made likelier; no direction is good in itself")
 
@@ -45,13 +45,13 @@ def importance_chart(low: float, high: float):
         loss = Loss("grpo", 1.0, *CLIP, kind, low, high)
         weight, counted = importance_weights(gap, torch.zeros_like(gap), torch.arange(len(gap)), loss)
         lines.append(pd.DataFrame({"gap": gap.tolist(), "weight": (weight * counted).tolist(), "kind": kind}))
-    chart = plots.base_of(pd.concat(lines)).mark_line(clip=True).encode(
+    chart = drawing.base_of(pd.concat(lines)).mark_line(clip=True).encode(
         alt.X("gap:Q", title="log of the ratio trainer / sampler"), alt.Y("weight:Q", title="weight of the token"),
         alt.Color("kind:N", title=None,
                   scale=alt.Scale(domain=["none", "tis", "mis"], range=["#999999", "#E69F00", "#0072B2"])),
         strokeDash=alt.StrokeDash("kind:N", title=None, scale=alt.Scale(
             domain=["none", "tis", "mis"], range=[[1, 0], [6, 3], [2, 2]])))
-    return plots.finish(chart.properties(width=330, height=170),
+    return drawing.finish(chart.properties(width=330, height=170),
                          "Truncate (tis) or mask (mis) where sampler and trainer differ",
                          f"bounds {low:g} and {high:g}; no direction is good in itself")
 
@@ -75,7 +75,7 @@ def plane(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]
         "kind:N", legend=None, scale=alt.Scale(domain=["full", "trimmed"], range=[[1, 0], [4, 3]])))
     groups, colours, shapes = zip(*GROUPS, strict=True)
     marks = pd.DataFrame(marks)
-    dots = plots.base_of(marks).mark_point(filled=True, size=80, opacity=1).encode(
+    dots = drawing.base_of(marks).mark_point(filled=True, size=80, opacity=1).encode(
         x, y, alt.Color("group:N", legend=None, scale=alt.Scale(domain=groups, range=colours)),
         alt.Shape("group:N", legend=None, scale=alt.Scale(domain=groups, range=shapes)))
     top = max(float(p[1]) for p in points.values())
@@ -84,7 +84,7 @@ def plane(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]
     marks["place"] = marks["group"].where(marks["group"] != "merged", height)
     names = [alt.Chart(marks[marks["place"] == place]).mark_text(dx=dx, dy=dy, align=align, fontSize=10).encode(
         x, y, text="name:N") for place, (dx, dy, align) in places.items()]
-    return plots.finish(alt.layer(path, dots, *names).properties(width=400, height=230), title,
+    return drawing.finish(alt.layer(path, dots, *names).properties(width=400, height=230), title,
                         "lines: what each expert changed; no direction is good in itself")
 
 
@@ -105,13 +105,13 @@ def cloud_chart(cloud: pd.DataFrame, target: Tensor):
                                     size=counts["size"].max())])
     frame["facet"] = "drop rate " + frame["rate"].map("{:g}".format)
     kinds = ["draws", "their mean", "without dropping"]
-    chart = plots.base_of(frame).mark_point(strokeWidth=1.8).encode(
+    chart = drawing.base_of(frame).mark_point(strokeWidth=1.8).encode(
         alt.X("x:Q", title="weight 1"), alt.Y("y:Q", title="weight 2"),
         alt.Color("what:N", title=None, scale=alt.Scale(domain=kinds, range=["#56B4E9", "#D55E00", "#000000"])),
         alt.Shape("what:N", title=None, scale=alt.Scale(domain=kinds, range=["circle", "cross", "square"])),
         alt.Size("size:Q", legend=None, scale=alt.Scale(range=[15, 160]))).properties(width=190, height=190)
     chart = chart.facet(facet=alt.Facet("facet:N", title=None), columns=3)
-    return plots.finish(chart, "DARE keeps the mean and pays in variance",
+    return drawing.finish(chart, "DARE keeps the mean and pays in variance",
                          "nearer the square is better; bubble: how many seeds end there")
 
 
@@ -163,7 +163,7 @@ def paths_chart(paths: pd.DataFrame, teacher: Tensor):
     x, y = (alt.X("x:Q", title="parameter 1", scale=alt.Scale(domain=[-2.4, 2.4], nice=False)),
             alt.Y("y:Q", title="parameter 2", scale=alt.Scale(domain=[-2.4, 2.4], nice=False)))
     color = alt.Color("path:N", title=None, scale=alt.Scale(domain=names, range=["#000000", "#D55E00"]))
-    back = plots.base_of(grid).mark_square(size=75, opacity=1, clip=True).encode(x, y, color=alt.Color(
+    back = drawing.base_of(grid).mark_square(size=75, opacity=1, clip=True).encode(x, y, color=alt.Color(
         "KL:Q", scale=alt.Scale(scheme="blues"), legend=None))
     dash = alt.StrokeDash("path:N", title=None, scale=alt.Scale(domain=names, range=[[1, 0], [5, 2]]))
     lines = alt.Chart(paths).mark_line(strokeWidth=1.8).encode(x, y, color, dash, order="step:Q")
@@ -176,5 +176,5 @@ def paths_chart(paths: pd.DataFrame, teacher: Tensor):
         dash.copy().legend(None))
     right = right.properties(width=240, height=240)
     chart = alt.hconcat(left, right).resolve_scale(color="independent")
-    return plots.finish(chart, "Two ways down to the teacher",
+    return drawing.finish(chart, "Two ways down to the teacher",
                          "cross: the teacher; darker: farther from it; lower KL is better")

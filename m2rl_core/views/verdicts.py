@@ -11,7 +11,7 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.optimize import isotonic_regression
 
-from m2rl_core import claims, paper, plots
+from m2rl_core import claims, drawing, paper, plots
 from m2rl_core.claims import places
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
 from m2rl_core.domains import BENCHMARKS
@@ -175,17 +175,17 @@ def placed(frame: pd.DataFrame) -> pd.DataFrame:
 def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model scores and what it cost"):
     """The study in one picture: mean of nine against training cost, this run and the paper's printed numbers."""
     frame = placed(frame)
-    models, chosen = plots._models(frame), plots.picker()
+    models, chosen = drawing.models_of(frame), drawing.picker()
     charts = []
     for source, part in frame.groupby("source", sort=False):
         reach = [min(part["floor"].iloc[0], part["beside"].min()), max(part["top"].iloc[0], part["beside"].max())]
         scale = alt.Scale(domain=reach, nice=False)
-        base = plots.base_of(part).encode(opacity=plots.strong(chosen))
+        base = drawing.base_of(part).encode(opacity=drawing.strong(chosen))
         x = alt.X("x:Q", title="training beyond SFT (% of the five experts together)",
                   scale=alt.Scale(domain=[-4, max(part["at"].max(), 100) + 34], nice=False),
                   axis=alt.Axis(values=[0, 25, 50, 75, 100, 125]))
         y = alt.Y("value:Q", title="mean of the nine benchmarks (%)", scale=scale)
-        color, shape = plots._color(models, None), plots._shape(models, None)
+        color, shape = drawing.color(models, None), drawing.shape(models, None)
         whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.3).encode(
             x, alt.Y("low:Q", scale=scale, title="mean of the nine benchmarks (%)"), y2="high:Q", color=color)
         leads = base.mark_rule(strokeWidth=0.6, color="#bbbbbb").encode(x, y, x2="at:Q", y2="beside:Q")
@@ -196,7 +196,7 @@ def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model sc
             width=400, height=300, title=alt.TitleParams(source, fontSize=11, anchor="start")))
     how = ("up and left is better; lines: 95 % (paper: sampling noise only); "
            "each merge costs the five experts, they are drawn side by side")
-    return plots.finish(plots.together(charts, chosen), title, how)
+    return drawing.finish(plots.together(charts, chosen), title, how)
 
 
 def mix_or_merge(found: Evidence) -> Markdown:

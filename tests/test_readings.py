@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 from test_claims import divergences, judged, weights, world
 
-from m2rl_core import paper, plots
+from m2rl_core import drawing, paper
 from m2rl_core.claims import Evidence, readings
 from m2rl_core.claims.evidence import EXPERT, MERGES
 from m2rl_core.claims.readings import Reading
 from m2rl_core.domains import DOMAINS
-from m2rl_core.views import rereadings as views
+from m2rl_core.views import readings as views
 
 PAIRS = [f"pair-{a}-{b}" for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1:]]
 
@@ -151,7 +151,7 @@ def test_the_picture_reads_in_black_and_white():
     assert {row["letter"] for row in rows} == {"S", "?"} and sum(row["flips"] for row in rows) == 1
     assert json.dumps(spec).count('"filter": "datum.flips"') == 2
     assert spec["hconcat"][0]["layer"][0]["encoding"]["x"]["sort"] == ["own (own)", "other"]
-    assert plots.png(chart)[:4] == b"\x89PNG"
+    assert drawing.png(chart)[:4] == b"\x89PNG"
     assert views.label("merge-ties density=0.1") == "ties: density of TIES 0.1" and views.label("half") == "half"
 
 
