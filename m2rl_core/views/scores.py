@@ -15,10 +15,10 @@ from m2rl_core import paper
 from m2rl_core.claims import scores as rules
 from m2rl_core.claims.evidence import EXPERT, FIGURE2, MERGES, OWN, Evidence
 from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average, difference
 from m2rl_core.paper import audit
-from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.study import TRAINED
 from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval, miniature

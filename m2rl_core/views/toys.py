@@ -11,8 +11,8 @@ from torch import Tensor
 
 from m2rl_core import drawing
 from m2rl_core.losses import Loss, advantages, importance_weights, policy_loss
-from m2rl_core.merging import merge_state
 from m2rl_core.losses import reverse_kl
+from m2rl_core.merging import merge_state
 from m2rl_core.policy import Policy
 
 CLIP = (0.2, 0.28)
