@@ -23,7 +23,8 @@ def sentence(found: pd.DataFrame, name: str) -> Markdown:
     if found.empty:
         return Markdown(f"Not measured in this clone: `make bench NB={name}` does it.")
     here, barred = found["machine"].iloc[0], found.dropna(subset="bar")
-    missed = barred[barred["ratio"] < barred["bar"]]["name"]
+    missed = [f"{r.name} ({r.peer_name} over {r.bar:.2g} would be {r.peer / r.bar / r.floor:.1f} times the floor; "
+              f"we are at {r.floor_multiple:.1f})" for r in barred[barred["ratio"] < barred["bar"]].itertuples(index=False)]
     held = f"{len(barred) - len(missed)} of {len(barred)} comparisons with a bar reach it"
     least, most = found["pairs"].min(), found["pairs"].max()
     pairs = f"{least}" if least == most else f"{least} to {most}"
