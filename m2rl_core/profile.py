@@ -79,7 +79,7 @@ def _build(cls, content: Any, where: str, path: Path):
     for field in dataclasses.fields(cls):
         if field.name in content:
             values[field.name] = _convert(hints[field.name], content[field.name], prefix + field.name, path)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise ProfileError(f"{path}: {prefix}{field.name}: missing; this key is needed")
     return cls(**values)
 
@@ -128,6 +128,8 @@ def _check(profile: Profile, path: Path) -> None:
     names("rl.rows", profile.rl.rows, DOMAINS)
     names("eval.items", profile.eval.items, BENCHMARKS)
     names("eval.k", profile.eval.k, BENCHMARKS)
+    for name in ("sampling", "revisions", "rules"):
+        names(f"eval.{name}", getattr(profile.eval, name), BENCHMARKS, all_of_them=False)
     names("sft.blend", [line.domain for line in profile.sft.blend], (*DOMAINS, "judge"), all_of_them=False)
     for i, line in enumerate(profile.sft.blend):
         if not re.fullmatch(r"random sampling|use all|repeat \d+ times", line.sampling):
@@ -165,3 +167,9 @@ def _check(profile: Profile, path: Path) -> None:
             fail(f"{spec}.max_new_tokens", f"{sampled.max_new_tokens} leave no room for a prompt in model.context = {context}")
         if sampled.temperature <= 0:
             fail(f"{spec}.temperature", f"{sampled.temperature}: logits are divided by it, so it must be above 0")
+    for name in profile.eval.items:
+        asked, where = profile.eval.sampled_by(name), f"eval.sampling.{name}" if name in profile.eval.sampling else "eval"
+        if not 0 < asked["top_p"] <= 1:
+            fail(f"{where}.top_p", f"{asked['top_p']} is not in (0, 1]: the share of the likeliest tokens that is drawn from")
+        if min(asked.values()) < 0:
+            fail(where, f"{asked}: nothing of this can be below 0")

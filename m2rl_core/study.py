@@ -135,7 +135,8 @@ def study(profile: Profile) -> dict[str, Stage]:
     del rl["checkpoint_every"]
     mixed = {name: rl.pop(name) for name in ("interference_every",) if name in rl}  # concerns rl-multi alone
     rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}
-    rl["along"] |= {name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")}
+    looks = {name: value for name, value in sampling.items() if name not in ("items", "k")}
+    rl["along"] |= looks
 
     def add(name, kind, needs, settings):
         inputs = {need: stages[need].key for need in needs}
@@ -176,8 +177,7 @@ def study(profile: Profile) -> dict[str, Stage]:
     for name, merged in several.items():
         add(name, "sweep", ("sft", *EXPERTS), {
             "variants": merged, "items": analysis.sweep_items, "k": analysis.sweep_k,
-            **{key: sampling[key] for key in ("temperature", "max_new_tokens", "max_turns")},
-            "engine": profile.engine, **seed})
+            **looks, "engine": profile.engine, **seed})
     add("neighborhoods", "kl", NEIGHBORS, {
         "prompts": analysis.kl_prompts, "samples": analysis.kl_samples, "rows": rows, "engine": profile.engine,
         **{name: rl[name] for name in ("temperature", "max_new_tokens", "max_turns")}, **seed})
