@@ -21,7 +21,6 @@ from m2rl_core.real.decontamination import FROM
 from m2rl_core.real.hub import File
 
 IFBENCH_NOW = "2e8a48de45ff3bf41242f927254ca81b59ca3ae2"
-HLE_COLUMNS = ("id", "question", "image", "answer", "answer_type")  # without two more pictures
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Benchmark:
     make: Maker | None
     needs: str = ""
     rules: tuple[str, ...] = ()
-    columns: tuple[str, ...] | None = None
 
     def full(self, revision: str) -> tuple[int, ...]:
         """The numbers of items that it may have at a commit; files by hand tell none."""
@@ -52,7 +50,7 @@ NINE = {
     "lcb_v5": Benchmark({"": 279}, 8, "all tests, LiveCodeBench's comparison", partial(benchmark_rows.lcb, "lcb_v5"), SANDBOX),
     "lcb_v6": Benchmark({"": 175}, 2, "all tests, LiveCodeBench's comparison", partial(benchmark_rows.lcb, "lcb_v6"), SANDBOX),
     "hle": Benchmark({"": 2158}, 1, "a judge; without one a rule, as a lower bound", benchmark_rows.hle,
-                     "a judge's address (`M2RL_JUDGE`)", columns=HLE_COLUMNS),
+                     "a judge's address (`M2RL_JUDGE`)"),
     "gpqa_diamond": Benchmark({"": 198}, 4, "the last letter", benchmark_rows.gpqa, rules=science.RULES),
     "ifeval": Benchmark({"": 541}, 1, "IFEval, strict, all instructions", partial(benchmark_rows.instructions, "ifeval"),
                         rules=instruction.RULES),
@@ -170,7 +168,7 @@ def _rows(name: str, found: list[File]) -> Iterator[Row]:
             raise Unready(str(error)) from error
         return
     for file in found:
-        for number, row in hub.read(file, columns=about.columns):
+        for number, row in hub.read(file):
             place = f"{file.place}, line {number}"
             made = about.make(row, place)
             if made is None:
