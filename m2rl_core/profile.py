@@ -234,7 +234,9 @@ def _check(profile: Profile, files: Files) -> None:
     names("rl.rows", profile.rl.rows, (*DOMAINS, *own), profile.domain_names)
     names("eval.items", profile.eval.items, (*BENCHMARKS, *own), profile.benchmarks)
     names("eval.k", profile.eval.k, (*BENCHMARKS, *own), profile.benchmarks)
-    names("sft.blend", [line.domain for line in profile.sft.blend], (*DOMAINS, "judge"))
+    for name in ("sampling", "revisions", "rules"):
+        names(f"eval.{name}", getattr(profile.eval, name), (*BENCHMARKS, *own))
+    names("sft.blend", [line.domain for line in profile.sft.blend], (*DOMAINS, *own, "judge"))
     for i, line in enumerate(profile.sft.blend):
         if not re.fullmatch(r"random sampling|use all|repeat \d+ times", line.sampling):
             fail(f"sft.blend[{i}].sampling",
@@ -275,6 +277,12 @@ def _check(profile: Profile, files: Files) -> None:
         fail("data.share", f"{profile.data.share} is not in (0, 1]: it is the part of Table 1's samples")
     if profile.data.first < 0 or profile.data.prompt_tokens < 0:
         fail("data", "first and prompt_tokens: at least 0, which is no limit")
+    for name in profile.eval.items:
+        asked, where = profile.eval.sampled_by(name), f"eval.sampling.{name}" if name in profile.eval.sampling else "eval"
+        if not 0 < asked["top_p"] <= 1:
+            fail(f"{where}.top_p", f"{asked['top_p']} is not in (0, 1]: the share of the likeliest tokens that is drawn from")
+        if min(asked.values()) < 0:
+            fail(where, f"{asked}: nothing of this can be below 0")
 
 
 def _check_models(profile: Profile, fail) -> None:

@@ -1,7 +1,7 @@
 """What a profile says, as frozen dataclasses; the values stand in params/<name>.yaml and nowhere else."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -159,14 +159,39 @@ class MergeSpec:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What one benchmark samples by, where that differs from the others; 0 for what does not."""
+
+    temperature: float = 0.0
+    top_p: float = 0.0
+    max_new_tokens: int = 0
+    max_turns: int = 0
+
+
+@dataclass(frozen=True)
 class EvalSpec:
-    """Avg@K: items and samples an item for each benchmark."""
+    """Avg@K: items and samples an item for each benchmark; `sampling`: what single benchmarks sample by instead.
+
+    `rows`: the miniatures, or the real benchmarks (`real.benchmarks`). Of these, `items` below the full number are the
+    first ones, for a trial; `revisions` are commits other than those of sources.yaml, and `rules` verdicts other than
+    the official ones.
+    """
 
     items: dict[str, int]
     k: dict[str, int]
     temperature: float
     max_new_tokens: int
     max_turns: int
+    top_p: float = 1.0
+    rows: Literal["miniature", "real"] = "miniature"
+    sampling: dict[str, Sampling] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
+
+    def sampled_by(self, benchmark: str) -> dict[str, float]:
+        """The arguments of an engine's `sample` for one benchmark."""
+        own = asdict(self.sampling.get(benchmark, Sampling()))
+        return {name: value or getattr(self, name) for name, value in own.items()}
 
 
 @dataclass(frozen=True)
@@ -250,5 +275,5 @@ class Profile:
 
 def keyed(spec) -> dict:
     """A spec as part of a stage's key: without what stands at its default, so that a new option makes nothing again."""
-    defaults = {field.name: field.default for field in fields(spec)}
+    defaults = {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(spec)}
     return {name: value for name, value in asdict(spec).items() if value != defaults[name]}

@@ -181,7 +181,8 @@ def study(profile: Profile) -> dict[str, Stage]:
     del rl["checkpoint_every"]
     mixed = {name: rl.pop(name) for name in ("interference_every",) if name in rl}  # concerns rl-multi alone
     rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}
-    rl["along"] |= {name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")}
+    looks = {name: value for name, value in sampling.items() if name not in ("items", "k")}
+    rl["along"] |= looks
     made_of = {name: imports.file_digest(path) for name, path in profile.files.items()}
     data = {"data": keyed(profile.data)} if profile.rows == "real" else {}
 
@@ -246,8 +247,7 @@ def study(profile: Profile) -> dict[str, Stage]:
     for name, merged in several.items():
         add(name, "sweep", ("sft", *experts), {
             "variants": merged, "items": analysis.sweep_items, "k": analysis.sweep_k,
-            **{key: sampling[key] for key in ("temperature", "max_new_tokens", "max_turns")},
-            "engine": profile.engine, **seed, **files_of(made_of)})
+            **looks, "engine": profile.engine, **seed, **files_of(made_of)})
     if here.neighbors:
         asked = {domain: trains[domain] for domain in here.experts}
         add("neighborhoods", "kl", here.neighbors, {

@@ -24,7 +24,7 @@ BENCHMARKS = {
     "aime24": "math", "aime25": "math", "lcb_v5": "coding", "lcb_v6": "coding", "hle": "science",
     "gpqa_diamond": "science", "ifeval": "if", "ifbench": "if", "bfcl_v3": "agent",
 }
-THINK_END = "</think>"
+THINK, THINK_END = "<think>", "</think>"
 TEST_SHARE = 0.25  # of all compositions; they never occur in training
 
 
@@ -140,6 +140,16 @@ def answer_of(turn: str) -> str | None:
     return answer.strip() if tag else None
 
 
+def graded(row: Row, turn: str) -> str | None:
+    """What is verified of one assistant turn of `row`: `answer_of`, or None where it fails the format gate.
+
+    Items of the real benchmarks have no such gate (`truth["gate"]` is "open"): there a turn without any thinking, such as
+    a base model's, counts as a whole, as the official code counts it. One that ends amid its thinking has no answer.
+    """
+    answer = answer_of(turn)
+    return turn.strip() if answer is None and row.truth.get("gate") == "open" and THINK not in turn else answer
+
+
 def prepare(rows: Iterable[Row]) -> None:
     """Start what verifies these rows without waiting for it, so that it gets ready while answers are sampled."""
     from m2rl_core.domains import worker
@@ -169,7 +179,7 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
     batches: dict[tuple, list[int]] = {}
     answers: list[list[str]] = []
     for i, (row, turns) in enumerate(zip(rows, transcripts, strict=True)):
-        parts = [answer_of(turn) for turn in turns]
+        parts = [graded(row, turn) for turn in turns]
         answers.append(parts)
         if not parts or any(part is None for part in parts):
             verdicts[i] = Verdict(0.0, "no </think>")
