@@ -72,7 +72,7 @@ def build(ctx) -> None:
     """Distil the experts into the SFT model on the mix of all domains' RL rows."""
     spec = ctx.profile.opd
     student = policies.load(ctx.inputs["sft"])
-    taught = tuple(name.removeprefix("rl-") for name in ctx.inputs if name != "sft")
+    taught = tuple(domain for domain in ctx.profile.domain_names if f"rl-{domain}" in ctx.inputs)
     teachers = Teachers(policies.load(ctx.inputs["sft"]), ((d, policies.load(ctx.inputs[f"rl-{d}"])) for d in taught))
     whole, kept = teachers.size()
     ctx.log(f"{len(teachers)} teachers: {kept / 1e6:,.1f} MB beside the {whole / 1e6:,.1f} MB of one model")

@@ -182,7 +182,8 @@ def study(profile: Profile) -> dict[str, Stage]:
     mixed = {name: rl.pop(name) for name in ("interference_every",) if name in rl}  # concerns rl-multi alone
     rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}
     looks = {name: value for name, value in sampling.items() if name not in ("items", "k")}
-    rl["along"] |= looks
+    rl["along"] |= looks | ({} if profile.domains == DOMAINS else {"benchmarks": len(profile.benchmarks)})
+    on = {} if profile.domains == DOMAINS else {"on": list(profile.benchmarks)}
     made_of = {name: imports.file_digest(path) for name, path in profile.files.items()}
     data = {"data": keyed(profile.data)} if profile.rows == "real" else {}
 
@@ -247,7 +248,7 @@ def study(profile: Profile) -> dict[str, Stage]:
     for name, merged in several.items():
         add(name, "sweep", ("sft", *experts), {
             "variants": merged, "items": analysis.sweep_items, "k": analysis.sweep_k,
-            **looks, "engine": profile.engine, **seed, **files_of(made_of)})
+            **looks, **on, "engine": profile.engine, **seed, **files_of(made_of)})
     if here.neighbors:
         asked = {domain: trains[domain] for domain in here.experts}
         add("neighborhoods", "kl", here.neighbors, {
@@ -303,16 +304,17 @@ def work(stage: Stage) -> dict[str, int]:
         return {"steps": s["steps"], "rollouts": 0, "tokens": 0}
     if stage.kind in ("rl", "opd"):
         seen = s["along"]
-        marks = s["steps"] // seen["eval_every"] * len(BENCHMARKS)
+        marks = s["steps"] // seen["eval_every"] * seen.get("benchmarks", len(BENCHMARKS))
         rollouts = s["steps"] * s["prompts"] * s["group"] + marks * seen["eval_items"] * seen["eval_k"]
     elif stage.kind == "eval":
         rollouts = sum(s["items"][name] * s["k"][name] for name in s.get("benchmarks", s["items"]))
     elif stage.kind == "sweep":
-        rollouts = sum(len(v.get("benchmarks", BENCHMARKS)) for v in s["variants"]) * s["items"] * s["k"]
+        rollouts = sum(len(v.get("benchmarks", s.get("on", BENCHMARKS))) for v in s["variants"]) * s["items"] * s["k"]
     elif stage.kind == "judge":
-        rollouts = 2 * len(BENCHMARKS) * s["items"] * s["k"]  # by outcome and by process
+        on = s.get("benchmarks", BENCHMARKS)
+        rollouts = 2 * len(on) * s["items"] * s["k"]  # by outcome and by process
     elif stage.kind == "kl":
-        rollouts = len(DOMAINS) ** 2 * s["prompts"] * s["samples"]
+        rollouts = len(s["rows"]) ** 2 * s["prompts"] * s["samples"]
     else:
         return {"steps": 0, "rollouts": 0, "tokens": 0}
     return {"steps": s.get("steps", 0), "rollouts": rollouts, "tokens": rollouts * s["max_new_tokens"]}
