@@ -6,6 +6,7 @@ first needed and kept in the store's folder data/; what is dropped stands in the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def training_prompts(ctx, domains: Sequence[str], tokenizer) -> list[Row]:
                              f"{len(found)} in all: lower it, or raise data.prompt_tokens")
         chosen = sorted(generator(profile.seed, domain, "rl").sample(range(len(fits)), min(wanted, len(fits))))
         ctx.log(f"{domain}: {len(chosen)} prompts of {len(fits)}; {len(found) - len(fits)} were longer than {most} tokens")
-        rows += [fits[i] for i in chosen]
+        rule = {"rule": profile.data.rules[domain]} if domain in profile.data.rules else {}
+        rows += [replace(fits[i], truth=fits[i].truth | rule) for i in chosen]
     return rows
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.domains import BENCHMARKS, DOMAINS, module
 from m2rl_core.specs import ModelSpec, PretrainedSpec, Profile
 
 MEASURED = ("interference_every", "variance_every")  # 0: never
@@ -237,6 +237,12 @@ def _check(profile: Profile, files: Files) -> None:
     for name in ("sampling", "revisions", "rules"):
         names(f"eval.{name}", getattr(profile.eval, name), (*BENCHMARKS, *own))
     names("sft.blend", [line.domain for line in profile.sft.blend], (*DOMAINS, *own, "judge"))
+    for name, rule in profile.data.rules.items():
+        if name not in DOMAINS:
+            fail(f"data.rules.{name}", f"unknown name{_nearest(name, DOMAINS)}")
+        rules = getattr(module(name), "RULES", ())
+        if rule not in rules:
+            fail(f"data.rules.{name}", f"unknown rule {rule!r}{_nearest(rule, rules)}")
     for i, line in enumerate(profile.sft.blend):
         if not re.fullmatch(r"random sampling|use all|repeat \d+ times", line.sampling):
             fail(f"sft.blend[{i}].sampling",

@@ -37,7 +37,7 @@ class DataSpec:
 
     `share` of Table 1's samples; `first` lines of every file, for a trial (0: all); `thinking` as in `real.chat`;
     `template`: prompts as the data has them, or worded as the released code does; RL prompts of more than
-    `prompt_tokens` are left out (0: none).
+    `prompt_tokens` are left out (0: none). `rules`: domain -> the rule of its verifier, where it is not the first.
     """
 
     share: float = 1.0
@@ -45,6 +45,7 @@ class DataSpec:
     thinking: Literal["every", "last"] = "every"
     template: Literal["data", "released"] = "data"
     prompt_tokens: int = 2048
+    rules: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class Profile:
     train: tuple[str, ...] | None = None
     domains: tuple[str, ...] = DOMAINS
     rows: Literal["miniature", "real"] = "miniature"
-    data: DataSpec = DataSpec()
+    data: DataSpec = field(default_factory=DataSpec)
     engine: Literal["torch", "vllm"] = "torch"
     gpu_memory: float = 0.4
     seeds: int = 1
