@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from m2rl_core import policy as policies
-from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, prepare, rewards
+from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, generator, prepare, rewards
 from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
@@ -29,16 +29,19 @@ NOT_RUN = "not_run.json"
 
 
 def items_of(spec, seed: int, limit: int | None = None, store: Path | None = None,
-             names: Sequence[str] = tuple(BENCHMARKS), missing: dict[str, str] | None = None) -> dict[str, list[Row]]:
+             names: Sequence[str] | None = None, missing: dict[str, str] | None = None) -> dict[str, list[Row]]:
     """The held-out items of every benchmark of the profile (or of `names`); `limit` takes the first few of each.
 
     Real ones are kept in the folder `store`. Those that cannot be had are left out and said, also in `missing`.
     """
+    names = list(spec.items) if names is None else names
+    own = {name: benchmark_rows(name, n, seed)[:limit] for name, n in spec.items.items() if name in OWN and name in names}
     if spec.rows == "miniature":
         return {name: benchmark_rows(name, spec.items[name], seed)[:limit]
-                for name in BENCHMARKS if name in spec.items and name in names}
+                for name in BENCHMARKS if name in spec.items and name in names} | own
     from m2rl_core.real import benchmarks
-    items, left_out = benchmarks.load_all(spec, limit, store and store / ITEMS, names)
+    items, left_out = benchmarks.load_all(spec, limit, store and store / ITEMS, [name for name in names if name not in own])
+    items |= own
     for line in left_out.values():
         say(line)
     if missing is not None:
