@@ -60,13 +60,14 @@ def test_each_benchmark_asks_in_its_own_words(small):
     assert asked["aime24"].messages == ({"role": "user", "content": math + "What is $0 + 70$?"},)
     assert asked["aime25"].messages[0]["content"] == math + "Find 7."
     system, user = asked["lcb_v6"].messages
-    assert system["role"] == "system" and system["content"].startswith("You are an expert Python programmer. You will be given")
+    assert system["role"] == "system" and system["content"].startswith("You are an expert Python programmer. You will be")
     assert user["content"] == (
         "### Question:\nAdd up 11.\n\n### Format: Read the inputs from stdin solve the problem and write the answer to stdout "
         "(do not directly test on the sample inputs). Enclose your code within delimiters as follows.\n```python\n# YOUR CODE "
         "HERE\n```\n\n### Answer: (use the provided format with backticks)\n\n")
     method = benchmarks.load("lcb_v5", 3)[2].messages[1]["content"]
-    assert f"use the following starter code to write the solution to the problem and enclose your code within delimiters.\n```python\n{toy.STARTER}\n```\n\n" in method
+    assert ("use the following starter code to write the solution to the problem and enclose your code within delimiters.\n"
+            f"```python\n{toy.STARTER}\n```\n\n") in method
     hle, choice = (row.messages for row in benchmarks.load("hle", 3)[:2])
     assert "\nExact Answer: {your succinct, final answer}\nConfidence:" in hle[0]["content"]
     assert hle[1]["content"] == "Six times seven?" and "\nAnswer: {your chosen answer}\n" in choice[0]["content"]
@@ -114,7 +115,8 @@ def test_the_registry_knows_all_nine(monkeypatch):
     """Faults: a benchmark without a data set, K or count; a count other than the data sets' own."""
     assert list(benchmarks.NINE) == list(BENCHMARKS) == list(FROM)
     assert {name: about.k for name, about in benchmarks.NINE.items()} == {
-        "aime24": 64, "aime25": 64, "lcb_v5": 8, "lcb_v6": 2, "hle": 1, "gpqa_diamond": 4, "ifeval": 1, "ifbench": 1, "bfcl_v3": 1}
+        "aime24": 64, "aime25": 64, "lcb_v5": 8, "lcb_v6": 2, "hle": 1, "gpqa_diamond": 4, "ifeval": 1, "ifbench": 1,
+        "bfcl_v3": 1}
     assert {name: about.full("") for name, about in benchmarks.NINE.items()} == {
         "aime24": (30,), "aime25": (30,), "lcb_v5": (279,), "lcb_v6": (175,), "hle": (2158,), "gpqa_diamond": (198,),
         "ifeval": (541,), "ifbench": (300, 294), "bfcl_v3": (4441,)}
@@ -139,7 +141,7 @@ def test_another_number_of_items_is_refused(put, name, held, wanted, told, tmp_p
 
 
 def test_both_versions_of_ifbench_and_a_trial(put):
-    """Faults: the paper's 294 items refused; a trial that needs the whole file; a trial of BFCL with one category alone."""
+    """Faults: the paper's 294 items refused; a trial that is of other items than the first, or refused."""
     repo, path, (row, *_) = toy.FILES["ifbench"]
     for number in (294, 300):
         put(repo, path, [{**row, "key": str(i)} for i in range(number)])
@@ -147,15 +149,13 @@ def test_both_versions_of_ifbench_and_a_trial(put):
     assert [r.id for r in benchmarks.load("ifbench", 2)] == ["ifbench/0", "ifbench/1"]
     with pytest.raises(StudyError, match=r"^eval.items.ifbench: 301, but it has 300 or 294$"):
         benchmarks.load("ifbench", 301)
-    rows = [Row(str(i), "agent", "", "", (), {"category": "abb"[i % 3]}) for i in range(6)]
-    assert [r.id for r in benchmarks.trial(rows, 3)] == ["0", "1", "3"]
 
 
 # ---- rows of another schema
 
 @pytest.mark.parametrize(("name", "change", "told"), [
-    ("aime24", {"solution": "72"}, r"math-ai/aime24/test-00000-of-00001.parquet, line 2: field solution: it has no \boxed{}: "),
-    ("aime24", {"solution": "\\boxed{1001}"}, "field solution: an answer of AIME is a whole number from 0 to 999, found '1001'"),
+    ("aime24", {"solution": "72"}, r"aime24/test-00000-of-00001.parquet, line 2: field solution: it has no \boxed{}: "),
+    ("aime24", {"solution": "\\boxed{1001}"}, "an answer of AIME is a whole number from 0 to 999, found '1001'"),
     ("aime25", {"answer": "7/2"}, "math-ai/aime25/test.jsonl, line 2: field answer: an answer of AIME is a whole number"),
     ("aime25", {"problem": None}, "line 2: field problem: expected a text, found none"),
     ("aime25", {"id": "7"}, "line 2: field id: 'aime25/7' stands in math-ai/aime25/test.jsonl, line 1 already"),
@@ -191,7 +191,8 @@ def test_rules_of_a_profile(small):
 def test_a_profile_of_real_rows_has_keys_of_its_own():
     """Faults: a setting that changes scores and no key; defaults that make every evaluation of tiny again."""
     assert set(keyed(SMOKE.eval)) == {"items", "k", "temperature", "max_new_tokens", "max_turns"}
-    own = spec(top_p=0.7, sampling={"aime24": Sampling(temperature=0.6)}, revisions={"ifbench": "a" * 40}, rules={"hle": "x"})
+    own = spec(top_p=0.7, sampling={"aime24": Sampling(temperature=0.6)}, revisions={"ifbench": "a" * 40},
+               rules={"hle": "x"})
     assert {"rows", "top_p", "sampling", "revisions", "rules"} < set(keyed(own))
     assert own.sampled_by("aime24") == {"temperature": 0.6, "top_p": 0.7, "max_new_tokens": 8, "max_turns": 2}
     assert own.sampled_by("hle")["temperature"] == 1.0
@@ -218,7 +219,7 @@ def test_every_model_is_asked_the_items_of_one_commit(put, monkeypatch, tmp_path
         assert asked == ["a" * 40]
     assert items_of(spec(items={"aime25": 3}), 1, None, tmp_path) == first
     put(repo, path, [*rows, rows[0]])
-    with pytest.raises(StudyError, match=r"was begun with math-ai/aime25 from by hand, .* choose another folder, or remove it and "):
+    with pytest.raises(StudyError, match=r"was begun with math-ai/aime25 from by hand, .* another folder, or remove it and "):
         items_of(spec(items={"aime25": 3}), 1, None, tmp_path)
 
 
@@ -257,7 +258,7 @@ def test_real_benchmarks_go_the_way_of_the_miniatures(small, reader, tmp_path):
     told = json.loads((ctx.out / evaluation.NOT_RUN).read_text())
     assert set(told) == {"gpqa_diamond", "bfcl_v3"}
     assert told["gpqa_diamond"].startswith("gpqa_diamond is not run: Idavidrein/gpqa at 633f5ee89ab8 cannot be read "
-                                           "(HF_HUB_OFFLINE is set): accept its terms on its page, then `hf auth login`; or put ")
+                                           "(HF_HUB_OFFLINE is set): accept its terms on its page, then `hf auth login`; or ")
     assert "\n" not in "".join(told.values())
     ctx.profile = dataclasses.replace(ctx.profile, eval=spec(items={"gpqa_diamond": 3}))
     with pytest.raises(StudyError, match="^eval-one: no benchmark can be had; gpqa_diamond is not run: "):

@@ -21,8 +21,9 @@ def contest(number: int, day: str, starter: str = "", function: str = "", cases=
     """One row of code_generation_lite; the first test is public."""
     kind = "functional" if function else "stdin"
     tests = [{"input": given, "output": printed, "testtype": kind} for given, printed in cases]
-    return {"question_title": "Sum", "question_content": f"Add up {number}.", "platform": "atcoder", "question_id": f"q{number}",
-            "contest_id": "c", "contest_date": f"{day}T00:00:00", "starter_code": starter, "difficulty": "easy",
+    return {"question_title": "Sum", "question_content": f"Add up {number}.", "platform": "atcoder",
+            "question_id": f"q{number}", "contest_id": "c", "contest_date": f"{day}T00:00:00", "starter_code": starter,
+            "difficulty": "easy",
             "public_test_cases": json.dumps(tests[:1]), "private_test_cases": packed(tests[1:]),
             "metadata": json.dumps({"func_name": function} if function else {})}
 
@@ -41,8 +42,8 @@ FILES = {
     "hle": ("cais/hle", "data/test-00000-of-00001.parquet", [
         {"id": "a1", "question": "Seen?", "image": "data:image/png;base64,AA", "answer": "no", "answer_type": "exactMatch",
          "rationale": "r", "image_preview": "p"},
-        {"id": "a2", "question": "Six times seven?", "image": "", "answer": "42", "answer_type": "exactMatch", "rationale": "r",
-         "image_preview": ""},
+        {"id": "a2", "question": "Six times seven?", "image": "", "answer": "42", "answer_type": "exactMatch",
+         "rationale": "r", "image_preview": ""},
         {"id": "a3", "question": "Which?\n\nAnswer Choices:\nA. this\nB. that", "image": "", "answer": "B",
          "answer_type": "multipleChoice", "rationale": "r", "image_preview": ""},
         {"id": "a4", "question": "Two?", "image": None, "answer": "2", "answer_type": "exactMatch", "rationale": "r",
@@ -68,14 +69,16 @@ def answers(row) -> tuple[str, str]:
     """A right and a wrong answer to one item of these files, as text after the thinking."""
     benchmark, truth = row.source, row.truth
     if benchmark.startswith("aime"):
-        return f"\\boxed{{1}} no: Answer: \\boxed{{{int(truth['answer'])}}}", f"\\boxed{{{truth['answer']}}} no: \\boxed{{500}}"
+        right, other = int(truth["answer"]), "\\boxed{500}"
+        return f"{other} no: Answer: \\boxed{{{right}}}", f"\\boxed{{{right}}} no: {other}"
     if benchmark.startswith("lcb"):
         if "func_name" in truth["metadata"]:
             return code(STARTER + "return a + b"), code(STARTER + "return a - b")
         return code("print(sum(map(int, input().split())))"), code("print(3)")
     if benchmark == "hle":
         kind = "Answer" if truth["answer_type"] == "multipleChoice" else "Exact Answer"
-        return f"{kind}: {truth['answer']}\nConfidence: 9%", f"{kind}: {'A' if kind == 'Answer' else 'none'}\nConfidence: 9%"
+        wrong = "A" if kind == "Answer" else "none"
+        return f"{kind}: {truth['answer']}\nConfidence: 9%", f"{kind}: {wrong}\nConfidence: 9%"
     if benchmark == "gpqa_diamond":
         return f"Answer: Z? No.\nAnswer: {truth['letter']}", f"Answer: {'ABCD'[('ABCD'.index(truth['letter']) + 1) % 4]}"
     return {"ifeval": ("No marks here", "Yes, here"), "ifbench": ("I have 2 or 3 cats.", "I have 2 cats.")}[benchmark]
