@@ -216,9 +216,16 @@ class Run:
         names = [(model, seed, name) for model in models or self.members.models
                  for seed, name in seeds_of(model, self.profile.seeds).items()]
         if self.profile.seeds == 1 or not any(seed for _, seed, _ in names):
-            return self._stack(f"eval-{name}" for _, _, name in names)
-        return pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
-                          for model, seed, name in names], ignore_index=True)
+            return self._shown(self._stack(f"eval-{name}" for _, _, name in names))
+        return self._shown(pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
+                                      for model, seed, name in names], ignore_index=True))
+
+    def _shown(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows without the texts of those real benchmarks whose authors ask that items be published nowhere."""
+        if self.profile.eval.rows == "real":
+            from m2rl_core.real.benchmarks import PRIVATE
+            rows.loc[rows["benchmark"].isin(PRIVATE), ["prompt", "response"]] = "(not to be published: it is in the store)"
+        return rows
 
     def not_run(self) -> dict[str, str]:
         """Benchmarks that some finished evaluation went on without, each with one line why; empty where all were had."""
