@@ -6,7 +6,7 @@ evaluation goes on where it was; a real benchmark that cannot be had here is lef
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -50,26 +50,26 @@ def items_of(spec, seed: int, limit: int | None = None, store: Path | None = Non
 
 
 def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[str, int], spec, seed: int,
-             engine: Engine = TORCH, keep: Path | None = None) -> pd.DataFrame:
+             engine: Engine = TORCH, keep: Path | None = None, told: Callable[[int, int], None] | None = None) -> pd.DataFrame:
     """Sample `k[benchmark]` responses to each item and verify them; columns as in `frame`.
 
     The draws depend on (seed, benchmark) only, and on the chunk of a real one, so every model faces the same uniform
     numbers (or vLLM's seeds). In the folder `keep` finished chunks are kept, and found by an evaluation that goes on.
+    `told` hears how many chunks of how many are there.
     """
     prepare(row for rows in items.values() for row in rows)
-    parts = []
-    for benchmark, rows in items.items():
-        for name, part in _chunks(benchmark, rows, k[benchmark], spec.rows):
-            kept = keep and keep / f"rows-{'-'.join(map(str, name))}.parquet"
-            if not (kept and kept.is_file()):
-                rng = torch.Generator().manual_seed(generator(seed, "evaluate", *name).randrange(2**62))
-                found = _measure(policy, model, benchmark, part, k[benchmark], spec, rng, engine)
-                if kept is None:
-                    parts.append(found)
-                    continue
+    parts, chunks = [], [chunk for name, rows in items.items() for chunk in _chunks(name, rows, k[name], spec.rows)]
+    for name, rows in chunks:
+        kept = keep and keep / f"rows-{'-'.join(map(str, name))}.parquet"
+        if not (kept and kept.is_file()):
+            rng = torch.Generator().manual_seed(generator(seed, "evaluate", *name).randrange(2**62))
+            found = _measure(policy, model, name[0], rows, k[name[0]], spec, rng, engine)
+            if kept:
                 found.to_parquet(kept.with_suffix(".new"), index=False)
                 kept.with_suffix(".new").rename(kept)
-            parts.append(pd.read_parquet(kept))
+        parts.append(pd.read_parquet(kept) if kept else found)
+        if told:
+            told(len(parts), len(chunks))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -125,11 +125,23 @@ def build(ctx) -> None:
     if not items:
         raise StudyError(f"{ctx.stage.name}: no benchmark can be had; " + "; ".join(missing.values()))
     ctx.state.mkdir(parents=True, exist_ok=True)
-    with open_engine(ctx.profile) as engine:
-        rows = evaluate(policies.load(folder), model, items, spec.k, spec, ctx.profile.seed, engine, ctx.state)
-    rows.to_parquet(ctx.out / "rows.parquet", index=False)
+    earlier = _earlier(ctx)
+    left = {name: rows for name, rows in items.items() if name not in earlier}
+    if left:
+        with open_engine(ctx.profile) as engine:
+            rows = evaluate(policies.load(folder), model, left, spec.k, spec, ctx.profile.seed, engine, ctx.state,
+                            ctx.progress.step)
+        earlier |= dict(iter(rows.groupby("benchmark")))
+    pd.concat([earlier[name] for name in items], ignore_index=True).to_parquet(ctx.out / "rows.parquet", index=False)
     if missing:
         (ctx.out / NOT_RUN).write_text(json.dumps(missing, indent=1) + "\n")
+
+
+def _earlier(ctx) -> dict[str, pd.DataFrame]:
+    """Benchmark -> rows, of the same evaluation that was set aside (`rebuild`) because others could not be had then."""
+    home = store_of(ctx) / "set-aside"
+    made = sorted(home.glob(f"{ctx.out.name}.*/{NOT_RUN}"), key=lambda path: int(path.parent.suffix[1:]))
+    return dict(iter(pd.read_parquet(made[-1].with_name("rows.parquet")).groupby("benchmark"))) if made else {}
 
 
 def store_of(ctx) -> Path:

@@ -1,8 +1,8 @@
 """In a notebook of a study with parts left out: a cell that needs such a part says "not run", and the next one goes on.
 
-Each cell's code is put into a `try`; what it asks for in vain (`NotInStudy`, `NotMeasured`, `Missing`), and names that a cell which
-was not run would have set, end it with one line in place of its output. Every other error stays one. Whole studies
-of miniatures never have this installed; of real benchmarks one may be out of reach.
+Each cell's code is put into a `try`; what it asks for in vain (`NotInStudy`, `NotMeasured`, `Missing`), and names that a
+cell which was not run would have set, end it with one line in place of its output. Every other error stays one. Whole
+studies of miniatures never have this installed; of the real benchmarks one may be out of reach.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALLED = "_m2rl_not_run"
 def install(shell) -> None:
     """Let an IPython shell do so, once."""
     if CALLED not in shell.user_ns:
-        shell.user_ns[CALLED] = Cells()
+        shell.user_ns[CALLED] = Cells(shell.user_ns)
         shell.ast_transformers.append(Wrapped())
 
 
@@ -45,7 +45,8 @@ class Wrapped(ast.NodeTransformer):
 class Cells:
     """What cells that were not run would have set, and why they were not."""
 
-    def __init__(self):
+    def __init__(self, known: dict):
+        self.known = known  # the notebook's variables
         self.unset: dict[str, str] = {}
 
     @staticmethod
@@ -62,6 +63,8 @@ class Cells:
         else:
             return False
         self.unset |= dict.fromkeys(names, why)
+        for name in names:  # what an earlier cell called so must not be taken for it
+            self.known.pop(name, None)
         display(Markdown(f"*Not run: {why}.*"))
         return True
 

@@ -1,6 +1,7 @@
 """The nine real benchmarks from small files of the true schema: wording, truth, counts, refusals, verdicts, and going on."""
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -10,17 +11,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import toy_benchmarks as toy
 import toy_policy
 
-from m2rl_core import domains
+from m2rl_core import domains, not_run
 from m2rl_core import evaluate as evaluation
 from m2rl_core import policy as policies
 from m2rl_core.domains import BENCHMARKS, Row, rewards
 from m2rl_core.errors import StudyError
 from m2rl_core.evaluate import build, evaluate, items_of
+from m2rl_core.metrics import stats
 from m2rl_core.profile import load_profile
 from m2rl_core.real import benchmarks, hub
 from m2rl_core.real.decontamination import FROM
@@ -243,7 +246,8 @@ def context(tmp_path, policy, **changes):
     out = tmp_path / "store" / "evals" / "eval-one"
     (out / "state").mkdir(parents=True, exist_ok=True)
     return SimpleNamespace(profile=dataclasses.replace(SMOKE, eval=spec(**changes), seed=1), inputs={"one": folder}, out=out,
-                           stage=SimpleNamespace(name="eval-one", settings={}), state=out / "state")
+                           stage=SimpleNamespace(name="eval-one", settings={}), state=out / "state",
+                           progress=SimpleNamespace(step=lambda done, total: None))
 
 
 def test_real_benchmarks_go_the_way_of_the_miniatures(small, reader, tmp_path):
@@ -266,6 +270,32 @@ def test_real_benchmarks_go_the_way_of_the_miniatures(small, reader, tmp_path):
     ctx.profile = dataclasses.replace(ctx.profile, eval=spec(items={"gpqa_diamond": 3}))
     with pytest.raises(StudyError, match="^eval-one: no benchmark can be had; gpqa_diamond is not run: "):
         build(ctx)
+
+
+def test_what_could_not_be_had_is_evaluated_later_and_nothing_else(put, reader, tmp_path, monkeypatch):
+    """Faults: days of sampling again for one benchmark whose terms were accepted late; rows in another order, or of an
+    evaluation that was set aside for another reason."""
+    toy.shrink(monkeypatch)
+    whole, later = tmp_path / "whole", tmp_path / "later"
+    toy.write_all(put, ["hle", "ifeval"])
+    for folder in (whole, later):
+        folder.mkdir()
+    wanted = {"hle": 3, "gpqa_diamond": 3, "ifeval": 3}
+    ctx = context(later, reader, items=wanted)
+    build(ctx)
+    (later / "store/set-aside").mkdir()
+    ctx.out.rename(later / "store/set-aside/eval-one.1")
+    toy.write_all(put, ["gpqa_diamond"])
+    build(context(whole, reader, items=wanted))
+    asked, measure = [], evaluation._measure
+    monkeypatch.setattr(evaluation, "_measure", lambda *args: asked.append(args[2]) or measure(*args))
+    build(ctx := context(later, reader, items=wanted))
+    assert asked == ["gpqa_diamond"] and not (ctx.out / NOT_RUN).exists()
+    assert (ctx.out / "rows.parquet").read_bytes() == (whole / "store/evals/eval-one/rows.parquet").read_bytes()
+    ctx.out.rename(later / "store/set-aside/eval-one.2")
+    (later / "store/set-aside/eval-one.1" / NOT_RUN).unlink()
+    build(context(later, reader, items=wanted))
+    assert asked[1:] == ["hle", "gpqa_diamond", "ifeval"]
 
 
 def test_a_verifier_that_cannot_work_here_is_found_before_sampling(small, monkeypatch):
@@ -321,6 +351,22 @@ def test_tables_call_real_benchmarks_by_their_names(tmp_path, monkeypatch):
         Run(dataclasses.replace(SMOKE, eval=dataclasses.replace(SMOKE.eval, items=items, rows=rows)), tmp_path)
         assert [domains.called(name) for name in ("ifeval", "ifbench", "hle")] == names
     assert domains.called("avg") == "avg"
+
+
+def test_a_cell_without_its_benchmark_says_so_and_the_next_goes_on(capsys):
+    """Faults: a notebook that stops at the first table of a benchmark that could not be had; a later cell that takes an
+    older value for what was not made; a fault of ours that is called "not run"."""
+    shell = SimpleNamespace(user_ns={"found": "old"}, ast_transformers=[])
+    not_run.install(shell)
+    rows = pd.DataFrame({"model": "sft", "benchmark": "ifeval", "item": ["a", "b"], "sample": 0, "score": [1.0, 0.0]})
+    shell.user_ns |= {"measured": stats.measure(rows, np.random.default_rng(0))}
+    for cell in ("found = measured.contrast({('hle', 'sft'): 1.0})", "found", "measured.contrast({('ifeval', 'sft'): 1.0})"):
+        exec(compile(shell.ast_transformers[0].visit(ast.parse(cell)), "cell", "exec"), shell.user_ns)
+    told = capsys.readouterr().out
+    assert shell.user_ns["_m2rl_not_run"].unset == {"found": "no scores of sft on hle"}
+    assert told.count("Markdown") == 2 and "estimate=50.0" in told
+    with pytest.raises(KeyError, match="other"):
+        exec(compile(shell.ast_transformers[0].visit(ast.parse("{}['other']")), "cell", "exec"), shell.user_ns)
 
 
 KILLED = """
