@@ -166,7 +166,7 @@ def interference(evidence: Evidence, models: Iterable[str] | None = None) -> pd.
 
 def interference_sentence(found: pd.DataFrame) -> Markdown:
     """How many cells away from home are clearly up, clearly down, or open."""
-    away = found[found["model"] != found["domain"].map(EXPERT)]
+    away = found[found["model"] != "rl-" + found["domain"]]
     up, down = (away["low"] > 0).sum(), (away["high"] < 0).sum()
     worst = away.loc[away["difference"].idxmin()]
     return Markdown(
@@ -238,7 +238,7 @@ def _range(by_expert: Mapping[str, float]) -> str:
 def against_best(evidence: Evidence, models: Sequence[str] = INTEGRATED) -> pd.DataFrame:
     """Mean of nine and its paired difference to the merge with the best mean: model, mean, to the best, paper."""
     best, printed, lines = evidence.best(MERGES), printed_scores()["avg"], []
-    for model in models:
+    for model in evidence.present(models):
         own = evidence.contrast(average(model, evidence.benchmarks))
         gap = evidence.contrast(difference(model, best, evidence.benchmarks))
         lines.append({
