@@ -169,13 +169,13 @@ def variants(merge) -> list[dict]:
         for name, key, values in SWEEP for value in values if value != own[name].get(key)]
 
 
-def subsets(merge, domains=DOMAINS, benchmarks=BENCHMARKS) -> list[dict]:
+def subsets(merge) -> list[dict]:
     """TIES of every three and four experts as variants of a sweep, each tested on its own domains (section 3.4)."""
     own = {key: getattr(merge, key) for key in MERGES["merge-ties"][1]}
     return [{"name": f"ties-{'-'.join(chosen)}", "method": "ties",
              "parameters": own | {"experts": [f"rl-{domain}" for domain in chosen]},
-             "benchmarks": [b for b, domain in benchmarks.items() if domain in chosen]}
-            for size in (3, 4) if size < len(domains) for chosen in combinations(domains, size)]
+             "benchmarks": [b for b, domain in BENCHMARKS.items() if domain in chosen]}
+            for size in (3, 4) for chosen in combinations(DOMAINS, size)]
 
 
 def study(profile: Profile) -> dict[str, Stage]:
@@ -251,8 +251,8 @@ def study(profile: Profile) -> dict[str, Stage]:
         add("weights", "weights", ("sft", *experts), {
             "eta": analysis.eta, "etas": analysis.etas, "random_projection": analysis.random_projection, **seed})
         several["sweep"] = variants(profile.merge)
-        if analysis.pairs and (chosen := subsets(profile.merge, tuple(here.experts), profile.benchmarks)):
-            several["subsets"] = chosen
+        if analysis.pairs and tuple(here.experts) == DOMAINS:
+            several["subsets"] = subsets(profile.merge)
     for name, merged in several.items():
         add(name, "sweep", ("sft", *experts), {
             "variants": merged, "items": analysis.sweep_items, "k": analysis.sweep_k,

@@ -78,6 +78,30 @@ class Evidence:
     seed: int = 0
     resamples: int = 4000
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that have an expert, in order."""
+        return tuple(self.experts)
+
+    @cached_property
+    def own(self) -> dict[str, list[str]]:
+        """The benchmarks of each domain that has an expert."""
+        return {domain: [b for b, d in self.benchmarks.items() if d == domain] for domain in self.experts}
+
+    @property
+    def figure2(self) -> dict[str, str]:
+        """The benchmark that stands for each domain, as in Fig. 2; of one's own domain, its own."""
+        return {domain: FIGURE2.get(domain, domain) for domain in self.experts}
+
+    def present(self, models: Iterable[str], of: str = "scores") -> list[str]:
+        """Those of `models` that there are rows of; Missing where there are none of any."""
+        rows = self.frame(of)
+        found = set(rows["policy" if of == "kl" else "model"])
+        there = [model for model in models if model in found]
+        if not there:
+            raise Missing(f"no {of} of {', '.join(models)}")
+        return there
+
     def frame(self, name: str, *columns: str) -> pd.DataFrame:
         """The frame `name`, with `columns`; Missing where there is none."""
         found = getattr(self, "scores" if name == "first" else name)

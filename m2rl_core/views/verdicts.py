@@ -201,6 +201,10 @@ def mix_or_merge(found: Evidence) -> Markdown:
     """The answer of this run in words, by the rule of the claims: equal means inside +-2 points."""
     best = found.best(MERGES)
     e = found.contrast(difference("rl-multi", best, found.benchmarks))
+    if found.costs is None:
+        return Markdown(f"`rl-multi` minus `{best}` (the merge with the best mean, picked on these same items, which favours "
+                        f"it): {interval(*e[:3])} points over {len(found.benchmarks)} benchmarks. Nothing was trained here, so "
+                        "no cost stands beside it.")
     distilled = found.contrast(difference("mt-opd", best, found.benchmarks))
     share = scores.shares(found.frame("costs", "model", "hours"))
     cost = share["rl-multi"]
