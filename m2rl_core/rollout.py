@@ -214,9 +214,13 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
     return reply
 
 
-def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
-    """What follows the assistant's end marker when tools answer: exactly the chat template's text, as ids."""
-    body = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in outputs)
+def tool_reply(policy: Policy, outputs: Sequence[str] | str) -> list[int]:
+    """What follows the assistant's end marker when tools answer, or when the user goes on (one text): exactly the chat
+    template's text, as ids. Where the template would drop the thinking of earlier turns at a user's words, it stays."""
+    if isinstance(outputs, str):
+        body = f"\n{outputs}"
+    else:
+        body = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in outputs)
     text = f"\n<|im_start|>user{body}<|im_end|>\n<|im_start|>assistant\n"
     return policy.tokenizer.encode(text, add_special_tokens=False)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from types import ModuleType
 
 from m2rl_core.domains import Row, Verdict, is_held_out
 from m2rl_core.domains.agent_tasks import (
@@ -15,7 +17,7 @@ from m2rl_core.domains.agent_tasks import (
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
 from m2rl_core.domains.workplace import World, compact, signature
 
-__all__ = ("bfcl_average", "corpus", "environment", "parse_calls", "respond", "rl", "sft", "spoil", "test", "verify")
+__all__ = ("bfcl_average", "corpus", "environment", "home", "parse_calls", "respond", "rl", "sft", "spoil", "test", "verify")
 
 SFT_TYPE = "Conversational Agent"  # the row of Table 1
 REFUSAL = "No tool can do this."
@@ -49,9 +51,16 @@ class Environment:
         return None if self.done else outputs
 
 
-def environment(row: Row) -> Environment:
-    """A fresh episode of `row`: two rollouts of one row share nothing."""
-    return Environment(row)
+def environment(row: Row):
+    """A fresh episode of `row`, two rollouts of one row share nothing; None where nobody replies."""
+    where = home(row)
+    return Environment(row) if where is sys.modules[__name__] else where.environment(row)
+
+
+def home(row: Row) -> ModuleType:
+    """The module that verifies a row of this domain and replies in it: this one, or that of BFCL's own items."""
+    from m2rl_core.domains import bfcl
+    return bfcl if row.truth["kind"] == bfcl.KIND else sys.modules[__name__]
 
 
 # ---- the reward
