@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core.attention import Cache, Causal, Grouped, Replies
-from m2rl_core.domains import MODULES, Row, answer_of, module
+from m2rl_core.domains import MODULES, Row, UserSays, answer_of, module
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, prepare, token_logprobs
@@ -214,13 +214,11 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
     return reply
 
 
-def tool_reply(policy: Policy, outputs: Sequence[str] | str) -> list[int]:
-    """What follows the assistant's end marker when tools answer, or when the user goes on (one text): exactly the chat
-    template's text, as ids. Where the template would drop the thinking of earlier turns at a user's words, it stays."""
-    if isinstance(outputs, str):
-        body = f"\n{outputs}"
-    else:
-        body = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in outputs)
+def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
+    """What follows the assistant's end marker when tools answer, or when the user goes on (one `UserSays`): exactly the
+    chat template's text, as ids; but the thinking of earlier turns, which it drops at a user's words, stays."""
+    body = "".join(f"\n{text}" if isinstance(text, UserSays) else f"\n<tool_response>\n{text}\n</tool_response>"
+                   for text in outputs)
     text = f"\n<|im_start|>user{body}<|im_end|>\n<|im_start|>assistant\n"
     return policy.tokenizer.encode(text, add_special_tokens=False)
 

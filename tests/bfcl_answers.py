@@ -6,7 +6,7 @@ import json
 import random
 
 from m2rl_core.domains import Row
-from m2rl_core.domains.bfcl import LANGUAGES, MULTI
+from m2rl_core.domains.bfcl import LANGUAGES, MULTI, STEPS
 
 Call = tuple[str, dict]
 DONE = "Nothing to call."
@@ -22,7 +22,7 @@ def gold(row: Row) -> list[str]:
     """The assistant's turns that the truth asks for."""
     category = row.truth["category"]
     if category in MULTI:
-        return _spoken([[[call] for call in turn] for turn in gold_turns(row)])
+        return spoken(steps(gold_turns(row)))
     if category.endswith("irrelevance"):
         return [DONE]
     if category == "live_relevance":
@@ -36,14 +36,10 @@ def gold_calls(row: Row) -> list[Call]:
     found = []
     for truth in row.truth["ground_truth"]:
         (name, allowed), = truth.items()
-        given = {key: _chosen(values) for key, values in allowed.items() if values[0] != "" or len(values) > 1}
+        given = {key: _filled(next(value for value in values if value != ""))
+                 for key, values in allowed.items() if any(value != "" for value in values)}
         found.append((name, {key: _text(value) if as_text else value for key, value in given.items()}))
     return found
-
-
-def _chosen(values: list):
-    value = next(value for value in values if value != "")
-    return _filled(value)
 
 
 def _filled(value):
@@ -60,18 +56,25 @@ def _text(value) -> str:
 
 def gold_turns(row: Row) -> list[list[Call]]:
     """A multi-turn item's calls, a list for each turn of the user's."""
-    order = {tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in row.tools}
+    added = [json.loads(line) for text in row.truth["turns"] for line in text.splitlines() if line.startswith('{"type"')]
+    order = {tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in (*row.tools, *added)}
     return [[_parsed(text, order) for text in turn] for turn in row.truth["ground_truth"]]
 
 
 def _parsed(text: str, order: dict[str, list[str]]) -> Call:
     call = ast.parse(text, mode="eval").body
     name = ast.unparse(call.func)
-    given = dict(zip(order.get(name, ["file_name"]), map(ast.literal_eval, call.args)))
+    given = dict(zip(order[name], map(ast.literal_eval, call.args)))
     return name, given | {word.arg: ast.literal_eval(word.value) for word in call.keywords}
 
 
-def _spoken(turns: list[list[list[Call]]]) -> list[str]:
+def steps(turns: list[list[Call]]) -> list[list[list[Call]]]:
+    """One call a step, but all in one where a turn has more than the steps that it may have."""
+    return [[[call] for call in turn] if len(turn) < STEPS else [turn] for turn in turns]
+
+
+def spoken(turns: list[list[list[Call]]]) -> list[str]:
+    """The model's turns: each step's calls, and a word without a call after the last."""
     return [said for turn in turns for said in [*map(write, turn), DONE]]
 
 
@@ -99,16 +102,16 @@ def wrong(row: Row, rng: random.Random) -> list[list[str]]:
 
 
 def _wrong_turns(row: Row, rng: random.Random) -> list[list[str]]:
-    turns = [[[call] for call in turn] for turn in gold_turns(row)]
+    turns = steps(gold_turns(row))
     at = rng.choice([i for i, turn in enumerate(turns) if turn])
-    (name, given), = turns[at][0]
+    (name, given), *others = turns[at][0]
     changed = {key: f"{value}x" if isinstance(value, str) else value for key, value in given.items()} or {"x": 1}
     together = [[[call for step in turn for call in step]] if turn else [] for turn in turns]
 
-    def instead(steps: list) -> list[str]:
-        return _spoken([*turns[:at], steps, *turns[at + 1:]])
+    def instead(turn: list) -> list[str]:
+        return spoken([*turns[:at], turn, *turns[at + 1:]])
 
-    return [instead(turns[at][:-1]), instead([[(name, changed)], *turns[at][1:]]), instead([*turns[at], turns[at][0]]),
+    return [instead(turns[at][:-1]), instead([[(name, changed), *others], *turns[at][1:]]), instead([*turns[at], turns[at][0]]),
             instead([[("no_such_tool", {"a": 1})], *turns[at]]), instead([[(name, {**given, "a b": 1})], *turns[at]]),
-            instead(turns[at][::-1]), _spoken(together), _spoken(turns)[:-1], _spoken(turns[:-1]),
-            [said.replace('"arguments": {}', '"arguments": "{}"') for said in _spoken(turns)]]
+            instead(turns[at][::-1]), spoken(together), spoken(turns)[:-1], spoken(turns[:-1]),
+            [said.replace('"arguments": {}', '"arguments": "{}"') for said in spoken(turns)]]

@@ -19,11 +19,11 @@ import pytest
 from bfcl_answers import DONE, gold, gold_turns, write
 
 from m2rl_core import sandbox
-from m2rl_core.domains import Row, agent, bfcl, bfcl_wheel, rewards
+from m2rl_core.domains import Row, UserSays, agent, bfcl, bfcl_wheel, rewards
 from m2rl_core.domains.bfcl import CATEGORIES, MULTI, REFUSED, calls_of, code_of
 from m2rl_core.errors import StudyError
 from m2rl_core.interpreter import Interpreter
-from m2rl_core.real import bfcl_rows
+from m2rl_core.real import bfcl_rows, hub
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,
                                  reason="bwrap is not installed: apt-get install bubblewrap")
@@ -113,7 +113,8 @@ def test_right_answers_pass(items, name, least):
 def test_reasons_say_what_is_wrong(items):
     row = one(items, "simple")
     (name, given), = bfcl_answers.gold_calls(row)
-    found = judged(row, [write([(name, given)])], [DONE], [write([(name, {**given, "base": 11})])], [write([(name, given)]), DONE])
+    right = write([(name, given)])
+    found = judged(row, [right], [DONE], [write([(name, {**given, "base": 11})])], [right, DONE])
     assert [verdict.reason for verdict in found] == [
         "right", "simple_function_checker:wrong_count: Wrong number of functions.",
         "value_error:others: Invalid value for parameter 'base': 11. Expected one of [10].", "went on after the end"]
@@ -124,8 +125,8 @@ def test_reasons_say_what_is_wrong(items):
 
 @pytest.mark.parametrize(("answer", "found"), [
     ('<tool_call>\n{"name": "a.b", "arguments": {"x": 1}}\n</tool_call>', [("a.b", {"x": 1})]),
-    ('so\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "b", "arguments": {}}\n</tool_call>',
-     [("a", {}), ("b", {})]),
+    ('so\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "b", "arguments": {}}'
+     '\n</tool_call>', [("a", {}), ("b", {})]),
     ('<tool_call>{"name": "a", "arguments": {}}</tool_call>', []),  # the handler needs the line breaks
     ('<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name"\n</tool_call>', []),  # one spoils all
     ('<tool_call>\n{"name": "a"}\n</tool_call>', []), ('<tool_call>\n[1]\n</tool_call>', []),
@@ -198,8 +199,8 @@ def test_a_wrong_rollout_spoils_no_other(items):
     """Catches worlds that are kept by item: after a wrong rollout, a right one of the same item is scored wrong."""
     for name in MULTI:
         row = items[name][1]
-        turns = [[[call] for call in turn] for turn in gold_turns(row)]
-        bad = [*bfcl_answers._spoken([[*turns[0], *turns[0]], *turns[1:]])[:-1], write([turns[0][0][0]]), DONE]
+        turns = bfcl_answers.steps(gold_turns(row))
+        bad = bfcl_answers.spoken([[*turns[0], *turns[0]], *turns[1:]])
         right = gold(row)
         found = [verdict.score for verdict in judged(row, bad, right, bad[:-2], right, right)]
         assert [found[1], found[3], found[4]] == [1, 1, 1], name
@@ -227,15 +228,15 @@ def test_an_episode_goes_as_the_official_one(items):
     world, replies = agent.environment(row), []
     for answer in gold(row):
         replies.append(world.step(answer))
-    kinds = "".join("e" if reply is None else "u" if isinstance(reply, str) else "t" for reply in replies)
+    kinds = "".join("e" if reply is None else "u" if isinstance(reply[0], UserSays) else "t" for reply in replies)
     assert kinds == "u".join("t" * len(turn) for turn in row.truth["ground_truth"]) + "e"
-    assert replies[kinds.index("u")] == row.truth["turns"][0]
-    added = next(reply for reply in replies if isinstance(reply, str) and bfcl_rows.MORE in reply)
+    assert replies[kinds.index("u")] == [row.truth["turns"][0]]
+    added, = (reply[0] for reply in replies if reply and bfcl_rows.MORE in reply[0])
     assert '"name": "sort"' in added
     assert json.loads(replies[0][0])["current_working_directory"] == "document"
     assert world.step(DONE) is None, "an episode that is over stays so"
     assert judged(row, gold(row))[0].score == 1
-    assert agent.environment(one(items, "simple")) is None
+    assert agent.environment(one(items, "simple")).step(DONE) is None
 
 
 @needs_bwrap
@@ -255,7 +256,8 @@ def test_twenty_one_steps_end_the_episode(items):
 
 
 @needs_bwrap
-def test_an_endless_call_costs_its_own_answer_only(items):
+def test_an_endless_call_costs_its_own_answer_only(items, monkeypatch):
+    monkeypatch.setattr(bfcl_wheel, "SECONDS", 1)
     row = one(items, "multi_turn_base", "GorillaFileSystem")
     slow = dict(bfcl._item(row), kind="execute", steps=[["sum(iter(int, 1))"]])
     fine = dict(bfcl._item(row), kind="execute", steps=[["pwd()"]])
@@ -342,6 +344,8 @@ def test_files_by_hand_come_first(by_hand):
     (by_hand / "BFCL_v3_rest.json").write_text("not for us")
     found = {row.id: row for row in bfcl_rows.rows()}
     assert len(found) == 4441 and found["bfcl_v3/simple_0"].messages[0]["content"] == "changed"
+    questions = hub.files(hub.sources()[bfcl_rows.REPO], [bfcl_rows.QUESTIONS])
+    assert {row.id: row for row in bfcl_rows.rows(questions)} == found, "questions alone: the answers lie beside them"
 
 
 @pytest.mark.parametrize(("spoil", "said"), [

@@ -68,6 +68,10 @@ class Verdict:
     failed: bool = False
 
 
+class UserSays(str):
+    """The user's next words, where an environment replies with these alone and not with the answers of tools."""
+
+
 def module(domain: str):
     """The module that makes and verifies the rows of `domain`; ValueError for a name that is none."""
     if domain not in MODULES:

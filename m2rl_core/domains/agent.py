@@ -52,15 +52,17 @@ class Environment:
 
 
 def environment(row: Row):
-    """A fresh episode of `row`, two rollouts of one row share nothing; None where nobody replies."""
+    """A fresh episode of `row`: two rollouts of one row share nothing."""
     where = home(row)
     return Environment(row) if where is sys.modules[__name__] else where.environment(row)
 
 
 def home(row: Row) -> ModuleType:
-    """The module that verifies a row of this domain and replies in it: this one, or that of BFCL's own items."""
-    from m2rl_core.domains import bfcl
-    return bfcl if row.truth["kind"] == bfcl.KIND else sys.modules[__name__]
+    """The module that verifies a row of this domain and replies in it: BFCL's own items have theirs."""
+    if row.truth.get("kind") == "bfcl":
+        from m2rl_core.domains import bfcl
+        return bfcl
+    return sys.modules[__name__]
 
 
 # ---- the reward

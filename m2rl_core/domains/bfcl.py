@@ -12,7 +12,7 @@ import keyword
 import re
 from collections.abc import Sequence
 
-from m2rl_core.domains import Row, Verdict, bfcl_wheel
+from m2rl_core.domains import Row, UserSays, Verdict, bfcl_wheel
 from m2rl_core.errors import StudyError
 
 KIND = "bfcl"  # truth["kind"] of its rows
@@ -105,23 +105,24 @@ class Episode:
 
 
 class Environment:
-    """One episode of a multi-turn item: the tools answer, and where the model calls none, the user goes on.
+    """One episode of an item: the tools answer, and where the model calls none, the user goes on. A single-turn item is
+    over after its first turn.
 
-    The wheel's world is built anew for each step and all calls up to it are run, in the sandbox, so nothing outlives a step.
+    The wheel's world is built anew for each step and all calls up to it are run, in the sandbox; nothing outlives a step.
     """
 
     def __init__(self, row: Row):
-        self.row, self.episode = row, Episode(row)
+        self.row, self.episode = row, Episode(row) if row.truth["category"] in MULTI else None
 
-    def step(self, answer: str) -> list[str] | str | None:
-        """The tools' answers to one turn's text after `</think>`; the user's next words as one text; None at the end."""
+    def step(self, answer: str) -> list[str] | None:
+        """The tools' answers to one turn's text after `</think>`, or the user's next words; None at the end."""
         episode = self.episode
-        if episode.over:
+        if episode is None or episode.over:
             return None
         calls = episode.take(answer)
         if episode.over:
             return None
-        return self._run(calls) if calls else self.row.truth["turns"][len(episode.turns) - 2]
+        return self._run(calls) if calls else [UserSays(self.row.truth["turns"][len(episode.turns) - 2])]
 
     def _run(self, calls: list[Call]) -> list[str]:
         steps = [step for turn in self.episode.code() for step in turn]
@@ -132,9 +133,14 @@ class Environment:
                 for call, result in zip(calls, found["results"], strict=True)]
 
 
-def environment(row: Row) -> Environment | None:
-    """A fresh episode of `row`; None for a single-turn item, to which nobody replies."""
-    return Environment(row) if row.truth["category"] in MULTI else None
+def environment(row: Row) -> Environment:
+    """A fresh episode of `row`: two rollouts of one row share nothing."""
+    return Environment(row)
+
+
+def steps_here(row: Row) -> bool:
+    """Whether an episode lives in this process: what can hang is in the sandbox."""
+    return True
 
 
 def _item(row: Row) -> dict:

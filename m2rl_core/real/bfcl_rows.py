@@ -42,9 +42,12 @@ JSON_TYPE = {  # BFCL's names of types; a name that is not here is a string
 # --- files
 
 
-def files() -> list[File]:
-    """The files of questions, answers and functions: those given by hand under M2RL_DATA, else the wheel's own copy."""
+def files(questions: Sequence[File] = ()) -> list[File]:
+    """The files of questions, answers and functions: what lies beside these questions, at their commit; without any,
+    those given by hand under M2RL_DATA, else the wheel's own copy."""
     source = hub.sources()[REPO]
+    if questions:
+        return [*questions, *hub.files(questions[0].source, (ANSWERS, DOCS))]
     if hub.folder_of(source) is not None:
         return hub.files(source, (QUESTIONS, ANSWERS, DOCS))
     data = bfcl_wheel.root() / "data"
@@ -53,14 +56,16 @@ def files() -> list[File]:
             for split in (QUESTIONS, ANSWERS, DOCS) for path in sorted(data.glob(source.splits[split]))]
 
 
-def rows(given: Sequence[File] | None = None) -> list[Row]:
+def rows(given: Sequence[File] = ()) -> list[Row]:
     """All items, each category's spread evenly, so that the first n are a small picture of the whole.
 
-    `given` are files as `files` finds them; those of other categories are left out. SchemaError for a row of another
-    schema (file, line and field); StudyError for a category with another number of items than BFCL v3 has.
+    `given` are the files, or those of the questions alone; see `files` for what else. Files of other categories are left
+    out. SchemaError for a row of another schema (file, line and field); StudyError for a category with another number of
+    items than BFCL v3 has, and where there is neither wheel nor folder.
     """
-    given = files() if given is None else given
-    docs = {Path(file.path).stem: [row for _, row in _lines(file)] for file in given if file.split == DOCS}
+    if not any(file.split == ANSWERS for file in given):
+        given = files(given)
+    docs = {Path(file.path).stem: _tools(file) for file in given if file.split == DOCS}
     truths = {row_id: truth for file in given if file.split == ANSWERS for row_id, truth in _truths(file)}
     found: dict[str, list[Row]] = {name: [] for name in CATEGORIES}
     for file in given:
@@ -81,6 +86,11 @@ def _lines(file: File) -> Iterator[tuple[int, dict]]:
                 yield number, hub.parsed(text, file, number)
     else:
         yield from hub.read(file)
+
+
+def _tools(file: File) -> list[dict]:
+    """The tools that a file of functions describes."""
+    return [tool_of(_functions([row], f"{file.place}, line {number}", "line")[0], "multi_turn") for number, row in _lines(file)]
 
 
 def _truths(file: File) -> Iterator[tuple[str, list]]:
@@ -122,8 +132,7 @@ def _multi(row: dict, category: str, place: str, truths: dict, docs: dict) -> Ro
     for i, one in enumerate(classes):
         if DOC_OF.get(one) not in docs:
             raise schema.wrong(place, f"involved_classes[{i}]", f"no functions of {one!r} in multi_turn_func_doc")
-    functions = [function for one in classes for function in docs[DOC_OF[one]]]
-    tools = {function["name"]: tool_of(function, category) for function in functions}
+    tools = {tool["function"]["name"]: tool for one in classes for tool in docs[DOC_OF[one]]}
     names, turns = list(tools), _turns(row, place)
     for turn, missed in schema.get(row, "missed_function", dict, place, {}).items():
         if turns[int(turn)]:
@@ -159,7 +168,8 @@ def _functions(functions: list, place: str, path: str) -> list[dict]:
         at = f"{path}[{i}]."
         schema.get(function, "name", str, place, path=at)
         schema.get(function, "description", str, place, path=at)
-        schema.get(schema.get(function, "parameters", dict, place, path=at), "properties", dict, place, path=f"{at}parameters.")
+        parameters = schema.get(function, "parameters", dict, place, path=at)
+        schema.get(parameters, "properties", dict, place, path=f"{at}parameters.")
     return functions
 
 
