@@ -111,7 +111,8 @@ def _wrong_turns(row: Row, rng: random.Random) -> list[list[str]]:
     def instead(turn: list) -> list[str]:
         return spoken([*turns[:at], turn, *turns[at + 1:]])
 
-    return [instead(turns[at][:-1]), instead([[(name, changed), *others], *turns[at][1:]]), instead([*turns[at], turns[at][0]]),
-            instead([[("no_such_tool", {"a": 1})], *turns[at]]), instead([[(name, {**given, "a b": 1})], *turns[at]]),
+    return [instead(turns[at][:-1]), instead([[(name, changed), *others], *turns[at][1:]]),
+            instead([*turns[at], turns[at][0]]), instead([[("no_such_tool", {"a": 1})], *turns[at]]),
+            instead([[(name, {**given, "a b": 1})], *turns[at]]),
             instead(turns[at][::-1]), spoken(together), spoken(turns)[:-1], spoken(turns[:-1]),
             [said.replace('"arguments": {}', '"arguments": "{}"') for said in spoken(turns)]]

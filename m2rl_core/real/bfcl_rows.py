@@ -90,7 +90,8 @@ def _lines(file: File) -> Iterator[tuple[int, dict]]:
 
 def _tools(file: File) -> list[dict]:
     """The tools that a file of functions describes."""
-    return [tool_of(_functions([row], f"{file.place}, line {number}", "line")[0], "multi_turn") for number, row in _lines(file)]
+    return [tool_of(function, "multi_turn") for number, row in _lines(file)
+            for function in _functions([row], f"{file.place}, line {number}", "line")]
 
 
 def _truths(file: File) -> Iterator[tuple[str, list]]:
