@@ -2,7 +2,8 @@
 
 A domain is a module with six functions (see `DOMAINS`): three that make rows, one that writes a right
 answer, one that writes a wrong one, and `verify`, which serves miniature and real rows; it may have `load`, which
-imports what is slow. The format gate of appendix A stands here, once: the text after the last `</think>` counts.
+imports what is slow, and `environment`, which replies to a rollout (see `environments`). The format gate of appendix A
+stands here, once: the text after the last `</think>` counts.
 """
 from __future__ import annotations
 
@@ -136,10 +137,15 @@ def prepare(rows: Iterable[Row]) -> None:
         worker.start(wanted)
 
 
+def home_of(row: Row):
+    """The module that verifies a row, and whose environment replies to it: a domain may have several."""
+    found = module(row.domain)
+    return getattr(found, "home", lambda _: found)(row)
+
+
 def _route(row: Row) -> tuple:
     """The module that verifies a row, and whether it does so in this process: where what can hang is elsewhere already."""
-    found = module(row.domain)
-    found = getattr(found, "home", lambda _: found)(row)  # a domain may have several verifiers
+    found = home_of(row)
     return found, row.domain in SANDBOXED or getattr(found, "here", lambda: False)()
 
 
