@@ -11,7 +11,7 @@ import random
 import sys
 from types import ModuleType
 
-from m2rl_core.domains import Row, Verdict, is_held_out
+from m2rl_core.domains import Row, Verdict, is_held_out, workbench
 from m2rl_core.domains.agent_tasks import (
     ID_SLOT, KINDS, MAX_TURNS, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, notes, plain, requests)
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
@@ -21,6 +21,7 @@ __all__ = ("bfcl_average", "corpus", "environment", "parse_calls", "respond", "r
 
 SFT_TYPE = "Conversational Agent"  # the row of Table 1
 REFUSAL = "No tool can do this."
+RULES = workbench.RULES  # where rows of NeMo-Gym's workplace are verified; no other rows ask for one
 
 
 # ---- the episode
@@ -63,10 +64,7 @@ def steps_here(row: Row) -> bool:
 
 def home(row: Row) -> ModuleType:
     """The module that verifies a row of this domain: NeMo-Gym's workplace has its own."""
-    if row.truth.get("kind") == "workplace":
-        from m2rl_core.domains import workbench
-        return workbench.home(row)
-    return sys.modules[__name__]
+    return workbench.home(row) if row.truth.get("kind") == workbench.KIND else sys.modules[__name__]
 
 
 # ---- the reward

@@ -20,6 +20,7 @@ from m2rl_core.domains.workbench_wheel import load, run_on_fresh_tables, same_st
 
 __all__ = ("Episode", "calls_of", "environment", "home", "idle", "load", "read_calls", "verify")
 
+KIND = "workplace"  # truth["kind"] of its rows
 RULES = ("wheel", "server")
 MAX_TURNS = 6  # as in the released code
 IDLE = "right: nothing was to be changed"
