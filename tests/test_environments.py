@@ -44,11 +44,18 @@ def test_a_step_that_fails_is_told_and_nothing_is_raised(toy, make):
     """Faults: one bad call ends the training; a reply that is no text breaks the tokenizer later; an end told as a fault."""
     for answer, told in (("raise", "environment failed: ZeroDivisionError: division by zero"),
                          ("number", "environment failed: TypeError: 'int' object is not iterable"),
-                         ("numbers", "environment replied [1, 2], which is no list of texts"), ("end", "")):
+                         ("numbers", "environment replied [1, 2], neither texts nor None"), ("end", "")):
         episode = make()
         assert episode.step("a") == ["step 1: a"] and episode.step(answer) is None and episode.failed == told
     broken = make(Row("toy/1", "toy", "", "", (), {"broken": True}))
     assert broken.step("a") is None and broken.failed == "environment failed: KeyError: 'no such table'"
+
+
+@pytest.mark.parametrize("make", [fresh, here])
+def test_what_a_user_says_stays_one_text(toy, make):
+    """Fault: a sentence taken for a list of letters, each a tool's reply."""
+    assert make().step("user Go on.") == "Go on."
+    assert make(Row("toy/2", "toy", "", "", (), {"nobody": True})).step("a") is None
 
 
 @pytest.mark.parametrize("make", [fresh, here])
@@ -179,3 +186,51 @@ def test_a_rollout_whose_environment_failed_is_worth_nothing_and_is_counted(toy,
     assert collect.summary([broken, whole], found, torch.tensor([[0.0, 1.0]]))["verifier_failures"] == 1
     frame = evaluate.frame("sft", "bfcl_v3", [broken, whole], found, 2)
     assert list(frame["reason"]) == [broken.failed, "right"]
+
+
+OWN = """
+import time
+
+def rows(split, n, seed):
+    return [{"prompt": f"Guess {i}", "number": i} for i in range(n)]
+
+def verify(rows, answers):
+    return [float(turns[-1] == str(row["number"])) if len(turns) > 1 else (0, "one turn") for row, turns in zip(rows, answers)]
+
+class Game:
+    def __init__(self, row):
+        self.number, self.left = row["number"], 3
+    def step(self, text):
+        while text == "hang":
+            time.sleep(1)
+        self.left -= 1
+        return None if int(text) == self.number or not self.left else ["low" if int(text) < self.number else "high"]
+
+def environment(row):
+    return Game(row)
+
+STEP_SECONDS = 2
+"""
+
+
+def test_a_domain_of_ones_own_has_an_environment_of_its_own(tmp_path, monkeypatch):
+    """Faults: the file's environment is never asked, or in the process of the training; its limit is not taken; its verifier
+    sees the last turn only."""
+    file = tmp_path / "guess.py"
+    file.write_text(OWN)
+    monkeypatch.setitem(domains.OWN, "guess", str(file))
+    row = training_rows("guess", "rl", 6, 0)[5]
+    episode, slow, odd = (fresh(row) for _ in range(3))
+    assert [episode.step(text) for text in ("3", "7", "5")] == [["low"], ["high"], None] and episode.failed == ""
+    assert isinstance(slow, environments.Hosted) and slow.step("hang") is None
+    assert slow.failed == "environment killed after 2 s"
+    assert odd.step("x") is None and odd.failed.startswith("environment failed: ValueError: invalid literal for int()")
+    found = domains.rewards([row] * 3, [["</think>3", "</think>5"], ["</think>5"], ["</think>3", "</think>4"]])
+    assert [(v.score, v.reason) for v in found] == [(1.0, "right"), (0, "one turn"), (0.0, "wrong")]
+
+
+def test_a_domain_of_ones_own_needs_no_environment(tmp_path, monkeypatch):
+    file = tmp_path / "plain.py"
+    file.write_text(OWN[:OWN.index("class Game")])
+    monkeypatch.setitem(domains.OWN, "plain", str(file))
+    assert fresh(training_rows("plain", "rl", 1, 0)[0]) is None

@@ -21,6 +21,8 @@ class Episode:
         what, _, about = answer.partition(" ")
         if what == "end":
             return None
+        if what == "user":
+            return about
         if what == "number":
             return 3
         if what == "numbers":
@@ -32,4 +34,4 @@ class Episode:
 
 
 def environment(row):
-    return Episode(row)
+    return None if row.truth.get("nobody") else Episode(row)

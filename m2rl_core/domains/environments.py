@@ -1,15 +1,14 @@
 """Environments that reply to a rollout, each step within a time limit: what breaks or hangs costs its own rollout.
 
-A module that verifies rows may have `environment(row)`, an object whose `step(answer)` takes the text after `</think>` and
-gives the tools' replies, a list of texts, or None where the episode is over. Such objects live in one process that can be
-killed; if it has been, the others' answers are played again in a new one. A module whose environments cannot hang says so
-by `steps_here(row)`; one whose steps take longer than LIMIT sets STEP_SECONDS.
+A module that verifies rows, or a file of one's own, may have `environment(row)`, an object whose `step(answer)` takes the
+text after `</think>` and gives the tools' replies, a list of texts (or one text, which the user says), or None where the
+episode is over. Such objects live in one process that can be killed; if it has been, the others' answers are played again
+in a new one. A module whose environments cannot hang says so by `steps_here(row)`; one whose steps may take longer than
+LIMIT sets STEP_SECONDS.
 """
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import itertools
 import math
 import os
@@ -20,8 +19,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
-from m2rl_core.domains import MODULES, Row, Verdict, home_of
-from m2rl_core.domains.worker import MEMORY, START_LIMIT, Worker, limit_memory
+from m2rl_core.domains import MODULES, OWN, Row, Verdict, home_of
+from m2rl_core.domains.worker import START_LIMIT, Worker, loaded
 from m2rl_core.errors import StudyError
 
 LIMIT = 10.0  # seconds of wall time for a step, as the released code allows a tool
@@ -38,7 +37,7 @@ class Failed(Exception):
 
 def open_environment(row: Row) -> Here | Hosted | None:
     """A fresh episode of `row`, whose `step` raises nothing that is the row's own fault; None where nobody replies."""
-    if row.domain not in MODULES:  # a judge's question belongs to no domain
+    if row.domain not in MODULES and row.domain not in OWN:  # a judge's question belongs to no domain
         return None
     home = home_of(row)
     if not hasattr(home, "environment"):
@@ -61,7 +60,7 @@ class Here:
     def __init__(self, make: Callable, row: Row):
         self.make, self.row, self.environment, self.failed = make, row, None, ""
 
-    def step(self, answer: str) -> list[str] | None:
+    def step(self, answer: str) -> list[str] | str | None:
         """The replies, or None. Raises StudyError and ImportError, which say that it cannot work here at all."""
         try:
             if self.environment is None:
@@ -78,10 +77,10 @@ class Hosted:
     def __init__(self, home: str, row: Row, seconds: float):
         self.home, self.row, self.seconds, self.failed = home, row, seconds, ""
         self.number = next(_numbers)
-        self.past: list[tuple[str, list[str] | None]] = []  # answers and replies, to make it again
+        self.past: list[tuple[str, list[str] | str | None]] = []  # answers and replies, to make it again
         weakref.finalize(self, _gone.append, self.number)
 
-    def step(self, answer: str) -> list[str] | None:
+    def step(self, answer: str) -> list[str] | str | None:
         """As `Here.step`; StudyError also where its module does not load."""
         with _lock:
             try:
@@ -92,7 +91,7 @@ class Hosted:
         self.past.append((answer, replies))
         return replies
 
-    def _asked(self, answer: str) -> list[str] | None:
+    def _asked(self, answer: str) -> list[str] | str | None:
         for last in (False, True):
             host = _take()
             try:
@@ -173,13 +172,15 @@ def _made(make: Callable, row: Row):
         return make(row)
 
 
-def _replies(environment, answer: str) -> list[str] | None:
+def _replies(environment, answer: str) -> list[str] | str | None:
     """What `step` gives, made sound; `Failed` for all that it raises but StudyError and ImportError, and for no replies."""
+    if environment is None:  # nobody replies to this row
+        return None
     with _failing():
         found = environment.step(answer)
-        found = None if found is None else list(found)
-    if found is not None and not all(isinstance(text, str) for text in found):
-        raise Failed(_line(f"environment replied {found!r}, which is no list of texts"))
+        found = found if found is None or isinstance(found, str) else list(found)
+    if found is not None and not isinstance(found, str) and not all(isinstance(text, str) for text in found):
+        raise Failed(_line(f"environment replied {found!r}, neither texts nor None"))
     return found
 
 
@@ -210,7 +211,7 @@ def _serve(line: Connection) -> None:
             episodes.pop(old, None)
         signal.alarm(math.ceil(2 * seconds))  # the owner kills after `seconds`; without one the kernel does
         try:
-            make, reply = _loaded(home), None
+            make, reply = loaded(home).environment, None
             if row is not None:
                 episodes[number] = _made(make, row)
             elif number is not None:
@@ -219,16 +220,6 @@ def _serve(line: Connection) -> None:
             reply = error
         line.send(reply)
         signal.alarm(0)
-
-
-@functools.cache
-def _loaded(home: str) -> Callable:
-    """`environment` of a module after its `load`, if it has one; memory is limited from then on."""
-    limit_memory(None)
-    found = importlib.import_module(home)
-    getattr(found, "load", lambda: None)()
-    limit_memory(MEMORY)
-    return found.environment
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection, Pipe
 
 from m2rl_core.domains import Row, Verdict, verified
@@ -151,7 +151,7 @@ def _serve(line: Connection) -> None:
     while True:
         module, pairs, limit = line.recv()
         try:
-            check = _loaded(module)
+            check = loaded(module).verify
             line.send(None)
             for pair in pairs:
                 signal.alarm(math.ceil(2 * limit))  # the owner kills at `limit`; without one the kernel does
@@ -162,13 +162,17 @@ def _serve(line: Connection) -> None:
 
 
 @functools.cache
-def _loaded(module: str) -> Callable:
-    """The verifier of a module after its `load`, if it has one; memory is limited from then on."""
+def loaded(name: str):
+    """The module of a name, or a domain of one's own for a file's, after its `load`; memory is limited from then on."""
     limit_memory(None)
-    found = importlib.import_module(module)
+    if name.endswith(".py"):
+        from m2rl_core.domains import own_file
+        found = own_file.Domain(name, name)
+    else:
+        found = importlib.import_module(name)
     getattr(found, "load", lambda: None)()
     limit_memory(MEMORY)
-    return found.verify
+    return found
 
 
 def limit_memory(extra: int | None) -> None:
