@@ -27,6 +27,10 @@ EXPECTED = (StudyError, ProfileError, UnknownStage, MissingArtifact, CorruptArti
 def reproduce(args) -> int:
     """execute the notebooks and write the report"""
     run, root = _open(args), repo_root()
+    if args.dry:
+        from m2rl_core import dry
+        print(dry.table(dry.check(run), run.profile.name))
+        return 0
     extra = {}
     for text in args.set:
         name, sign, value = text.partition("=")
@@ -170,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         if function is report:
             command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:
+            command.add_argument("--dry", action="store_true", help="look for everything that is needed, and run nothing")
             command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
             command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")
             command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")

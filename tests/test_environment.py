@@ -34,6 +34,15 @@ def test_torch_is_installed_first_and_alone():
     assert recipe.index("torch==") < recipe.index("-r requirements.txt") < recipe.index("-r requirements-nodeps.txt")
 
 
+def test_what_comes_without_dependencies_is_installed_on_every_python():
+    """Fault: `make setup` ends on Python 3.11, for which nemo-gym's metadata have no version."""
+    for name in ("Makefile", "environment.yml"):
+        assert "--no-deps --ignore-requires-python -r requirements-nodeps.txt" in (ROOT / name).read_text(), name
+    from m2rl_core.domains import workbench_wheel
+    assert f"{workbench_wheel.PACKAGE}=={workbench_wheel.VERSION}" in APART and workbench_wheel.INSTALL in (
+        f"pip install --no-deps --ignore-requires-python {pin}" for pin in APART)
+
+
 def test_vllm_has_an_environment_of_its_own():
     """Catches gigabytes of CUDA, a tokenizer of another version beside vLLM, packages that break its transformers, and
     tests that skip vLLM because nothing made its environment."""

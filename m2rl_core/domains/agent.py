@@ -11,7 +11,7 @@ import random
 import sys
 from types import ModuleType
 
-from m2rl_core.domains import Row, Verdict, is_held_out
+from m2rl_core.domains import Row, Verdict, bfcl, is_held_out, workbench
 from m2rl_core.domains.agent_tasks import (
     ID_SLOT, KINDS, MAX_TURNS, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, notes, plain, requests)
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
@@ -21,6 +21,7 @@ __all__ = ("bfcl_average", "corpus", "environment", "home", "parse_calls", "resp
 
 SFT_TYPE = "Conversational Agent"  # the row of Table 1
 REFUSAL = "No tool can do this."
+RULES = workbench.RULES  # where rows of NeMo-Gym's workplace are verified; no other rows ask for one
 
 
 # ---- the episode
@@ -51,18 +52,22 @@ class Environment:
         return None if self.done else outputs
 
 
-def environment(row: Row):
+def environment(row: Row) -> Environment:
     """A fresh episode of `row`: two rollouts of one row share nothing."""
-    where = home(row)
-    return Environment(row) if where is sys.modules[__name__] else where.environment(row)
+    return Environment(row)
+
+
+def steps_here(row: Row) -> bool:
+    """The miniature workplace cannot hang: it needs no process that can be killed."""
+    return True
 
 
 def home(row: Row) -> ModuleType:
-    """The module that verifies a row of this domain and replies in it: BFCL's own items have theirs."""
-    if row.truth.get("kind") == "bfcl":
-        from m2rl_core.domains import bfcl
+    """The module that verifies a row of this domain: NeMo-Gym's workplace and BFCL's own items have theirs."""
+    kind = row.truth.get("kind")
+    if kind == bfcl.KIND:
         return bfcl
-    return sys.modules[__name__]
+    return workbench.home(row) if kind == workbench.KIND else sys.modules[__name__]
 
 
 # ---- the reward
