@@ -24,7 +24,8 @@ from m2rl_core.domains.bfcl import CATEGORIES, MULTI, REFUSED, calls_of, code_of
 from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
 from m2rl_core.interpreter import Interpreter
-from m2rl_core.real import bfcl_rows, hub
+from m2rl_core.profile import load_profile
+from m2rl_core.real import benchmarks, bfcl_rows, hub
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,
                                  reason="bwrap is not installed: apt-get install bubblewrap")
@@ -316,6 +317,26 @@ def test_tools_are_the_official_ones_but_for_dots(items):
     for (function, category), tool in zip(pairs, wanted, strict=True):
         tool["function"]["name"] = function["name"]
         assert bfcl_rows.tool_of(function, category) == tool
+
+
+def test_the_evaluation_takes_them_from_the_wheel(items, monkeypatch):
+    """Faults: items asked of a hub, where the wheel has them; a trial of one category; a verifier found missing too late."""
+    monkeypatch.delenv("M2RL_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = benchmarks.load("bfcl_v3", 200)
+    assert len(found) == 200 and len({row.truth["category"] for row in found}) > 12
+    if shutil.which("bwrap"):
+        benchmarks.probe(found)
+    assert rewards([items["live_relevance"][0]], [["I think not."]])[0].reason == "no call", "no thinking, yet it counts"
+
+
+def test_profiles_let_an_episode_come_to_its_end(items):
+    """Catches a limit on turns, made for training, that ends most of the multi-turn items: they would all score 0."""
+    longest = max(1 + len(row.truth["turns"]) for name in MULTI for row in items[name]) * (bfcl.STEPS + 1)
+    for path in (Path(__file__).parent.parent / "params").glob("*.yaml"):
+        asked = load_profile(path.stem).eval
+        if asked.rows == "real":
+            assert asked.sampled_by("bfcl_v3")["max_turns"] >= longest == 168, path.name
 
 
 def test_truths_do_not_reach_the_prompt(items):
