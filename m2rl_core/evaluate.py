@@ -19,13 +19,13 @@ from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
 from m2rl_core.progress import say
 from m2rl_core.rollout import Rollout
+from m2rl_core.run import NOT_RUN
 from m2rl_core.study import first
 from m2rl_core.trainer import write_lines
 
 END_OF_TURN = "<|im_end|>"
 CHUNK = 1024  # rollouts of a real benchmark that are sampled, verified and kept together
 ITEMS = "benchmarks"  # the folder of a store that keeps the real benchmarks' items
-NOT_RUN = "not_run.json"
 
 
 def items_of(spec, seed: int, limit: int | None = None, store: Path | None = None,

@@ -35,12 +35,18 @@ def card(run: Run, section: str) -> str:
         "profile": f"`{profile.name}`: {profile.about}",
         "model": f"Qwen3, {parameters(model) / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
                  f"{model.vocab} tokens), context {model.context}",
+        **not_run(run),
         "seed": f"{profile.seed} ({profile.seeds} run{'s of every policy after SFT' if profile.seeds > 1 else ''})",
         "code": f"commit {commit()}",
         "software": f"Python {here['python']}, torch {versions['torch']}, transformers {versions['transformers']}",
         "machine": f"{here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']} {here['processor']}",
     }
     return "\n".join(["| run card | |", "|---|---|", *(f"| {key} | {value} |" for key, value in lines.items())])
+
+
+def not_run(run: Run) -> dict[str, str]:
+    """Run-card lines on benchmarks that could not be had: all that rests on them is "not run"."""
+    return {f"not run: {name}": line for name, line in run.not_run().items()}
 
 
 def seeds_note(run: Run, section: str) -> Markdown | None:

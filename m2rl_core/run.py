@@ -33,6 +33,9 @@ BUILDERS = {
 }
 
 
+NOT_RUN = "not_run.json"  # beside the rows of an evaluation that went on without a benchmark
+
+
 class MissingArtifact(LookupError):
     """Something that was asked for is not made yet; the message says what makes it and how long that takes."""
 
@@ -62,6 +65,10 @@ class Run:
         self.profile = profile
         self.root = root
         domains.own(profile.files)
+        domains.LABELS.clear()
+        if profile.eval.rows == "real":
+            from m2rl_core.real import benchmarks
+            domains.LABELS.update(benchmarks.labels(profile.eval))
         self.stages = study(profile)
         self.members = Members.of(profile)
         self.store = Store(root / profile.name, profile.jobs)
@@ -209,6 +216,15 @@ class Run:
             return self._stack(f"eval-{name}" for _, _, name in names)
         return pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
                           for model, seed, name in names], ignore_index=True)
+
+    def not_run(self) -> dict[str, str]:
+        """Benchmarks that some finished evaluation went on without, each with one line why; empty where all were had."""
+        found = {}
+        for name, stage in self.stages.items():
+            path = self.store.folder(stage) / NOT_RUN
+            if stage.kind == "eval" and path.is_file() and self.has(name):
+                found |= json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def seconds_a_rollout(self, model: str) -> float:
         """What one sample of one item took when the model was evaluated, verified and all; the mean over its seeds."""

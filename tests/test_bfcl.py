@@ -19,8 +19,9 @@ import pytest
 from bfcl_answers import DONE, gold, gold_turns, write
 
 from m2rl_core import sandbox
-from m2rl_core.domains import Row, UserSays, agent, bfcl, bfcl_wheel, rewards
+from m2rl_core.domains import Row, UserSays, bfcl, bfcl_wheel, rewards
 from m2rl_core.domains.bfcl import CATEGORIES, MULTI, REFUSED, calls_of, code_of
+from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
 from m2rl_core.interpreter import Interpreter
 from m2rl_core.real import bfcl_rows, hub
@@ -172,7 +173,7 @@ def test_values_become_literals():
 def test_an_injected_call_gets_an_error_and_does_nothing(items, call):
     """Catches a call that reaches the wheel's eval: it answers with what the code gave, for instance a process id."""
     row = one(items, "multi_turn_base", "GorillaFileSystem")
-    world = agent.environment(row)
+    world = open_environment(row)
     said = world.step(write([call, ("pwd", {})]))
     assert len(said) == 2 and "current_working_directory" in said[1]
     assert said[0].startswith("Error during execution: name ") or said[0].endswith("invalid syntax (<string>, line 1)")
@@ -208,7 +209,7 @@ def test_a_wrong_rollout_spoils_no_other(items):
 @needs_bwrap
 def test_an_environment_shares_nothing_with_another(items):
     row = one(items, "multi_turn_base", "GorillaFileSystem")
-    first, second = agent.environment(row), agent.environment(row)
+    first, second = open_environment(row), open_environment(row)
     made = write([("mkdir", {"dir_name": "mine"})])
     assert "mine" not in second.step(write([("ls", {})]))[0]
     assert first.step(made) == ["None"] and "mine" in first.step(write([("ls", {})]))[0]
@@ -224,7 +225,7 @@ def test_an_episode_goes_as_the_official_one(items):
     """Tools answer, the user goes on when no tool is called, functions that were missing come in a turn of their own."""
     row = next(row for row in items["multi_turn_miss_func"] if row.truth["test"] == "multi_turn_miss_func_0")
     assert "sort" not in [tool["function"]["name"] for tool in row.tools]
-    world, replies = agent.environment(row), []
+    world, replies = open_environment(row), []
     for answer in gold(row):
         replies.append(world.step(answer))
     kinds = "".join("e" if reply is None else "u" if isinstance(reply[0], UserSays) else "t" for reply in replies)
@@ -235,7 +236,7 @@ def test_an_episode_goes_as_the_official_one(items):
     assert json.loads(replies[0][0])["current_working_directory"] == "document"
     assert world.step(DONE) is None, "an episode that is over stays so"
     assert judged(row, gold(row))[0].score == 1
-    assert agent.environment(one(items, "simple")).step(DONE) is None
+    assert open_environment(one(items, "simple")).step(DONE) is None
 
 
 @needs_bwrap
@@ -243,7 +244,7 @@ def test_twenty_one_steps_end_the_episode(items):
     """Catches an endless turn, and one step more or less than the official limit; the wheel fails such an item unless
     it was at its last turn, where what was done counts."""
     row = items["multi_turn_base"][0]
-    world, look = agent.environment(row), write([("pwd", {})])
+    world, look = open_environment(row), write([("pwd", {})])
     replies = [world.step(look) for _ in range(22)]
     assert all(isinstance(reply, list) for reply in replies[:20]) and replies[20:] == [None, None]
     assert judged(row, [look] * 21)[0].reason == f"ended in turn 1 of {len(row.truth['ground_truth'])}"

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "aime24": "math", "aime25": "math", "lcb_v5": "coding", "lcb_v6": "coding", "hle": "science",
     "gpqa_diamond": "science", "ifeval": "if", "ifbench": "if", "bfcl_v3": "agent",
 }
+LABELS: dict[str, str] = {}  # benchmark -> what tables say behind its name, where it is no miniature; see `called`
 THINK, THINK_END = "<think>", "</think>"
 TEST_SHARE = 0.25  # of all compositions; they never occur in training
 
@@ -77,6 +78,11 @@ class UserSays(str):
 def own(files: dict[str, str]) -> None:
     """Let this process know domains of one's own: name -> file (`own_file` says what it holds)."""
     OWN.update(files)
+
+
+def called(benchmark: str) -> str:
+    """How a benchmark is called on every table: a miniature says that it is one, a real one how much of it there is."""
+    return f"{benchmark} {LABELS.get(benchmark, '(miniature)')}".strip() if benchmark in BENCHMARKS else benchmark
 
 
 def module(domain: str):

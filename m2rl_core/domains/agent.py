@@ -11,7 +11,7 @@ import random
 import sys
 from types import ModuleType
 
-from m2rl_core.domains import Row, Verdict, is_held_out, workbench
+from m2rl_core.domains import Row, Verdict, bfcl, is_held_out, workbench
 from m2rl_core.domains.agent_tasks import (
     ID_SLOT, KINDS, MAX_TURNS, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, notes, plain, requests)
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
@@ -52,10 +52,9 @@ class Environment:
         return None if self.done else outputs
 
 
-def environment(row: Row):
+def environment(row: Row) -> Environment:
     """A fresh episode of `row`: two rollouts of one row share nothing."""
-    where = home(row)
-    return Environment(row) if where is sys.modules[__name__] else where.environment(row)
+    return Environment(row)
 
 
 def steps_here(row: Row) -> bool:
@@ -64,10 +63,9 @@ def steps_here(row: Row) -> bool:
 
 
 def home(row: Row) -> ModuleType:
-    """The module that verifies a row of this domain and replies in it: BFCL's and NeMo-Gym's rows have theirs."""
+    """The module that verifies a row of this domain: NeMo-Gym's workplace and BFCL's own items have theirs."""
     kind = row.truth.get("kind")
-    if kind == "bfcl":
-        from m2rl_core.domains import bfcl
+    if kind == bfcl.KIND:
         return bfcl
     return workbench.home(row) if kind == workbench.KIND else sys.modules[__name__]
 

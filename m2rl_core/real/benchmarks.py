@@ -21,7 +21,6 @@ from m2rl_core.real.decontamination import FROM
 from m2rl_core.real.hub import File
 
 IFBENCH_NOW = "2e8a48de45ff3bf41242f927254ca81b59ca3ae2"
-HLE_COLUMNS = ("id", "question", "image", "answer", "answer_type")  # without two more pictures
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Benchmark:
     make: Maker | None
     needs: str = ""
     rules: tuple[str, ...] = ()
-    columns: tuple[str, ...] | None = None
 
     def full(self, revision: str) -> tuple[int, ...]:
         """The numbers of items that it may have at a commit; files by hand tell none."""
@@ -52,7 +50,7 @@ NINE = {
     "lcb_v5": Benchmark({"": 279}, 8, "all tests, LiveCodeBench's comparison", partial(benchmark_rows.lcb, "lcb_v5"), SANDBOX),
     "lcb_v6": Benchmark({"": 175}, 2, "all tests, LiveCodeBench's comparison", partial(benchmark_rows.lcb, "lcb_v6"), SANDBOX),
     "hle": Benchmark({"": 2158}, 1, "a judge; without one a rule, as a lower bound", benchmark_rows.hle,
-                     "a judge's address (`M2RL_JUDGE`)", columns=HLE_COLUMNS),
+                     "a judge's address (`M2RL_JUDGE`)"),
     "gpqa_diamond": Benchmark({"": 198}, 4, "the last letter", benchmark_rows.gpqa, rules=science.RULES),
     "ifeval": Benchmark({"": 541}, 1, "IFEval, strict, all instructions", partial(benchmark_rows.instructions, "ifeval"),
                         rules=instruction.RULES),
@@ -73,7 +71,7 @@ def load_all(spec, limit: int | None = None, folder: Path | None = None,
     for name in (name for name in BENCHMARKS if name in spec.items and name in names):
         try:
             rows = load(name, spec.items[name], folder, spec.revisions.get(name, ""), spec.rules.get(name, ""))
-            items[name] = trial(rows, limit) if limit else rows
+            items[name] = rows[:limit]
             probe(items[name])
         except schema.SchemaError:
             raise
@@ -111,17 +109,14 @@ def load(name: str, wanted: int, folder: Path | None = None, revision: str = "",
         raise _count(name, len(rows), about.full(commit), commit)
     if len(rows) < wanted or whole and len(rows) > wanted:
         raise _count(name, len(rows), (wanted,), commit, f" as the profile asks for (eval.items.{name})")
-    rows = rows if whole else trial(rows, wanted)
+    rows = rows[:wanted]
     return [replace(row, truth={**row.truth, "rule": rule}) for row in rows] if rule else rows
 
 
-def trial(rows: Sequence[Row], n: int) -> list[Row]:
-    """The first `n` rows; where rows have categories, these in turn, so that a few of each are there."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.truth.get("category", ""), []).append(row)
-    turns = itertools.zip_longest(*groups.values())
-    return list(itertools.islice((row for turn in turns for row in turn if row is not None), n))
+def labels(spec) -> dict[str, str]:
+    """What tables say behind each real benchmark's name: nothing, or that it is a part of it."""
+    return {name: "" if spec.items[name] in about.items.values() else f"(first {spec.items[name]})"
+            for name, about in NINE.items() if name in spec.items}
 
 
 class Unready(StudyError):
@@ -162,15 +157,18 @@ def _rows(name: str, found: list[File]) -> Iterator[Row]:
     """All items in the order of the files, no id twice."""
     about, seen = NINE[name], {}
     if about.make is None:
+        bfcl_rows = importlib.import_module("m2rl_core.real.bfcl_rows")  # its rows are spread: the first n are of all kinds
         try:
-            yield from importlib.import_module("m2rl_core.real.bfcl_rows").rows(found)
+            yield from (replace(row, truth={**row.truth, "gate": "open"}) for row in bfcl_rows.rows(found))
         except schema.SchemaError:
             raise
-        except StudyError as error:  # its wheel is not there
-            raise Unready(str(error)) from error
+        except StudyError as error:
+            if found:
+                raise
+            raise Unready(str(error)) from error  # its wheel is not there
         return
     for file in found:
-        for number, row in hub.read(file, columns=about.columns):
+        for number, row in hub.read(file):
             place = f"{file.place}, line {number}"
             made = about.make(row, place)
             if made is None:

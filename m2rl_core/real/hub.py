@@ -132,6 +132,8 @@ def read(file: File, skip: int = 0, columns: Sequence[str] | None = None) -> Ite
     config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the hub of every file that is opened, also of a local one
     builder = BUILDERS[Path(file.path).suffix]
     options = {"columns": list(columns)} if columns and builder == "parquet" else {}
+    if builder == "csv":
+        options["keep_default_na"] = False  # "None" and "NA" are answers, too
 
     def rows():
         stream = load_dataset(builder, data_files=[file.address], split="train", streaming=True, **options)

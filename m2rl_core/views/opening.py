@@ -13,7 +13,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from m2rl_core import paper, plots
-from m2rl_core.domains import BENCHMARKS
+from m2rl_core.domains import called
 from m2rl_core.paper import audit
 from m2rl_core.progress import duration
 from m2rl_core.provenance import machine, packages
@@ -54,8 +54,8 @@ def interval(value: float, low: float, high: float, digits: int = 1) -> str:
 
 
 def miniature(benchmark: str) -> str:
-    """How a miniature benchmark is called on every table."""
-    return f"{benchmark} (miniature)" if benchmark in BENCHMARKS else benchmark
+    """How a benchmark is called on every table; a real one, where the profile asks for these, is no "(miniature)"."""
+    return called(benchmark)
 
 
 def machine_table(run, sandbox: str) -> pd.DataFrame:
