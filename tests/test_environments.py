@@ -44,7 +44,7 @@ def test_a_step_that_fails_is_told_and_nothing_is_raised(toy, make):
     """Faults: one bad call ends the training; a reply that is no text breaks the tokenizer later; an end told as a fault."""
     for answer, told in (("raise", "environment failed: ZeroDivisionError: division by zero"),
                          ("number", "environment failed: TypeError: 'int' object is not iterable"),
-                         ("numbers", "environment replied [1, 2], neither texts nor None"), ("end", "")):
+                         ("numbers", "environment replied [1, 2], which is no list of texts"), ("end", "")):
         episode = make()
         assert episode.step("a") == ["step 1: a"] and episode.step(answer) is None and episode.failed == told
     broken = make(Row("toy/1", "toy", "", "", (), {"broken": True}))
@@ -52,9 +52,13 @@ def test_a_step_that_fails_is_told_and_nothing_is_raised(toy, make):
 
 
 @pytest.mark.parametrize("make", [fresh, here])
-def test_what_a_user_says_stays_one_text(toy, make):
-    """Fault: a sentence taken for a list of letters, each a tool's reply."""
-    assert make().step("user Go on.") == "Go on."
+def test_what_a_user_says_stays_what_a_user_says(toy, make):
+    """Faults: the user's words come back as a tool's; a sentence taken for a list of letters, each a tool's reply."""
+    said, = make().step("user Go on.")
+    assert said == "Go on." and isinstance(said, domains.UserSays)
+    bare = make()
+    assert bare.step("bare Go on.") is None
+    assert bare.failed == "environment replied 'Go on.', which is one text and no list of texts"
     assert make(Row("toy/2", "toy", "", "", (), {"nobody": True})).step("a") is None
 
 

@@ -59,8 +59,8 @@ CASES = {
     "an argument too few": lambda calls: [call(c["name"], **dict(list(c["arguments"].items())[1:])) for c in calls],
     "numbers for texts": lambda calls: [call(c["name"], **{k: 7 for k in c["arguments"]}) for c in calls],
     "nothing for texts": lambda calls: [call(c["name"], **dict.fromkeys(c["arguments"])) for c in calls],
-    "made and unmade": lambda calls: [call("project_management_create_task", task_name="x", list_name="Backlog", board="Design",
-                                           assigned_to_email="raj.patel@atlas.com", due_date="2023-12-01"),
+    "made and unmade": lambda calls: [call("project_management_create_task", task_name="x", list_name="Backlog",
+                                           board="Design", assigned_to_email="raj.patel@atlas.com", due_date="2023-12-01"),
                                       call("project_management_delete_task", task_id="00000300"), *calls],
     "a number among texts": lambda calls: [*calls, call("customer_relationship_manager_add_customer", customer_name="Ann",
                                                         assigned_to_email="a@b.c", status="Lead", customer_phone=5)],
@@ -217,7 +217,8 @@ def test_calls_that_do_not_fit_are_answered_as_the_released_code_does():
     """Faults: a call that does not fit ends the rollout; it runs all the same; the model is not told what was wrong."""
     episode = workbench.environment(REPLY)
     assert episode.step(text(
-        call("email_burn", email_id="1"), call("email_delete_email", email="1"), call("email_reply_email", email_id="00000057"),
+        call("email_burn", email_id="1"), call("email_delete_email", email="1"),
+        call("email_reply_email", email_id="00000057"),
         call("calendar_search_events", page_size=0), call("email_delete_email", email_id="00000057"),
         call("email_get_email_information_by_id", email_id="00000057", field="body"),
         call("calendar_search_events", query=None, page_size=1),
@@ -311,9 +312,9 @@ def test_a_dead_server_ends_the_run_in_one_line(monkeypatch):
     monkeypatch.setenv("M2RL_WORKPLACE", "http://127.0.0.1:9")
     for ask in (lambda: environments.open_environment(REPLY).step(text(*gold(REPLY))),
                 lambda: rewards([REPLY], [["</think>Done."]])):
-        with pytest.raises(StudyError, match=r"^the workplace server at http://127.0.0.1:9/\w+ cannot be reached \(5 attempts") as e:
+        with pytest.raises(StudyError, match=r"^the workplace server at http://127.0.0.1:9/\w+ cannot be reached \(5 ") as dead:
             ask()
-        assert "\n" not in str(e.value)
+        assert "\n" not in str(dead.value)
 
 
 def test_what_a_living_server_cannot_stand_costs_its_own_rollout(server):

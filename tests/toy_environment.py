@@ -5,6 +5,8 @@ import os
 
 import toy_verifier
 
+from m2rl_core.domains import UserSays
+
 STEP_SECONDS = 2.0
 
 
@@ -21,8 +23,8 @@ class Episode:
         what, _, about = answer.partition(" ")
         if what == "end":
             return None
-        if what == "user":
-            return about
+        if what in ("user", "bare"):
+            return [UserSays(about)] if what == "user" else about
         if what == "number":
             return 3
         if what == "numbers":

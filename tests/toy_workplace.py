@@ -14,7 +14,7 @@ from m2rl_core.domains import Row, workbench_wheel
 from m2rl_core.real import rl_rows
 
 LABEL = "nano_v3_sft_profiled_workbench"
-RESPONSE = {"id", "object", "created_at", "model", "output", "parallel_tool_calls", "tool_choice", "tools"}  # what OpenAI's has
+RESPONSE = {"id", "object", "created_at", "model", "output", "parallel_tool_calls", "tool_choice", "tools"}  # OpenAI's form
 
 
 def folder() -> Path:

@@ -58,7 +58,7 @@ def environment(row: Row) -> Environment:
 
 
 def steps_here(row: Row) -> bool:
-    """The miniature workplace cannot hang: it needs no process that can be killed."""
+    """Whether an episode lives in this process: the miniature workplace cannot hang."""
     return True
 
 

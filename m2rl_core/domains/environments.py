@@ -1,7 +1,7 @@
 """Environments that reply to a rollout, each step within a time limit: what breaks or hangs costs its own rollout.
 
 A module that verifies rows, or a file of one's own, may have `environment(row)`, an object whose `step(answer)` takes the
-text after `</think>` and gives the tools' replies, a list of texts (or one text, which the user says), or None where the
+text after `</think>` and gives the tools' replies, a list of texts (UserSays: the user's words), or None where the
 episode is over. Such objects live in one process that can be killed; if it has been, the others' answers are played again
 in a new one. A module whose environments cannot hang says so by `steps_here(row)`; one whose steps may take longer than
 LIMIT sets STEP_SECONDS.
@@ -60,7 +60,7 @@ class Here:
     def __init__(self, make: Callable, row: Row):
         self.make, self.row, self.environment, self.failed = make, row, None, ""
 
-    def step(self, answer: str) -> list[str] | str | None:
+    def step(self, answer: str) -> list[str] | None:
         """The replies, or None. Raises StudyError and ImportError, which say that it cannot work here at all."""
         try:
             if self.environment is None:
@@ -77,10 +77,10 @@ class Hosted:
     def __init__(self, home: str, row: Row, seconds: float):
         self.home, self.row, self.seconds, self.failed = home, row, seconds, ""
         self.number = next(_numbers)
-        self.past: list[tuple[str, list[str] | str | None]] = []  # answers and replies, to make it again
+        self.past: list[tuple[str, list[str] | None]] = []  # answers and replies, to make it again
         weakref.finalize(self, _gone.append, self.number)
 
-    def step(self, answer: str) -> list[str] | str | None:
+    def step(self, answer: str) -> list[str] | None:
         """As `Here.step`; StudyError also where its module does not load."""
         with _lock:
             try:
@@ -91,7 +91,7 @@ class Hosted:
         self.past.append((answer, replies))
         return replies
 
-    def _asked(self, answer: str) -> list[str] | str | None:
+    def _asked(self, answer: str) -> list[str] | None:
         for last in (False, True):
             host = _take()
             try:
@@ -172,15 +172,17 @@ def _made(make: Callable, row: Row):
         return make(row)
 
 
-def _replies(environment, answer: str) -> list[str] | str | None:
+def _replies(environment, answer: str) -> list[str] | None:
     """What `step` gives, made sound; `Failed` for all that it raises but StudyError and ImportError, and for no replies."""
     if environment is None:  # nobody replies to this row
         return None
     with _failing():
         found = environment.step(answer)
-        found = found if found is None or isinstance(found, str) else list(found)
-    if found is not None and not isinstance(found, str) and not all(isinstance(text, str) for text in found):
-        raise Failed(_line(f"environment replied {found!r}, neither texts nor None"))
+        if isinstance(found, str):
+            raise Failed(_line(f"environment replied {found!r}, which is one text and no list of texts"))
+        found = None if found is None else list(found)
+    if found is not None and not all(isinstance(text, str) for text in found):
+        raise Failed(_line(f"environment replied {found!r}, which is no list of texts"))
     return found
 
 
@@ -188,7 +190,7 @@ def _replies(environment, answer: str) -> list[str] | str | None:
 def _failing():
     try:
         yield
-    except (StudyError, ImportError):
+    except (Failed, StudyError, ImportError):
         raise
     except Exception as error:  # whatever an environment of one's own raises, it must not cost the step
         raise Failed(_line(f"environment failed: {type(error).__name__}: {error}")) from None
