@@ -138,13 +138,14 @@ def notebook_stages(here: Run, name: str) -> list[str]:
     def on_all_seeds(models):
         return [policy for model in models for policy in study.seeds_of(model, here.profile.seeds).values()]
 
-    models, trained = [f"eval-{policy}" for policy in on_all_seeds(study.MODELS)], on_all_seeds(study.TRAINED)
+    models = [f"eval-{policy}" for policy in on_all_seeds(here.members.models)]
+    trained = on_all_seeds(here.members.trained)
     chapters = {
         "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*trained, *models, "sweep"],
         "3.3": ["weights"], "3.5": models,
         "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
         "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
-        "A": [*study.TRAINED], "B": [],
+        "A": [*here.members.trained], "B": [],
     }
     chapter = name.split("_")[0]
     if chapter not in chapters:

@@ -19,8 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2rl_core import imports, study
+from m2rl_core import imports
 from m2rl_core.errors import StudyError
+from m2rl_core.notebook import left_out
+from m2rl_core.notebook import parameters as of_shape
+from m2rl_core.specs import ModelSpec
+from m2rl_core.study import NOT_IN
 
 SECONDS = 8  # for one answer of the hub or of a server
 HERE, FETCH, MISSING, NOTE = "here", "download", "MISSING", "note"
@@ -306,8 +310,6 @@ def disk(run) -> Iterator[Line]:
 
 def parameters(profile) -> int | None:
     """Weights of one model: of a shape, of a config that is here, else by the number in its name; None where nothing tells."""
-    from m2rl_core.notebook import parameters as of_shape
-    from m2rl_core.specs import ModelSpec
     if isinstance(profile.model, ModelSpec):
         return of_shape(profile.model)
     sources = [imports.source_of(profile, "base")] if profile.model else [*filter(None, profile.imports.values())]
@@ -333,10 +335,8 @@ def notebooks(run) -> Iterator[Line]:
 
 def parts_left_out(run) -> Iterator[Line]:
     """What of the paper's study this profile leaves out, said openly."""
-    there = set(run.members.models)
-    out = [name for name in study.MODELS if name not in there]
-    if out:
-        yield Line("not run", NOTE, f"{', '.join(out)}: this profile neither brings nor trains them, or what they need")
+    if out := left_out(run):
+        yield Line("not run", NOTE, f"{', '.join(out)}: {NOT_IN} them, or what they need")
 
 
 def _line(error: object) -> str:

@@ -20,7 +20,7 @@ from m2rl_core import domains, imports, progress, publish
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
-from m2rl_core.study import Members, Stage, find, first, seed_of, seeds_of, study, upstream, work
+from m2rl_core.study import Members, NotInStudy, Stage, find, first, seed_of, seeds_of, study, upstream, work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,7 +197,10 @@ class Run:
     def table(self, name: str, file: str) -> pd.DataFrame:
         """One Parquet (or .jsonl) file of a stage, made first where it is missing."""
         import pandas as pd
+        stage = find(self.stages, name)
         path = self.need(name) / file
+        if not path.is_file() and stage.kind == "import":
+            raise NotInStudy(f"{name} is brought, not trained here: there is no {file}")
         if not path.is_file():
             there = ", ".join(sorted(part.name for part in path.parent.iterdir()))
             raise MissingArtifact(f"{name} has no file {file}; it has {there}")
@@ -213,9 +216,16 @@ class Run:
         names = [(model, seed, name) for model in models or self.members.models
                  for seed, name in seeds_of(model, self.profile.seeds).items()]
         if self.profile.seeds == 1 or not any(seed for _, seed, _ in names):
-            return self._stack(f"eval-{name}" for _, _, name in names)
-        return pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
-                          for model, seed, name in names], ignore_index=True)
+            return self._shown(self._stack(f"eval-{name}" for _, _, name in names))
+        return self._shown(pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
+                                      for model, seed, name in names], ignore_index=True))
+
+    def _shown(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows without the texts of those real benchmarks whose authors ask that items be published nowhere."""
+        if self.profile.eval.rows == "real":
+            from m2rl_core.real.benchmarks import PRIVATE
+            rows.loc[rows["benchmark"].isin(PRIVATE), ["prompt", "response"]] = "(not to be published: it is in the store)"
+        return rows
 
     def not_run(self) -> dict[str, str]:
         """Benchmarks that some finished evaluation went on without, each with one line why; empty where all were had."""
@@ -247,6 +257,8 @@ class Run:
         """Evaluation rows on the way, one for each (model, step, benchmark, item, sample); all policies by default."""
         import pandas as pd
         names = [model] if model else self.members.trained
+        if not names:
+            raise NotInStudy("no policy is trained in this profile")
         return pd.concat([self.table(name, "along.parquet") for name in names], ignore_index=True)
 
     def rollouts(self, model: str) -> pd.DataFrame:
@@ -260,7 +272,10 @@ class Run:
 
     def _stack(self, names: Iterable[str]) -> pd.DataFrame:
         import pandas as pd
-        return pd.concat([self.table(name, "rows.parquet") for name in names], ignore_index=True)
+        found = [self.table(name, "rows.parquet") for name in names]
+        if not found:
+            raise NotInStudy("no model of this profile is judged")
+        return pd.concat(found, ignore_index=True)
 
     # Publishing: files of the report; nothing is written unless its runner asks for it --------------
 

@@ -65,6 +65,9 @@ class NotInStudy(UnknownStage):
     """A part of the paper's study that this profile leaves out, because it neither brings nor trains what it needs."""
 
 
+NOT_IN = "this profile neither brings nor trains"
+
+
 @dataclass(frozen=True)
 class Members:
     """Who is in a profile's study, in the order of the tables; all of the paper's where nothing is brought or left out.
@@ -78,6 +81,11 @@ class Members:
     judged: tuple[str, ...]
     neighbors: tuple[str, ...]
     judged_benchmarks: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the paper's study, made here."""
+        return self.models == MODELS and self.trained == TRAINED
 
     @staticmethod
     def of(profile: Profile) -> Members:
@@ -275,7 +283,7 @@ def find(stages: dict[str, Stage], name: str) -> Stage:
     if name not in stages:
         policy = name.removeprefix("eval-").removeprefix("judge-")
         if policy in MODELS or name in ("weights", "sweep", "subsets", "neighborhoods") or policy.startswith("pair-"):
-            raise NotInStudy(f"{name} is not in this study: the profile neither brings nor trains what it needs")
+            raise NotInStudy(f"{name}: {NOT_IN} what it needs")
         close = difflib.get_close_matches(name, stages, 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else "`make status` lists them all"
         raise UnknownStage(f"unknown stage {name!r}; {hint}")

@@ -15,6 +15,7 @@ import pytest
 import toy_benchmarks as toy
 import toy_policy
 
+from m2rl_core import domains
 from m2rl_core import evaluate as evaluation
 from m2rl_core import policy as policies
 from m2rl_core.domains import BENCHMARKS, Row, rewards
@@ -23,7 +24,9 @@ from m2rl_core.evaluate import build, evaluate, items_of
 from m2rl_core.profile import load_profile
 from m2rl_core.real import benchmarks, hub
 from m2rl_core.real.decontamination import FROM
+from m2rl_core.run import NOT_RUN, Run
 from m2rl_core.specs import Sampling, keyed
+from m2rl_core.views import preliminary
 
 SMOKE = load_profile("smoke")
 NO_TESTS = [case for case in toy.FILES if not case.startswith("lcb")]
@@ -255,7 +258,7 @@ def test_real_benchmarks_go_the_way_of_the_miniatures(small, reader, tmp_path):
     assert rows.groupby("benchmark").size().to_dict() == {name: 6 for name in toy.COUNTS if name != "gpqa_diamond"}
     assert (rows.groupby(["benchmark", "item"])["sample"].agg(tuple) == (0, 1)).all()
     assert rows[rows["benchmark"] == "hle"]["tokens"].max() <= 3 < rows[rows["benchmark"] == "ifeval"]["tokens"].max()
-    told = json.loads((ctx.out / evaluation.NOT_RUN).read_text())
+    told = json.loads((ctx.out / NOT_RUN).read_text())
     assert set(told) == {"gpqa_diamond", "bfcl_v3"}
     assert told["gpqa_diamond"].startswith("gpqa_diamond is not run: Idavidrein/gpqa at 633f5ee89ab8 cannot be read "
                                            "(HF_HUB_OFFLINE is set): accept its terms on its page, then `hf auth login`; or ")
@@ -286,6 +289,38 @@ def test_a_prompt_that_does_not_fit_scores_zero_and_says_so(small, policy):
     assert rows["item"].tolist() == [row.id for row in items["ifeval"] for _ in range(2)]
     assert rows["tokens"].gt(0).tolist() == [True, True, False, False, True, True]
     assert rows["score"][2] == 0 and rows["truncated"][2] and " tokens, but 376 fit" in rows["reason"][2]
+
+
+def test_a_report_holds_no_text_of_hle_and_gpqa(tmp_path):
+    """Fault: items in a page that is published, although their authors ask that they be published nowhere."""
+    run = SimpleNamespace(profile=dataclasses.replace(SMOKE, eval=spec()))
+    rows = pd.DataFrame({"benchmark": list(BENCHMARKS), "prompt": "p", "response": "r", "score": 1.0})
+    shown = Run._shown(run, rows.copy())
+    hidden = shown["benchmark"].isin(["hle", "gpqa_diamond"])
+    assert set(shown[~hidden]["prompt"]) == {"p"}
+    assert not {"p", "r"} & set(shown[hidden][["prompt", "response"]].to_numpy().flat)
+    pd.testing.assert_frame_equal(Run._shown(SimpleNamespace(profile=SMOKE), rows.copy()), rows)
+
+
+def test_prompts_are_shown_without_items():
+    """Faults: a benchmark that the table leaves out; sampling settings of the profile in place of the benchmark's own."""
+    profile = dataclasses.replace(SMOKE, eval=spec(items=dict.fromkeys(BENCHMARKS, 5), sampling={"hle": Sampling(top_p=0.7)}))
+    shown = preliminary.benchmark_items(profile).set_index("prompt")
+    assert len(shown) == 9 and shown["top_p"].tolist() == [1, 1, 1, 1, 0.7, 1, 1, 1, 1]
+    parts = ("{problem}", "### Question:\n{question}", "A) {A}", "{prompt}")
+    assert [sum(part in text for text in shown.index) for part in parts] == [2, 2, 1, 2]
+
+
+def test_tables_call_real_benchmarks_by_their_names(tmp_path, monkeypatch):
+    """Faults: real scores under the name of a miniature; a trial that looks like the whole benchmark; a miniature after a
+    real run in one process that is called real."""
+    monkeypatch.setattr(domains, "LABELS", {})
+    for rows, names in (("real", ["ifeval", "ifbench", "hle (first 20)"]),
+                        ("miniature", ["ifeval (miniature)", "ifbench (miniature)", "hle (miniature)"])):
+        items = SMOKE.eval.items | {"ifeval": 541, "ifbench": 294, "hle": 20}
+        Run(dataclasses.replace(SMOKE, eval=dataclasses.replace(SMOKE.eval, items=items, rows=rows)), tmp_path)
+        assert [domains.called(name) for name in ("ifeval", "ifbench", "hle")] == names
+    assert domains.called("avg") == "avg"
 
 
 KILLED = """

@@ -26,6 +26,14 @@ RESAMPLES = 2000
 SHARED = 0  # the seed of what is trained once
 
 
+class NotMeasured(KeyError):
+    """A contrast asks for a benchmark on which a model was not measured."""
+
+    def __str__(self) -> str:
+        benchmark, column = self.args
+        return f"no scores of {column} on {benchmark}"
+
+
 class Spread(NamedTuple):
     """What the variance of an estimate is made of (squared units); the three parts add up to it.
 
@@ -105,8 +113,8 @@ class Measured:
         """Sum of weight x score over (benchmark, column) cells, in points, with its interval at `level`.
 
         Columns of one benchmark are resampled together, so a difference of two models is paired by item, and by
-        training seed where there are several; the seeds are those that all its models have. KeyError for a cell that
-        was not measured.
+        training seed where there are several; the seeds are those that all its models have. NotMeasured for a cell that
+        was not.
         """
         total, deviations, variances, count, pooled = self._resampled(weights)
         found = _expanded(total, deviations, variances, count, level)
@@ -115,7 +123,7 @@ class Measured:
     def drawn(self, weights: Mapping[tuple[str, str], float]) -> np.ndarray:
         """Resampled values of a contrast, (R,), around its estimate; NaN where a benchmark has a single item.
 
-        KeyError for a cell that was not measured.
+        NotMeasured for a cell that was not measured.
         """
         total, deviations, *_ = self._resampled(weights)
         return total + deviations
@@ -124,7 +132,7 @@ class Measured:
         """The estimate, deviations from it (R,), variances with how many each rests on, items, and seeds pooled."""
         for benchmark, column in weights:
             if not self.has(benchmark, column):
-                raise KeyError((benchmark, column))
+                raise NotMeasured(benchmark, column)
         parts, seeds = self._parts(weights)
         total, deviations, variances, count, by_seed = 0.0, 0.0, [], 0, 0.0
         for s, w in parts:

@@ -2,7 +2,7 @@
 
 Items are read once for a store and kept beside its evaluations (`<store>/benchmarks/`), at one commit, so that every model
 is asked the same. Another number of items than the revision should have is refused: it would be another benchmark.
-GPQA and HLE ask that their items be published nowhere: they stay in the store, which is no part of a report.
+GPQA and HLE ask that their items be published nowhere (PRIVATE): they stay in the store, which is no part of a report.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from m2rl_core.real.benchmark_rows import Maker
 from m2rl_core.real.decontamination import FROM
 from m2rl_core.real.hub import File
 
+PRIVATE = ("hle", "gpqa_diamond")
 IFBENCH_NOW = "2e8a48de45ff3bf41242f927254ca81b59ca3ae2"
 
 
@@ -111,6 +112,19 @@ def load(name: str, wanted: int, folder: Path | None = None, revision: str = "",
         raise _count(name, len(rows), (wanted,), commit, f" as the profile asks for (eval.items.{name})")
     rows = rows[:wanted]
     return [replace(row, truth={**row.truth, "rule": rule}) for row in rows] if rule else rows
+
+
+def wording(name: str) -> str:
+    """What a benchmark's items are asked with, in place of an item: the part that is alike in all of them."""
+    here = {name: f"{{{name}}}" for name in ("question", *"ABCD")} | {
+        "form": benchmark_rows.LCB_STDIN, "code": "# YOUR CODE HERE"}
+    known = {"math": benchmark_rows.AIME + "{problem}", "if": "{prompt}",
+             "coding": f"{benchmark_rows.LCB_SYSTEM}\n\n{benchmark_rows.LCB.format(**here)}".strip()}
+    if name == "gpqa_diamond":
+        return benchmark_rows.GPQA.format(**here)
+    if name == "hle":
+        return f"{benchmark_rows.HLE_SYSTEM['exactMatch']}\n\n{{question}}"
+    return known.get(BENCHMARKS[name], "{question}, and the tools as the chat template lists them")
 
 
 def labels(spec) -> dict[str, str]:

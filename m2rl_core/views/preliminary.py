@@ -93,8 +93,16 @@ def cheats(seed: int) -> pd.DataFrame:
 
 
 def benchmark_items(profile) -> pd.DataFrame:
-    """One held-out item of each miniature benchmark, with a right answer and how much of it is measured."""
+    """One held-out item of each miniature benchmark, with a right answer and how much of it is measured.
+
+    Of the real ones, whose items are not all to be published: the wording of their prompts, and what is sampled by.
+    """
     lines = []
+    if profile.eval.rows == "real":
+        from m2rl_core.real.benchmarks import wording
+        return pd.DataFrame([{"benchmark": miniature(name), "items": profile.eval.items[name], "K": profile.eval.k[name],
+                              **profile.eval.sampled_by(name), "prompt": wording(name)}
+                             for name in profile.benchmarks if name in BENCHMARKS])
     for benchmark, domain in BENCHMARKS.items():
         row = benchmark_rows(benchmark, 1, profile.seed)[0]
         answer = [answer_of(t["content"]) if t["role"] == "assistant" else f"→ {t['content']}"
