@@ -32,7 +32,7 @@ $(READY): requirements.txt requirements-nodeps.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 	$(PIP) -r requirements.txt
-	$(PIP) --no-deps -r requirements-nodeps.txt -e .
+	$(PIP) --no-deps --ignore-requires-python -r requirements-nodeps.txt -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (m2rl)" >/dev/null
 	@touch $(READY)
 

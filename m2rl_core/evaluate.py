@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from m2rl_core import policy as policies
-from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, generator, prepare, rewards
+from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, environments, generator, prepare, rewards
 from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
@@ -95,7 +95,7 @@ def _measure(policy, model, benchmark, rows, k, spec, rng, engine) -> pd.DataFra
         long = {row.id: length for row, length in zip(rows, lengths, strict=True) if length > room}
         fits = [row for row in rows if row.id not in long]
     rollouts = engine.sample(policy, fits, k, generator=rng, **asked) if fits else []
-    verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
+    verdicts = environments.verdicts(rollouts, rewards)
     if long:
         done = iter(zip(rollouts, verdicts, strict=True))
         pairs = [(Rollout(row, [], truncated=True), Verdict(0.0, f"a prompt of {long[row.id]} tokens, but {room} fit"))

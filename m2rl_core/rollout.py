@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core.attention import Cache, Causal, Grouped, Replies
-from m2rl_core.domains import MODULES, Row, graded, module
+from m2rl_core.domains import Row, UserSays, graded
+from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, prepare, token_logprobs
@@ -36,6 +37,7 @@ class Rollout:
     logprobs: list[float] = field(default_factory=list)  # at the sampling temperature; 0 where not sampled
     turns: list[str] = field(default_factory=list)  # the assistant's turns as text, without end markers
     truncated: bool = False
+    failed: str = ""  # why the environment broke down, which ends the rollout and makes it worth 0
 
     @property
     def length(self) -> int:
@@ -84,7 +86,7 @@ class _Wave:
         self.count = torch.zeros(len(rollouts), dtype=torch.long, device=device)  # tokens sampled, per cache row
         self.flushed = [0] * len(rollouts)  # tokens already moved into the rollout
         self.parked: list[tuple] = []  # rows that wait for their next turn
-        self.environments = [environment_of(rollout.row) for rollout in rollouts]
+        self.environments = [open_environment(rollout.row) for rollout in rollouts]
         self._prefill(n)
 
     def _prefill(self, n):
@@ -193,14 +195,6 @@ def encode_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> 
     return prompts
 
 
-def environment_of(row: Row):
-    """A fresh environment for one rollout of `row`, or None where nobody replies."""
-    if row.domain not in MODULES:  # a judge's question belongs to no domain
-        return None
-    make = getattr(module(row.domain), "environment", None)
-    return None if make is None else make(row)
-
-
 def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int], logprobs: Sequence[float], budget: int,
              max_turns: int) -> list[int] | None:
     """Add a turn that was sampled, and the environment's reply, to `rollout`; the reply's ids, or None where it is over.
@@ -218,6 +212,7 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
         return None
     outputs = environment.step(answer)
     if outputs is None:
+        rollout.failed = environment.failed
         return None
     reply, left = tool_reply(policy, outputs), budget - rollout.length
     if not left or len(rollout.prompt) + len(rollout.tokens) + len(reply) > policy.config.max_position_embeddings - left:
@@ -230,8 +225,10 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
 
 
 def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
-    """What follows the assistant's end marker when tools answer: exactly the chat template's text, as ids."""
-    body = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in outputs)
+    """What follows the assistant's end marker when tools answer, or when the user goes on (one `UserSays`): exactly the
+    chat template's text, as ids; but the thinking of earlier turns, which it drops at a user's words, stays."""
+    body = "".join(f"\n{text}" if isinstance(text, UserSays) else f"\n<tool_response>\n{text}\n</tool_response>"
+                   for text in outputs)
     text = f"\n<|im_start|>user{body}<|im_end|>\n<|im_start|>assistant\n"
     return policy.tokenizer.encode(text, add_special_tokens=False)
 

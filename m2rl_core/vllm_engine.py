@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from m2rl_core.domains import Row
+from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
 from m2rl_core.profile import repo_root
 from m2rl_core.progress import say
-from m2rl_core.rollout import Rollout, encode_prompts, end_turn, environment_of
+from m2rl_core.rollout import Rollout, encode_prompts, end_turn
 from m2rl_core.vllm_worker import MISSING
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -84,7 +85,7 @@ class VllmEngine:
         prompts = encode_prompts(policy, rows, max_new_tokens)
         rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
         seeds = torch.randint(2**62, (len(rollouts), max_turns), generator=generator).tolist()
-        environments = [environment_of(rollout.row) for rollout in rollouts]
+        environments = [open_environment(rollout.row) for rollout in rollouts]
         going, turn = list(range(len(rollouts))), 0
         while going:
             found = self._ask(policy, "sample", prompts=[rollouts[i].prompt + rollouts[i].tokens for i in going],

@@ -553,6 +553,7 @@ def test_the_rl_blend_is_filled_joined_and_reported(put, tmp_path):
     assert told["dropped"] == {"empty truth": 1, "placeholder without a problem": 1,
                                "structured outputs (not in the study)": 1}
     assert told["read"] == 9 == sum(told["dropped"].values()) + sum(line["rows"] for line in told["domains"].values())
+    assert told["remarks"]["agent rows whose truth changes nothing"] == 1  # `email_send` is no tool of the workplace
     assert told["remarks"]["math prompts without \\boxed"] == 1 and told["instruction_ids"]["keywords:existence"] == 1
     assert {row.domain for row in rl_blend.rows(tmp_path / "rl", "agent")} == {"agent"}
     before = every_file(tmp_path / "rl")

@@ -2,7 +2,8 @@
 
 A domain is a module with six functions (see `DOMAINS`): three that make rows, one that writes a right
 answer, one that writes a wrong one, and `verify`, which serves miniature and real rows; it may have `load`, which
-imports what is slow. The format gate of appendix A stands here, once: the text after the last `</think>` counts.
+imports what is slow, and `environment`, which replies to a rollout (see `environments`). The format gate of appendix A
+stands here, once: the text after the last `</think>` counts.
 """
 from __future__ import annotations
 
@@ -68,6 +69,10 @@ class Verdict:
     score: float
     reason: str = field(default="")
     failed: bool = False
+
+
+class UserSays(str):
+    """The user's next words, where an environment replies with these alone and not with the answers of tools."""
 
 
 def own(files: dict[str, str]) -> None:
@@ -159,16 +164,21 @@ def graded(row: Row, turn: str) -> str | None:
 def prepare(rows: Iterable[Row]) -> None:
     """Start what verifies these rows without waiting for it, so that it gets ready while answers are sampled."""
     from m2rl_core.domains import worker
-    asked = [_route(row) for row in rows if row.domain in MODULES or row.domain in OWN]  # a judge's question belongs to no domain
+    asked = [_route(row) for row in rows if row.domain in (*MODULES, *OWN)]  # a judge's question belongs to no domain
     wanted = sorted({home.__name__ for home, here in asked if not here})
     if wanted:
         worker.start(wanted)
 
 
+def home_of(row: Row):
+    """The module that verifies a row, and whose environment replies to it: a domain may have several."""
+    found = module(row.domain)
+    return getattr(found, "home", lambda _: found)(row)
+
+
 def _route(row: Row) -> tuple:
     """The module that verifies a row, and whether it does so in this process: where what can hang is elsewhere already."""
-    found = module(row.domain)
-    found = getattr(found, "home", lambda _: found)(row)  # a domain may have several verifiers
+    found = home_of(row)
     return found, row.domain in SANDBOXED or getattr(found, "here", lambda: False)()
 
 

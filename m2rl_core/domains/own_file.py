@@ -5,9 +5,12 @@
                                   # optional: `id`, `tools`, and for "sft" `answer`, the text that the model learns to give
     def verify(rows, answers):    # those dicts, and the text after </think> of one answer to each
         ...                       # -> a score in [0, 1] for each, a bool, or (score, "reason")
+    def environment(row):         # optional, for answers of several turns: an object whose step(text) gives the replies to
+        ...                       # one turn, a list of texts, or None where the episode is over; `verify` then gets the
+                                  # texts of all turns, a list for each answer. STEP_SECONDS = 30: longer than 10 for a step
 
-Both are called with the same arguments more than once and must give the same each time. `verify` runs in the worker that
-can be killed (`worker`), so that an answer that hangs or crashes it costs its own score and no more.
+All are called with the same arguments more than once and must give the same each time. `verify` and `environment` run in
+processes that can be killed (`worker`, `environments`): what hangs or crashes costs its own score and no more.
 """
 from __future__ import annotations
 
@@ -37,9 +40,22 @@ class Domain:
         """`n` rows of "sft", "rl" or "test" as the study's own; DomainError for what is no row, or a test row twice."""
         return list(_rows(self.name, self.__name__, split, n, seed))
 
+    def load(self) -> None:
+        load(self.__name__)
+
     @property
     def verify(self):
         return verifier(self.__name__)
+
+    @property
+    def environment(self):
+        """What makes an episode of a row; AttributeError where the file has no environment."""
+        make = load(self.__name__).environment
+        return lambda row: make(row.truth["row"])
+
+    @property
+    def STEP_SECONDS(self) -> float:
+        return load(self.__name__).STEP_SECONDS
 
 
 @functools.lru_cache(maxsize=8)
@@ -68,7 +84,8 @@ def verifier(file: str):
     module = load(file)
 
     def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdict]:
-        found = module.verify([row.truth["row"] for row in rows], [turns[-1] for turns in answers])
+        said = [list(turns) for turns in answers] if hasattr(module, "environment") else [turns[-1] for turns in answers]
+        found = module.verify([row.truth["row"] for row in rows], said)
         try:
             found = list(found)
         except TypeError as error:

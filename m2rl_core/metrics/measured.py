@@ -20,6 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from m2rl_core.metrics import bfcl
+
 RESAMPLES = 2000
 SHARED = 0  # the seed of what is trained once
 
@@ -226,12 +228,13 @@ def measure(
         held = np.array([[c in m.columns for c in columns] for m in means])
         means = [m if len(seeds) == 1 else m.reindex(columns=columns, fill_value=0.0) for m in means]
         groups = [list(m.groupby(level="category", sort=True)) for m in means]
+        share = bfcl.shares({category: len(group) for category, group in groups[0]})
         part = part[[c for c in dict.fromkeys(("category", "item", "sample", "seed", column, score)) if c in part]]
         for of_seeds in zip(*groups, strict=True):
             (category, group), *_ = of_seeds
             values = np.stack([g.to_numpy(dtype=float) * scale for _, g in of_seeds])  # (S, n, C)
             strata.append(Stratum(
-                benchmark, str(category), 1 / len(groups[0]), tuple(group.index.get_level_values("item")),
+                benchmark, str(category), share[category], tuple(group.index.get_level_values("item")),
                 tuple(columns), values, _deviations(values, rng, resamples), held,
                 (part[part["category"] == category], column, score, scale)))
     return Measured(tuple(strata), rng.standard_normal(resamples) if len(seeds) > 1 else None)

@@ -145,7 +145,7 @@ def read(file: File, skip: int = 0, columns: Sequence[str] | None = None) -> Ite
         number += 1
         if builder == "text":
             if row["text"].strip():
-                yield number, _parsed(row["text"], file, number)
+                yield number, parsed(row["text"], file, number)
         else:
             yield number, without_none(row)
 
@@ -157,7 +157,8 @@ def _guarded(file: File, work: Callable):
         raise _unreachable(file.source, error, file.path) from error
 
 
-def _parsed(text: str, file: File, number: int) -> dict:
+def parsed(text: str, file: File, number: int) -> dict:
+    """The object of one line of JSON; SchemaError with file and line where it holds none."""
     place = f"{file.place}, line {number}"
     try:
         row = json.loads(text)

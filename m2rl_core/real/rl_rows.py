@@ -7,10 +7,9 @@
            function: the method of Solution that is called ("" for stdin), inputs then being one JSON value a line
   science  letter: of the right option; options: how many there are
   if       instruction_id_list, kwargs: in the same order, without keys that are None
-  agent    kind: "workplace" (NeMo-Gym's tables; replay `calls` and compare states; `agent.verify` does not know it yet),
-           calls: [{name, arguments}], category, environment, max_turns: 6 as in the released code. A BFCL item has kind:
-           its category, calls: [{name, arguments: {name: [allowed values]}}] as `tool_calls.all_match` reads them; its
-           multi-turn ones have calls: a list for each turn, and state: the classes and their first values
+  agent    kind: "workplace" (NeMo-Gym's tables; `workbench` replays `calls` and compares states),
+           calls: [{name, arguments}], category, environment, max_turns: 6 as in the released code. A BFCL item: see
+           `bfcl_rows`
 """
 from __future__ import annotations
 
