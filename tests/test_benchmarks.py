@@ -111,6 +111,20 @@ def test_right_and_wrong_answers_by_the_one_route(name, small):
         assert [v.score for v in rewards([row] * 4, [[turn] for turn in turns])] == [1, 0, 1, 0]
 
 
+def test_bfcl_goes_the_same_way():
+    """Faults: items of BFCL without the open gate, a trial of one category alone, a row that its verifier does not take."""
+    pytest.importorskip("bfcl_eval")
+    rows = benchmarks.load("bfcl_v3", 40)
+    assert len(rows) == 40 and len({row.truth["category"] for row in rows}) > 9
+    assert {row.truth["gate"] for row in rows} == {"open"} and {row.domain for row in rows} == {"agent"}
+    quiet = next(row for row in rows if row.truth["category"] == "irrelevance")
+    asked = next(row for row in rows if row.truth["category"] == "simple")
+    (name, given), = asked.truth["ground_truth"][0].items()
+    right = json.dumps({"name": name, "arguments": {k: values[0] for k, values in given.items()}})
+    said = ["I have no tool for that.", f"<tool_call>\n{right}\n</tool_call>"]
+    assert [[v.score for v in rewards([row] * 2, [[text] for text in said])] for row in (quiet, asked)] == [[1, 0], [0, 1]]
+
+
 def test_the_gate_stays_for_all_other_rows():
     """Fault: training rewards for answers without thoughts, which appendix A gives none."""
     row = Row("x", "math", "", "", ({"role": "user", "content": "?"},), {"answer": "7"})
