@@ -90,8 +90,9 @@ class Evidence:
 
     @property
     def figure2(self) -> dict[str, str]:
-        """The benchmark that stands for each domain, as in Fig. 2; of one's own domain, its own."""
-        return {domain: FIGURE2.get(domain, domain) for domain in self.experts}
+        """The benchmark that stands for each domain, as in Fig. 2; where that one is missing, another of the domain's own."""
+        wanted = {domain: FIGURE2.get(domain, domain) for domain in self.experts}
+        return {domain: b if b in self.benchmarks else self.own[domain][0] for domain, b in wanted.items()}
 
     def present(self, models: Iterable[str], of: str = "scores") -> list[str]:
         """Those of `models` that there are rows of; Missing where there are none of any."""

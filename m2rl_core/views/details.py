@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from m2rl_core import paper
+from m2rl_core.claims.evidence import Missing
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.metrics import stats
 from m2rl_core.progress import duration
@@ -128,6 +129,8 @@ def table8(run, rng: np.random.Generator) -> pd.DataFrame:
     """Table 8: base and the best weight merge of this run (by the mean of the nine), then the paper's two models."""
     rows = run.scores(["base", *MERGES])
     ours = stats.score_table(rows, ["base", *MERGES], list(BENCHMARKS), rng, run.profile.analysis.bootstrap)
+    if ours["avg"].isna().all():
+        raise Missing(f"no model has scores on all nine: {', '.join(run.not_run()) or 'some benchmark'} is missing")
     best = ours.loc[ours[ours["model"] != "base"]["avg"].idxmax(), "model"]
     printed = paper.table(8).rename_axis("model").reset_index()
     printed["model"] += " (paper)"

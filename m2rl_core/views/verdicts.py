@@ -53,7 +53,10 @@ def evidence(run, *frames: str) -> Evidence:
         found["kl"] = run.table("neighborhoods", "kl.parquet")
     if "judged" in wanted and run.members.judged:
         found["judged"] = run.judged()
-    return Evidence(**found, benchmarks=run.profile.benchmarks, experts=run.members.experts, seed=run.profile.seed)
+    missing = run.not_run()  # benchmarks that could not be had: views show the others, claims that rest on them are not run
+    benchmarks = {name: domain for name, domain in run.profile.benchmarks.items() if name not in missing}
+    experts = {domain: model for domain, model in run.members.experts.items() if domain in benchmarks.values()}
+    return Evidence(**found, benchmarks=benchmarks, experts=experts, seed=run.profile.seed)
 
 
 def table(lines: Sequence[dict]) -> pd.DataFrame:
