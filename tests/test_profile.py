@@ -217,14 +217,14 @@ def test_the_papers_profile_says_what_the_paper_says():
         printed = table1.loc[line.type]
         assert line.sampling == printed["sampling"] and abs(line.pool * times - printed["samples"]) < times
         assert abs(100 * line.share - printed["proportion"]) < 0.011
-    stated = {(one["stage"], one["name"]): one["stated"] for one in paper.settings()}
+    stated = {(one["stage"], one["name"]): one["stated"] for one in paper.settings().to_dict("records")}
     for (stage, name), value in {
             ("sft", "learning rate"): p.sft.lr, ("sft", "batch size"): p.sft.batch_size, ("rl", "temperature"): p.rl.temperature,
             ("sft", "weight decay"): p.sft.weight_decay, ("rl", "weight decay"): p.rl.weight_decay,
             ("opd", "learning rate"): p.opd.lr, ("merge", "DARE mask ratio"): p.merge.drop_rate,
             ("analysis", "changed-weight threshold eta"): p.analysis.eta}.items():
         assert float(stated[stage, name]) == value, name
-    assert round(p.sft.warmup / p.sft.steps, 3) == stated["sft", "warm-up share"] == 0.1
+    assert round(p.sft.warmup / p.sft.steps, 3) == float(stated["sft", "warm-up share"]) == 0.1
 
 
 def test_every_value_of_the_papers_profile_has_its_source():
