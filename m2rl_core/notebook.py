@@ -40,7 +40,7 @@ def card(run: Run, section: str) -> str:
         "profile": f"`{profile.name}`: {profile.about}",
         "model": _model(profile),
         **({"not run": f"{', '.join(left)}: {NOT_IN} them, or what they need"} if (left := left_out(run)) else {}),
-        **{f"not run: {name}": line for name, line in run.not_run().items()},
+        **_without(run),
         "seed": f"{profile.seed} ({profile.seeds} run{'s of every policy after SFT' if profile.seeds > 1 else ''})",
         "code": f"commit {commit()}",
         "software": f"Python {here['python']}, torch {versions['torch']}, transformers {versions['transformers']}",
@@ -56,6 +56,14 @@ def _model(profile) -> str:
                 f"{model.vocab} tokens), context {model.context}")
     brought = ", ".join(f"{name} from `{source}`" for name, source in profile.imports.items() if source)
     return "; ".join(filter(None, [model and f"base `{model.source}`, context {model.context}", brought]))
+
+
+def _without(run: Run) -> dict[str, str]:
+    """Lines of the card on benchmarks that could not be had, and what that means for means."""
+    missing = run.not_run()
+    lines = {f"not run: {name}": line.removeprefix(f"{name} is not run: ") for name, line in missing.items()}
+    others = sum(name not in missing for name in run.profile.benchmarks)
+    return lines | ({"means of benchmarks": f"of the other {others} here, also where a title says nine"} if missing else {})
 
 
 def left_out(run: Run) -> list[str]:

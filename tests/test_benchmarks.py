@@ -17,9 +17,11 @@ import pytest
 import toy_benchmarks as toy
 import toy_policy
 
-from m2rl_core import domains, not_run
+from m2rl_core import domains, not_run, notebook
 from m2rl_core import evaluate as evaluation
 from m2rl_core import policy as policies
+from m2rl_core.claims import scores as rules
+from m2rl_core.claims.evidence import Evidence, Missing
 from m2rl_core.domains import BENCHMARKS, Row, rewards
 from m2rl_core.errors import StudyError
 from m2rl_core.evaluate import build, evaluate, items_of
@@ -29,7 +31,7 @@ from m2rl_core.real import benchmarks, hub
 from m2rl_core.real.decontamination import FROM
 from m2rl_core.run import NOT_RUN, Run
 from m2rl_core.specs import Sampling, keyed
-from m2rl_core.views import preliminary
+from m2rl_core.views import preliminary, verdicts
 
 SMOKE = load_profile("smoke")
 NO_TESTS = [case for case in toy.FILES if not case.startswith("lcb")]
@@ -381,6 +383,25 @@ def test_a_cell_without_its_benchmark_says_so_and_the_next_goes_on(capsys):
     assert told.count("Markdown") == 2 and "estimate=50.0" in told
     with pytest.raises(KeyError, match="other"):
         exec(compile(shell.ast_transformers[0].visit(ast.parse("{}['other']")), "cell", "exec"), shell.user_ns)
+
+
+def test_evidence_without_a_benchmark(tmp_path):
+    """Faults: a domain that loses its picture although another benchmark of it was run; a domain without any that ends the
+    notebook; a claim on all nine that is decided on eight; a run card that does not say what is missing."""
+    nine = {b: d for b, d in BENCHMARKS.items() if b != "gpqa_diamond"}
+    assert Evidence(benchmarks=nine).figure2["science"] == "hle" and Evidence(benchmarks=nine).own["science"] == ["hle"]
+    run = Run(SMOKE, tmp_path)
+    run.not_run = lambda: {name: f"{name} is not run: a login" for name in ("hle", "gpqa_diamond")}
+    told = notebook.card(run, "3.2")
+    assert "| not run: hle | a login |" in told and "| of the other 7 here, also where a title says nine |" in told
+    assert "not run" not in notebook.card(Run(SMOKE, tmp_path), "3.2")
+    run.stages = {}  # so nothing is made
+    found = verdicts.evidence(run, "cosine")
+    assert set(found.own) == {"math", "coding", "if", "agent"} and len(found.benchmarks) == 7
+    rows = pd.concat([pd.DataFrame({"model": m, "benchmark": b, "item": ["a", "b"], "sample": 0, "score": [1.0, 0.0]})
+                      for m in ("rl-multi", "merge-ties") for b in nine])
+    with pytest.raises(Missing, match="^no scores of rl-multi on gpqa_diamond$"):
+        rules.higher(Evidence(scores=rows, benchmarks=nine), "rl-multi", "merge-ties")
 
 
 KILLED = """
