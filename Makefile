@@ -2,6 +2,7 @@
 PROFILE ?= tiny
 MODELS ?=
 NB ?=
+DRY ?=
 PAIRS ?= 5
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -31,7 +32,7 @@ $(READY): requirements.txt requirements-nodeps.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 	$(PIP) -r requirements.txt
-	$(PIP) --no-deps -r requirements-nodeps.txt -e .
+	$(PIP) --no-deps --ignore-requires-python -r requirements-nodeps.txt -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (m2rl)" >/dev/null
 	@touch $(READY)
 
@@ -46,8 +47,8 @@ bubblewrap:
 		echo "  sudo apt-get install bubblewrap"; \
 	fi
 
-reproduce: setup ## run the study and write reports/PROFILE (MODELS= and NB= choose a part)
-	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)"
+reproduce: setup ## run the study and write reports/PROFILE (MODELS= and NB= choose a part; DRY=1 says what is missing)
+	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)"$(if $(filter-out 0,$(DRY)), --dry)
 
 test: setup $(if $(filter Linux,$(shell uname -s)),vllm) ## run all tests
 	$(BIN)/python -m pytest

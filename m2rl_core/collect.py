@@ -6,7 +6,7 @@ import time
 import torch
 from torch import Tensor
 
-from m2rl_core.domains import Row, Verdict, prepare, rewards
+from m2rl_core.domains import Row, Verdict, environments, prepare, rewards
 from m2rl_core.engines import TORCH, Engine
 from m2rl_core.policy import Policy
 from m2rl_core.rollout import Rollout
@@ -20,7 +20,7 @@ def collect(policy: Policy, rows: list[Row], spec, seed: int,
     rollouts = engine.sample(policy, rows, spec.group, generator=torch.Generator().manual_seed(seed),
                              temperature=spec.temperature, max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
     sampled = time.perf_counter()
-    verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
+    verdicts = environments.verdicts(rollouts, rewards)
     scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)
     return rollouts, verdicts, scores, {"seconds_sample": sampled - start, "seconds_verify": time.perf_counter() - sampled}
 

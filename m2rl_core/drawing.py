@@ -33,7 +33,16 @@ STYLE = {
     "mt-opd": ("#8A6D00", "cross", [10, 2]),
 }
 ENDS = {"low": "95 % from", "high": "95 % to"}
-DOMAIN_NAMES = {"math": "Math", "coding": "Coding", "science": "Science", "if": "IF", "agent": "Agent"}
+
+
+class _Names(dict):
+    """A domain of one's own goes by its own name."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+DOMAIN_NAMES = _Names({"math": "Math", "coding": "Coding", "science": "Science", "if": "IF", "agent": "Agent"})
 HELPERS = {"pale", "finished", "side", "own", "x2", "y0", "y2", "at", "beside", "floor", "top", "ink"}  # not for readers
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import http.client
+import http.cookiejar
 import json
 import time
 import urllib.error
@@ -16,8 +17,9 @@ TRIES, PAUSE, LONGEST = 5, 0.5, 30.0  # attempts; seconds before the second one,
 LARGEST = 64 * 2**20  # bytes of an answer
 
 
-def post(url: str, message: Mapping, who: str, seconds: float, headers: Mapping[str, str] | None = None) -> dict:
-    """The JSON object that `url` answers to `message`, within `seconds` for each attempt.
+def post(url: str, message: Mapping, who: str, seconds: float, headers: Mapping[str, str] | None = None,
+         jar: http.cookiejar.CookieJar | None = None) -> dict:
+    """The JSON object that `url` answers to `message`, within `seconds` for each attempt; `jar` keeps a session's cookies.
 
     StudyError, one line that begins with `who`, where the address is none, refuses, gives no JSON object, or cannot be
     reached in `TRIES` attempts.
@@ -29,7 +31,7 @@ def post(url: str, message: Mapping, who: str, seconds: float, headers: Mapping[
         wait(attempt)
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
         try:
-            with _opener(url).open(request, timeout=seconds) as answer:
+            with _opener(url, jar).open(request, timeout=seconds) as answer:
                 return _object(answer.read(LARGEST), where)
         except urllib.error.HTTPError as error:
             with error:
@@ -62,10 +64,11 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
 
 
-def _opener(url: str) -> urllib.request.OpenerDirector:
+def _opener(url: str, jar: http.cookiejar.CookieJar | None = None) -> urllib.request.OpenerDirector:
     """A proxy is for the world outside, never for this machine."""
     here = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []),
+                                       *([] if jar is None else [urllib.request.HTTPCookieProcessor(jar)]))
 
 
 def _object(data: bytes, where: str) -> dict:

@@ -1,10 +1,12 @@
-"""The README's verdict table, written from the committed report's claims.json between two markers.
+"""The README's tables, each between two markers: verdicts from the committed report's claims.json, and the data.
 
-`python -m m2rl_core report --profile tiny --readme README.md` refreshes it; a test holds README and report together.
+`python -m m2rl_core report --profile tiny --readme README.md` refreshes the first, `python -m m2rl_core data sources
+--readme README.md` the second; tests hold both together with what they come from.
 """
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from m2rl_core.store import write_atomic
@@ -28,12 +30,63 @@ def table(claims: list[dict], ids=HEADLINES) -> str:
 
 
 def refresh(readme: Path, claims_file: Path) -> None:
-    """Replace what stands between the markers. Raises ValueError where a marker is missing."""
+    """Replace the verdict table between its markers. Raises ValueError where a marker is missing."""
+    _replace(readme, BEGIN, END, lambda: table(json.loads(claims_file.read_text(encoding="utf-8"))))
+
+
+def _replace(readme: Path, first: str, last: str, body: Callable[[], str]) -> None:
     text = readme.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{readme}: the marker {BEGIN if not begin else END} is missing; put it back")
-    new = f"{head}{BEGIN}\n{table(json.loads(claims_file.read_text(encoding='utf-8')))}\n{END}{tail}"
+        raise ValueError(f"{readme}: the marker {first if not begin else last} is missing; put it back")
+    new = f"{head}{first}\n{body()}\n{last}{tail}"
     if new != text:
         write_atomic(readme, new)
+
+
+# ---- what the paper's own data and benchmarks are
+
+DATA_BEGIN, DATA_END = "<!-- data: from m2rl_core/real -->", "<!-- end of data -->"
+
+
+def data_table() -> str:
+    """Two Markdown tables, of the nine benchmarks and of what is trained on: where from, how much, by whom verified."""
+    from m2rl_core.real import benchmarks, hub
+    from m2rl_core.real.decontamination import FROM
+    listed = hub.sources()
+    lines = ["| benchmark | source | commit | licence | items | K | verifier | needs |", f"{'|---' * 8}|"]
+    for name, about in benchmarks.NINE.items():
+        repo, split, _ = FROM[name]
+        source = listed[repo]
+        lines.append(_line(name, f"{repo}, `{source.splits[split]}`", _commit(source), source.licence,
+                           " or ".join(f"{n:,}" for n in about.full("")), about.k, about.verifier,
+                           "; ".join(filter(None, (source.login, about.needs))) or "–"))
+    lines += ["", "| data set | for | commit | licence | rows | needs |", f"{'|---' * 6}|"]
+    tested = {repo for repo, _, _ in FROM.values()}
+    lines += [_line(f"{repo}, `{', '.join(source.splits.values())}`", source.use, _commit(source), source.licence,
+                    _drawn(repo), source.login or "–") for repo, source in listed.items() if repo not in tested]
+    return "\n".join(lines)
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _commit(source) -> str:
+    return f"`{source.revision[:12]}`" if source.revision else "of the first run"
+
+
+def _drawn(repo: str) -> str:
+    """How many rows of a data set are trained on."""
+    from m2rl_core.real import questions, rl_blend, sft_blend
+    if repo == rl_blend.REPO:
+        return f"{sum(rl_blend.PAPER.values()):,}"
+    if repo in (*questions.CODE.values(), *questions.MATH.values()):
+        return "those that placeholders name"
+    return f"{sum(kind.samples for kind in sft_blend.table_1() if kind.repo == repo):,} drawn"
+
+
+def refresh_data(readme: Path) -> None:
+    """Replace the tables of data between their markers. Raises ValueError where a marker is missing."""
+    _replace(readme, DATA_BEGIN, DATA_END, data_table)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core.attention import Cache, Causal, Grouped, Replies
-from m2rl_core.domains import MODULES, Row, answer_of, module
+from m2rl_core.domains import Row, UserSays, graded
+from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, prepare, token_logprobs
@@ -36,6 +37,7 @@ class Rollout:
     logprobs: list[float] = field(default_factory=list)  # at the sampling temperature; 0 where not sampled
     turns: list[str] = field(default_factory=list)  # the assistant's turns as text, without end markers
     truncated: bool = False
+    failed: str = ""  # why the environment broke down, which ends the rollout and makes it worth 0
 
     @property
     def length(self) -> int:
@@ -45,9 +47,11 @@ class Rollout:
 
 @torch.no_grad()
 def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Generator, temperature: float = 1.0,
-           max_new_tokens: int = 64, max_turns: int = 4, batch: int = BATCH) -> list[Rollout]:
+           max_new_tokens: int = 64, max_turns: int = 4, top_p: float = 1.0, batch: int = BATCH) -> list[Rollout]:
     """`n` rollouts for each row, grouped by row in the order of `rows`: len(rows) * n of them.
 
+    With `top_p` below 1 each token is one of the likeliest that have this share together (the nucleus), and log-probs are
+    of the distribution without the others, from which it was drawn: what an importance weight would need, and vLLM's too.
     `max_new_tokens` bounds the sampled tokens of a rollout over all its turns. Raises StudyError for a prompt
     that leaves no room in the model's context, ValueError for `n` below 1.
     """
@@ -61,16 +65,17 @@ def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Gene
     step = max(1, batch // n)
     for start in range(0, len(order), step):
         chosen = [i * n + j for i in order[start:start + step] for j in range(n)]
-        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns).run()
+        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns,
+              top_p).run()
     return rollouts
 
 
 class _Wave:
     """One batch of rollouts in flight: a cache row each, compacted as they finish."""
 
-    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns):
+    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns, top_p=1.0):
         self.policy, self.rollouts, self.model = policy, rollouts, prepare(policy.weights, policy.shape)
-        self.temperature, self.max_turns, self.budget = temperature, max_turns, uniform.shape[1]
+        self.temperature, self.max_turns, self.budget, self.top_p = temperature, max_turns, uniform.shape[1], top_p
         device = policy.device
         self.stops = torch.tensor(policy.stop_ids, device=device)
         self.uniform = F.pad(uniform, (0, 1))  # a spare column for rows that are finished but not yet retired
@@ -81,7 +86,7 @@ class _Wave:
         self.count = torch.zeros(len(rollouts), dtype=torch.long, device=device)  # tokens sampled, per cache row
         self.flushed = [0] * len(rollouts)  # tokens already moved into the rollout
         self.parked: list[tuple] = []  # rows that wait for their next turn
-        self.environments = [environment_of(rollout.row) for rollout in rollouts]
+        self.environments = [open_environment(rollout.row) for rollout in rollouts]
         self._prefill(n)
 
     def _prefill(self, n):
@@ -116,9 +121,13 @@ class _Wave:
     def _draw(self) -> Tensor:
         """Sample one token for each live row from its own uniform number; (b,)."""
         logp = F.log_softmax(self.logits / self.temperature, dim=-1)  # (b, V)
+        if self.top_p < 1:
+            logp = nucleus(logp, self.top_p)
         u = self.uniform[self.alive, self.count]
         mass = logp.exp().cumsum(-1)
         tokens = torch.searchsorted(mass, (u * mass[:, -1])[:, None], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
+        if self.top_p < 1:  # where the product was rounded up to the whole mass: the last token that has any
+            tokens = torch.minimum(tokens, (mass < mass[:, -1:]).sum(-1))
         self.drawn[self.alive, self.count] = tokens
         self.logps[self.alive, self.count] = logp.gather(1, tokens[:, None])[:, 0]
         self.count += self.live
@@ -167,6 +176,14 @@ class _Wave:
         self.cache = self.cache.take(rows)
 
 
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Log-probs (b, V) of the fewest likeliest tokens that have `top_p` together, renormalised; -inf for all others."""
+    ranked, order = logp.sort(dim=-1, descending=True, stable=True)
+    before = ranked.exp().cumsum(-1) - ranked.exp()  # of the likelier ones; the first token always stays
+    ranked[before >= top_p] = -torch.inf
+    return F.log_softmax(torch.empty_like(logp).scatter_(1, order, ranked), dim=-1)
+
+
 def encode_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> list[list[int]]:
     """Token ids of each row's prompt; StudyError for one that leaves no room for `max_new_tokens` in the context."""
     prompts = [encode_prompt(policy, row.messages, row.tools) for row in rows]
@@ -176,14 +193,6 @@ def encode_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> 
             raise StudyError(f"{row.id}: prompt of {len(prompt)} tokens, but {room} fit beside {max_new_tokens} new "
                              f"ones in a context of {policy.config.max_position_embeddings}; raise model.context")
     return prompts
-
-
-def environment_of(row: Row):
-    """A fresh environment for one rollout of `row`, or None where nobody replies."""
-    if row.domain not in MODULES:  # a judge's question belongs to no domain
-        return None
-    make = getattr(module(row.domain), "environment", None)
-    return None if make is None else make(row)
 
 
 def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int], logprobs: Sequence[float], budget: int,
@@ -198,11 +207,12 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
     rollout.logprobs += logprobs
     rollout.turns.append(policy.tokenizer.decode(said[:-1] if stopped else said))
     rollout.truncated = not stopped
-    answer = answer_of(rollout.turns[-1])
+    answer = graded(rollout.row, rollout.turns[-1])
     if not stopped or environment is None or answer is None or len(rollout.turns) >= max_turns:
         return None
     outputs = environment.step(answer)
     if outputs is None:
+        rollout.failed = environment.failed
         return None
     reply, left = tool_reply(policy, outputs), budget - rollout.length
     if not left or len(rollout.prompt) + len(rollout.tokens) + len(reply) > policy.config.max_position_embeddings - left:
@@ -215,8 +225,10 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
 
 
 def tool_reply(policy: Policy, outputs: Sequence[str]) -> list[int]:
-    """What follows the assistant's end marker when tools answer: exactly the chat template's text, as ids."""
-    body = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in outputs)
+    """What follows the assistant's end marker when tools answer, or when the user goes on (one `UserSays`): exactly the
+    chat template's text, as ids; but the thinking of earlier turns, which it drops at a user's words, stays."""
+    body = "".join(f"\n{text}" if isinstance(text, UserSays) else f"\n<tool_response>\n{text}\n</tool_response>"
+                   for text in outputs)
     text = f"\n<|im_start|>user{body}<|im_end|>\n<|im_start|>assistant\n"
     return policy.tokenizer.encode(text, add_special_tokens=False)
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rl_core import progress, publish
+from m2rl_core import domains, imports, progress, publish
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
-from m2rl_core.study import JUDGED, MODELS, TRAINED, Stage, find, first, seed_of, seeds_of, study, upstream, work
+from m2rl_core.study import Members, NotInStudy, Stage, find, first, seed_of, seeds_of, study, upstream, work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,8 +29,11 @@ BUILDERS = {
     "base": "m2rl_core.sft:build_base", "sft": "m2rl_core.sft:build_sft", "rl": "m2rl_core.grpo:build",
     "opd": "m2rl_core.opd:build", "merge": "m2rl_core.merging:build", "eval": "m2rl_core.evaluate:build",
     "weights": "m2rl_core.metrics.weights:build", "kl": "m2rl_core.metrics.divergence:build",
-    "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build",
+    "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build", "import": "m2rl_core.imports:build",
 }
+
+
+NOT_RUN = "not_run.json"  # beside the rows of an evaluation that went on without a benchmark
 
 
 class MissingArtifact(LookupError):
@@ -61,7 +64,13 @@ class Run:
     def __init__(self, profile: Profile, root: Path):
         self.profile = profile
         self.root = root
+        domains.own(profile.files)
+        domains.LABELS.clear()
+        if profile.eval.rows == "real":
+            from m2rl_core.real import benchmarks
+            domains.LABELS.update(benchmarks.labels(profile.eval))
         self.stages = study(profile)
+        self.members = Members.of(profile)
         self.store = Store(root / profile.name, profile.jobs)
 
     # Making ---------------------------------------------------------------------------------------
@@ -83,6 +92,11 @@ class Run:
 
     def need(self, name: str) -> Path:
         """The finished folder; makes it and whatever it lacks first. Raises DiskFull, CorruptArtifact."""
+        away = [part for part in self.missing(name) if self.stages[part].settings.get("found") is False]
+        for part in away:  # a model's key is its content's: what needs it has no key before it is here
+            imports.fetch(imports.source_of(self.profile, part))
+        if away:
+            self.stages = study(self.profile)
         for part in self.missing(name):
             self._make(self.stages[part])
         return self.path(name)
@@ -183,7 +197,10 @@ class Run:
     def table(self, name: str, file: str) -> pd.DataFrame:
         """One Parquet (or .jsonl) file of a stage, made first where it is missing."""
         import pandas as pd
+        stage = find(self.stages, name)
         path = self.need(name) / file
+        if not path.is_file() and stage.kind == "import":
+            raise NotInStudy(f"{name} is brought, not trained here: there is no {file}")
         if not path.is_file():
             there = ", ".join(sorted(part.name for part in path.parent.iterdir()))
             raise MissingArtifact(f"{name} has no file {file}; it has {there}")
@@ -196,12 +213,28 @@ class Run:
         that are all shared have no such column.
         """
         import pandas as pd
-        names = [(model, seed, name) for model in models or MODELS
+        names = [(model, seed, name) for model in models or self.members.models
                  for seed, name in seeds_of(model, self.profile.seeds).items()]
         if self.profile.seeds == 1 or not any(seed for _, seed, _ in names):
-            return self._stack(f"eval-{name}" for _, _, name in names)
-        return pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
-                          for model, seed, name in names], ignore_index=True)
+            return self._shown(self._stack(f"eval-{name}" for _, _, name in names))
+        return self._shown(pd.concat([self.table(f"eval-{name}", "rows.parquet").assign(model=model, seed=seed)
+                                      for model, seed, name in names], ignore_index=True))
+
+    def _shown(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows without the texts of those real benchmarks whose authors ask that items be published nowhere."""
+        if self.profile.eval.rows == "real":
+            from m2rl_core.real.benchmarks import PRIVATE
+            rows.loc[rows["benchmark"].isin(PRIVATE), ["prompt", "response"]] = "(not to be published: it is in the store)"
+        return rows
+
+    def not_run(self) -> dict[str, str]:
+        """Benchmarks that some finished evaluation went on without, each with one line why; empty where all were had."""
+        found = {}
+        for name, stage in self.stages.items():
+            path = self.store.folder(stage) / NOT_RUN
+            if stage.kind == "eval" and path.is_file() and self.has(name):
+                found |= json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def seconds_a_rollout(self, model: str) -> float:
         """What one sample of one item took when the model was evaluated, verified and all; the mean over its seeds."""
@@ -210,7 +243,7 @@ class Run:
 
     def judged(self, models: Iterable[str] | None = None) -> pd.DataFrame:
         """Self-verification rows (section 3.6) of these models (those of Table 7)."""
-        return self._stack(f"judge-{model}" for model in models or JUDGED)
+        return self._stack(f"judge-{model}" for model in models or self.members.judged)
 
     def steps(self, model: str) -> pd.DataFrame:
         """What was recorded at each training step: reward, length, entropy, ..."""
@@ -223,7 +256,9 @@ class Run:
     def along(self, model: str | None = None) -> pd.DataFrame:
         """Evaluation rows on the way, one for each (model, step, benchmark, item, sample); all policies by default."""
         import pandas as pd
-        names = [model] if model else TRAINED
+        names = [model] if model else self.members.trained
+        if not names:
+            raise NotInStudy("no policy is trained in this profile")
         return pd.concat([self.table(name, "along.parquet") for name in names], ignore_index=True)
 
     def rollouts(self, model: str) -> pd.DataFrame:
@@ -237,12 +272,17 @@ class Run:
 
     def _stack(self, names: Iterable[str]) -> pd.DataFrame:
         import pandas as pd
-        return pd.concat([self.table(name, "rows.parquet") for name in names], ignore_index=True)
+        found = [self.table(name, "rows.parquet") for name in names]
+        if not found:
+            raise NotInStudy("no model of this profile is judged")
+        return pd.concat(found, ignore_index=True)
 
     # Publishing: files of the report; nothing is written unless its runner asks for it --------------
 
     def publish_table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """tables/<name>.csv of the report; returns the frame, to be shown."""
+        if frame is None:
+            raise NotInStudy(f"nothing to measure {name} by is in this profile")
         return publish.table(name, frame)
 
     def publish_figure(self, name: str, chart):

@@ -255,11 +255,11 @@ def send(message: dict) -> None:
 
 def serve(limits: dict) -> None:
     """Answer requests until the stream ends; the first message says whether a fork can be confined here."""
-    sys.path[:] = [entry for entry in sys.path if entry]
+    sys.path[:] = [entry for entry in [*sys.path, limits["folder"]] if entry]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     if platform.machine() not in MACHINES:
         return send({"refused": "no list of system calls for %s" % platform.machine()})
-    for name in ("bisect", "collections", "functools", "heapq", "itertools", "math", "re"):
+    for name in ("bisect", "collections", "functools", "heapq", "itertools", "math", "re", *limits["modules"]):
         __import__(name)  # once here, not once in each fork
     mine, program = call_filters(platform.machine())
     try:

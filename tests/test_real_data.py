@@ -15,9 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from m2rl_core import __main__ as main
 from m2rl_core import paper
@@ -29,25 +27,6 @@ AGENTIC, CODE, CHAT = (f"nvidia/Nemotron-{name}-v1" for name in (
     "Agentic", "Competitive-Programming", "Instruction-Following-Chat"))
 PROOFS = "nvidia/Nemotron-Math-Proofs-v1"
 NO_STATEMENTS = questions.Statements(lambda repo: pytest.fail(f"{repo} was opened"))
-
-
-@pytest.fixture
-def put(tmp_path, monkeypatch):
-    """put(repo, path, rows): writes one file of a data set by hand, JSON lines or Parquet by its name."""
-    root = tmp_path / "by-hand"
-    root.mkdir()
-    monkeypatch.setenv("M2RL_DATA", str(root))
-
-    def write(repo, path, rows):
-        file = root / repo.replace("/", "__") / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".parquet":
-            parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-        else:
-            file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return file
-
-    return write
 
 
 def said(question, answer="four", **more):
@@ -98,7 +77,7 @@ def test_a_data_set_that_cannot_be_read_says_what_to_do(put, monkeypatch, tmp_pa
     assert str(caught.value) == (
         "Idavidrein/gpqa at 633f5ee89ab8 cannot be read (HF_HUB_OFFLINE is set): accept its terms on its page, then "
         f"`hf auth login`; or put gpqa_diamond.csv into {tmp_path}/Idavidrein__gpqa/ by hand and set M2RL_DATA={tmp_path} "
-        "(licence: see its page)")
+        "(licence: CC-BY-4.0, and not to be published elsewhere)")
     (tmp_path / "math-ai__aime25").mkdir()
     with pytest.raises(hub.HubError, match=r"^math-ai/aime25 at 563bb8404243 has no file test.jsonl in .*math-ai__aime25"):
         hub.files(hub.sources()["math-ai/aime25"])
@@ -574,6 +553,7 @@ def test_the_rl_blend_is_filled_joined_and_reported(put, tmp_path):
     assert told["dropped"] == {"empty truth": 1, "placeholder without a problem": 1,
                                "structured outputs (not in the study)": 1}
     assert told["read"] == 9 == sum(told["dropped"].values()) + sum(line["rows"] for line in told["domains"].values())
+    assert told["remarks"]["agent rows whose truth changes nothing"] == 1  # `email_send` is no tool of the workplace
     assert told["remarks"]["math prompts without \\boxed"] == 1 and told["instruction_ids"]["keywords:existence"] == 1
     assert {row.domain for row in rl_blend.rows(tmp_path / "rl", "agent")} == {"agent"}
     before = every_file(tmp_path / "rl")

@@ -51,6 +51,46 @@ def test_recorded_logprobs_are_the_trainers_and_transformers(policy, toy_rows, t
     assert worst(map(recorded, found), logprobs(policy, found, 1.7 - temperature)) > 0.05  # the other temperature's
 
 
+def test_top_p_draws_from_the_likeliest_tokens_that_have_this_share():
+    """Faults: the token that completes the share left out, or one more taken in; ties that depend on a sort; log-probs of
+    the whole distribution, or that do not add up; no token at all where the first has more than the share."""
+    mass = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
+    found = rollouts.nucleus(mass.clamp(min=1e-30).log(), 0.65).exp()
+    wanted = torch.tensor([[0, 4 / 7, 3 / 7, 0], [1 / 3, 1 / 3, 1 / 3, 0], [0, 1, 0, 0]])
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert torch.equal(rollouts.nucleus(mass[:1].log(), 0.3).exp(), torch.tensor([[0.0, 1, 0, 0]]))
+    assert torch.allclose(rollouts.nucleus(mass[:1].log(), 0.95).exp(), mass[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8])
+def test_a_nucleus_is_sampled_as_often_as_it_says(top_p):
+    """Faults: `top_p` that reaches the sampler in one place only; tokens outside of the nucleus; recorded log-probs of
+    another distribution than the one that was drawn from."""
+    wave = rollouts._Wave.__new__(rollouts._Wave)
+    n, logits = 20_000, 1.5 * torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
+    wave.logits, wave.temperature, wave.top_p = logits.expand(n, -1), 0.9, top_p
+    wave.alive, wave.count, wave.live = torch.arange(n), torch.zeros(n, dtype=torch.long), torch.ones(n, dtype=torch.bool)
+    wave.uniform = torch.rand(n, 1, generator=torch.Generator().manual_seed(3))
+    wave.uniform[0] = 1 - 2**-24  # the largest that `rand` gives
+    wave.drawn, wave.logps = torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1)
+    drawn = wave._draw()
+    mass = torch.softmax(logits[0] / 0.9, -1)
+    order = mass.argsort(descending=True)
+    kept = order[:int((mass[order].cumsum(-1) < top_p).sum()) + 1]
+    assert set(drawn.tolist()) == set(kept.tolist()) and len(kept) < 12
+    wanted = mass[kept].double() / mass[kept].double().sum()
+    assert torch.allclose(wave.logps[:, 0], (mass / mass[kept].sum()).log()[drawn], atol=1e-5)
+    if len(kept) > 1:
+        assert stats.chisquare([int((drawn == token).sum()) for token in kept], (n * wanted).numpy()).pvalue > 1e-3
+
+
+def test_top_p_of_one_changes_no_token(policy, toy_rows):
+    """Faults: another path, and with it other roundings, for everybody who asked for no nucleus; one that changes nothing."""
+    plain = draw(policy, toy_rows)
+    assert [r.tokens for r in draw(policy, toy_rows, top_p=1.0)] == [r.tokens for r in plain]
+    assert [r.tokens for r in draw(policy, toy_rows, top_p=0.5)] != [r.tokens for r in plain]
+
+
 def test_changed_weights_are_used_at_once(policy, toy_rows):
     """Fault: keys and values of the old weights kept for a prompt that was seen before."""
     moving = toy_policy.clone(policy)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -76,6 +77,22 @@ def test_a_failing_program_has_no_output_and_a_reason(box, code, error):
 def test_a_failure_on_one_input_leaves_the_others(box):
     found = run(box, "print(10 // int(input()))", "5", "0", "2")
     assert found.outputs == ("2\n", None, "5\n") and found.error.startswith("input 2: ZeroDivisionError")
+
+
+@needs_bwrap
+def test_a_given_folder_can_be_imported_and_not_written():
+    """Catches a folder that is not there, one that a program can change, and modules whose state outlives a program."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        pathlib.Path(folder, "given.py").write_text("seen = []")
+        code = f"import given\ngiven.seen.append(1)\nprint(len(given.seen), given.__file__ == {folder!r} + '/given.py')"
+        with Sandbox(Limits(folder=folder, modules=("given",)), workers=1) as box:
+            assert [run(box, code + f"#{i}").outputs for i in range(2)] == [("1 True\n",)] * 2
+            assert "Error" in run(box, f"open({folder!r} + '/given.py', 'a')").error
+            assert run(box, f"import os\nprint(os.listdir({str(pathlib.Path(folder).parent)!r}))").outputs == (
+                f"[{pathlib.Path(folder).name!r}]\n",), "nothing beside it"
+        with pytest.raises(SandboxUnavailable, match="No module named 'absent'"):
+            Sandbox(Limits(folder=folder, modules=("absent",)))
 
 
 @needs_bwrap

@@ -117,6 +117,17 @@ def test_first_tokens_follow_the_softmax(engine, toy, toy_rows, temperature):
     assert stats.chisquare(counted.numpy(), (expected * n / expected.sum()).numpy()).pvalue > 1e-3
 
 
+def test_top_p_is_that_of_the_torch_sampler(engine, toy, toy_rows):
+    """Faults: a truncation that is asked for and not made, or by another rule than the torch sampler's; log-probs of the
+    distribution before it."""
+    found = draw(engine, toy, toy_rows[:1], n=400, max_new_tokens=1, top_p=0.6)
+    with torch.no_grad():
+        model = toy_policy.transformers_model(toy)
+        kept = rollout.nucleus(toy_policy.plain_logps(model, found[0])[:1], 0.6)[0]
+    assert {r.tokens[0] for r in found} <= set((kept > -torch.inf).nonzero()[:, 0].tolist())
+    assert max(abs(r.logprobs[0] - float(kept[r.tokens[0]])) for r in found) < 1e-3
+
+
 def test_new_weights_are_used_at_once_and_sent_once(engine, toy, toy_rows, loads):
     """Faults: keys and values, or packed matrices, of the old weights kept; weights sent at every call; a policy that
     lies where a freed one lay taken for it."""

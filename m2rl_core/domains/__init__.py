@@ -2,7 +2,8 @@
 
 A domain is a module with six functions (see `DOMAINS`): three that make rows, one that writes a right
 answer, one that writes a wrong one, and `verify`, which serves miniature and real rows; it may have `load`, which
-imports what is slow. The format gate of appendix A stands here, once: the text after the last `</think>` counts.
+imports what is slow, and `environment`, which replies to a rollout (see `environments`). The format gate of appendix A
+stands here, once: the text after the last `</think>` counts.
 """
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ from dataclasses import asdict, dataclass, field, replace
 from m2rl_core.errors import StudyError
 
 DOMAINS = ("math", "coding", "science", "if", "agent")
+OWN: dict[str, str] = {}  # a domain of one's own, which is a benchmark too -> its file; see `own`
 MODULES = {"math": "math", "coding": "coding", "science": "science", "if": "instruction", "agent": "agent"}
 SANDBOXED = ("coding",)  # its answers are run, a batch side by side, where they can be killed already
 BENCHMARKS = {
     "aime24": "math", "aime25": "math", "lcb_v5": "coding", "lcb_v6": "coding", "hle": "science",
     "gpqa_diamond": "science", "ifeval": "if", "ifbench": "if", "bfcl_v3": "agent",
 }
-THINK_END = "</think>"
+LABELS: dict[str, str] = {}  # benchmark -> what tables say behind its name, where it is no miniature; see `called`
+THINK, THINK_END = "<think>", "</think>"
 TEST_SHARE = 0.25  # of all compositions; they never occur in training
 
 
@@ -68,8 +71,25 @@ class Verdict:
     failed: bool = False
 
 
+class UserSays(str):
+    """The user's next words, where an environment replies with these alone and not with the answers of tools."""
+
+
+def own(files: dict[str, str]) -> None:
+    """Let this process know domains of one's own: name -> file (`own_file` says what it holds)."""
+    OWN.update(files)
+
+
+def called(benchmark: str) -> str:
+    """How a benchmark is called on every table: a miniature says that it is one, a real one how much of it there is."""
+    return f"{benchmark} {LABELS.get(benchmark, '(miniature)')}".strip() if benchmark in BENCHMARKS else benchmark
+
+
 def module(domain: str):
     """The module that makes and verifies the rows of `domain`; ValueError for a name that is none."""
+    if domain in OWN:
+        from m2rl_core.domains import own_file
+        return own_file.Domain(domain, OWN[domain])
     if domain not in MODULES:
         raise ValueError(f"unknown domain {domain!r}: one of {', '.join(DOMAINS)}")
     return importlib.import_module(f"m2rl_core.domains.{MODULES[domain]}")
@@ -98,12 +118,16 @@ def generator(*names: object) -> random.Random:
 
 def training_rows(domain: str, kind: str, n: int, seed: int) -> list[Row]:
     """`n` rows to train on: `kind` is "sft" (with turns) or "rl"; no held-out problem among them."""
+    if domain in OWN:
+        return module(domain).rows(kind, n, seed)
     make = getattr(module(domain), kind)
     return _draw(lambda rng: make(rng), n, generator(seed, domain, kind), f"{domain}/{kind}", held_out=False, unique=False)
 
 
 def benchmark_rows(benchmark: str, n: int, seed: int) -> list[Row]:
     """`n` held-out items of a miniature benchmark, no problem twice."""
+    if benchmark in OWN:
+        return module(benchmark).rows("test", n, seed)
     make = module(BENCHMARKS[benchmark]).test
     return _draw(lambda rng: make(benchmark, rng), n, generator(seed, benchmark), benchmark, held_out=True, unique=True)
 
@@ -127,19 +151,34 @@ def answer_of(turn: str) -> str | None:
     return answer.strip() if tag else None
 
 
+def graded(row: Row, turn: str) -> str | None:
+    """What is verified of one assistant turn of `row`: `answer_of`, or None where it fails the format gate.
+
+    Items of the real benchmarks have no such gate (`truth["gate"]` is "open"): there a turn without any thinking, such as
+    a base model's, counts as a whole, as the official code counts it. One that ends amid its thinking has no answer.
+    """
+    answer = answer_of(turn)
+    return turn.strip() if answer is None and row.truth.get("gate") == "open" and THINK not in turn else answer
+
+
 def prepare(rows: Iterable[Row]) -> None:
     """Start what verifies these rows without waiting for it, so that it gets ready while answers are sampled."""
     from m2rl_core.domains import worker
-    asked = [_route(row) for row in rows if row.domain in MODULES]  # a judge's question belongs to no domain
+    asked = [_route(row) for row in rows if row.domain in (*MODULES, *OWN)]  # a judge's question belongs to no domain
     wanted = sorted({home.__name__ for home, here in asked if not here})
     if wanted:
         worker.start(wanted)
 
 
+def home_of(row: Row):
+    """The module that verifies a row, and whose environment replies to it: a domain may have several."""
+    found = module(row.domain)
+    return getattr(found, "home", lambda _: found)(row)
+
+
 def _route(row: Row) -> tuple:
     """The module that verifies a row, and whether it does so in this process: where what can hang is elsewhere already."""
-    found = module(row.domain)
-    found = getattr(found, "home", lambda _: found)(row)  # a domain may have several verifiers
+    found = home_of(row)
     return found, row.domain in SANDBOXED or getattr(found, "here", lambda: False)()
 
 
@@ -156,7 +195,7 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
     batches: dict[tuple, list[int]] = {}
     answers: list[list[str]] = []
     for i, (row, turns) in enumerate(zip(rows, transcripts, strict=True)):
-        parts = [answer_of(turn) for turn in turns]
+        parts = [graded(row, turn) for turn in turns]
         answers.append(parts)
         if not parts or any(part is None for part in parts):
             verdicts[i] = Verdict(0.0, "no </think>")

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from types import ModuleType
 
-from m2rl_core.domains import Row, Verdict, is_held_out
+from m2rl_core.domains import Row, Verdict, bfcl, is_held_out, workbench
 from m2rl_core.domains.agent_tasks import (
     ID_SLOT, KINDS, MAX_TURNS, POOLS, SFT_KINDS, SFT_WORKED, WORDS, make, notes, plain, requests)
 from m2rl_core.domains.tool_calls import all_match, bfcl_average, equal, parse_calls
 from m2rl_core.domains.workplace import World, compact, signature
 
-__all__ = ("bfcl_average", "corpus", "environment", "parse_calls", "respond", "rl", "sft", "spoil", "test", "verify")
+__all__ = ("bfcl_average", "corpus", "environment", "home", "parse_calls", "respond", "rl", "sft", "spoil", "test", "verify")
 
 SFT_TYPE = "Conversational Agent"  # the row of Table 1
 REFUSAL = "No tool can do this."
+RULES = workbench.RULES  # where rows of NeMo-Gym's workplace are verified; no other rows ask for one
 
 
 # ---- the episode
@@ -52,6 +55,19 @@ class Environment:
 def environment(row: Row) -> Environment:
     """A fresh episode of `row`: two rollouts of one row share nothing."""
     return Environment(row)
+
+
+def steps_here(row: Row) -> bool:
+    """Whether an episode lives in this process: the miniature workplace cannot hang."""
+    return True
+
+
+def home(row: Row) -> ModuleType:
+    """The module that verifies a row of this domain: NeMo-Gym's workplace and BFCL's own items have theirs."""
+    kind = row.truth.get("kind")
+    if kind == bfcl.KIND:
+        return bfcl
+    return workbench.home(row) if kind == workbench.KIND else sys.modules[__name__]
 
 
 # ---- the reward

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection, Pipe
 
 from m2rl_core.domains import Row, Verdict, verified
@@ -27,20 +27,21 @@ MEMORY = 2 * 2**30  # bytes of address space that answers may take on top of wha
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 _lock = threading.Lock()
-_current: _Worker | None = None
+_current: Worker | None = None
 
 
-class _Worker:
-    """The process and our end of the line to it; asked by the process that started it only."""
+class Worker:
+    """A process that can be killed and our end of the line to it; asked by the process that started it only."""
 
-    def __init__(self):
+    def __init__(self, program: str = __name__):
+        """Starts the module `program`, which finds the number of its end of the line in its arguments."""
         self.owner = os.getpid()  # a forked child must not share its parent's line
         self.asked: set[str] = set()  # modules that it was told to load
         self.unread = 0  # replies to `start` that nobody has read
         self.line, theirs = Pipe()
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **ONE_THREAD}
         with theirs:  # a session of its own: Ctrl-C and Ctrl-Z are for the owner, whose end closes the line
-            self.process = subprocess.Popen([sys.executable, "-m", __name__, str(theirs.fileno())], env=env,
+            self.process = subprocess.Popen([sys.executable, "-m", program, str(theirs.fileno())], env=env,
                                             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
 
     def send(self, module: str, pairs: Sequence[tuple[Row, Sequence[str]]]) -> None:
@@ -129,14 +130,14 @@ def _raised(reply: Verdict | Exception | None) -> Verdict | None:
     return reply
 
 
-def _take() -> _Worker:
+def _take() -> Worker:
     """The worker of this process, or a new one; it is kept no longer until `_keep`."""
     global _current
     worker, _current = _current, None
-    return worker if worker is not None and worker.owner == os.getpid() else _Worker()
+    return worker if worker is not None and worker.owner == os.getpid() else Worker()
 
 
-def _keep(worker: _Worker) -> None:
+def _keep(worker: Worker) -> None:
     global _current
     _current = worker
 
@@ -150,7 +151,7 @@ def _serve(line: Connection) -> None:
     while True:
         module, pairs, limit = line.recv()
         try:
-            check = _loaded(module)
+            check = loaded(module).verify
             line.send(None)
             for pair in pairs:
                 signal.alarm(math.ceil(2 * limit))  # the owner kills at `limit`; without one the kernel does
@@ -161,16 +162,20 @@ def _serve(line: Connection) -> None:
 
 
 @functools.cache
-def _loaded(module: str) -> Callable:
-    """The verifier of a module after its `load`, if it has one; memory is limited from then on."""
-    _limit_memory(None)
-    found = importlib.import_module(module)
+def loaded(name: str):
+    """The module of a name, or a domain of one's own for a file's, after its `load`; memory is limited from then on."""
+    limit_memory(None)
+    if name.endswith(".py"):
+        from m2rl_core.domains import own_file
+        found = own_file.Domain(name, name)
+    else:
+        found = importlib.import_module(name)
     getattr(found, "load", lambda: None)()
-    _limit_memory(MEMORY)
-    return found.verify
+    limit_memory(MEMORY)
+    return found
 
 
-def _limit_memory(extra: int | None) -> None:
+def limit_memory(extra: int | None) -> None:
     """Address space in use now and `extra` bytes; None lifts the limit."""
     if sys.platform != "linux":
         return

@@ -20,8 +20,18 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from m2rl_core.metrics import bfcl
+
 RESAMPLES = 2000
 SHARED = 0  # the seed of what is trained once
+
+
+class NotMeasured(KeyError):
+    """A contrast asks for a benchmark on which a model was not measured."""
+
+    def __str__(self) -> str:
+        benchmark, column = self.args
+        return f"no scores of {column} on {benchmark}"
 
 
 class Spread(NamedTuple):
@@ -103,8 +113,8 @@ class Measured:
         """Sum of weight x score over (benchmark, column) cells, in points, with its interval at `level`.
 
         Columns of one benchmark are resampled together, so a difference of two models is paired by item, and by
-        training seed where there are several; the seeds are those that all its models have. KeyError for a cell that
-        was not measured.
+        training seed where there are several; the seeds are those that all its models have. NotMeasured for a cell that
+        was not.
         """
         total, deviations, variances, count, pooled = self._resampled(weights)
         found = _expanded(total, deviations, variances, count, level)
@@ -113,7 +123,7 @@ class Measured:
     def drawn(self, weights: Mapping[tuple[str, str], float]) -> np.ndarray:
         """Resampled values of a contrast, (R,), around its estimate; NaN where a benchmark has a single item.
 
-        KeyError for a cell that was not measured.
+        NotMeasured for a cell that was not measured.
         """
         total, deviations, *_ = self._resampled(weights)
         return total + deviations
@@ -122,7 +132,7 @@ class Measured:
         """The estimate, deviations from it (R,), variances with how many each rests on, items, and seeds pooled."""
         for benchmark, column in weights:
             if not self.has(benchmark, column):
-                raise KeyError((benchmark, column))
+                raise NotMeasured(benchmark, column)
         parts, seeds = self._parts(weights)
         total, deviations, variances, count, by_seed = 0.0, 0.0, [], 0, 0.0
         for s, w in parts:
@@ -218,12 +228,13 @@ def measure(
         held = np.array([[c in m.columns for c in columns] for m in means])
         means = [m if len(seeds) == 1 else m.reindex(columns=columns, fill_value=0.0) for m in means]
         groups = [list(m.groupby(level="category", sort=True)) for m in means]
+        share = bfcl.shares({category: len(group) for category, group in groups[0]})
         part = part[[c for c in dict.fromkeys(("category", "item", "sample", "seed", column, score)) if c in part]]
         for of_seeds in zip(*groups, strict=True):
             (category, group), *_ = of_seeds
             values = np.stack([g.to_numpy(dtype=float) * scale for _, g in of_seeds])  # (S, n, C)
             strata.append(Stratum(
-                benchmark, str(category), 1 / len(groups[0]), tuple(group.index.get_level_values("item")),
+                benchmark, str(category), share[category], tuple(group.index.get_level_values("item")),
                 tuple(columns), values, _deviations(values, rng, resamples), held,
                 (part[part["category"] == category], column, score, scale)))
     return Measured(tuple(strata), rng.standard_normal(resamples) if len(seeds) > 1 else None)

@@ -1,7 +1,7 @@
 """Scores with intervals; the items of a benchmark are the clusters, its samples are not independent.
 
-Avg@K of a benchmark is the mean over items of the mean over K samples; BFCL v3 is the mean over its
-categories first (column `category`). Intervals are those of `metrics.measured`: a bootstrap over items, and over
+Avg@K of a benchmark is the mean over items of the mean over K samples; BFCL v3 is a mean over its categories (column
+`category`), weighted as `metrics.bfcl` says. Intervals are those of `metrics.measured`: a bootstrap over items, and over
 training seeds where there are several.
 The paper prints no interval and no K; see `m2rl_core.paper.audit` for what its digits allow.
 """

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2rl_core import readme
 from m2rl_core.errors import StudyError
 from m2rl_core.real import decontamination, hub, rl_blend, sft_blend
 from m2rl_core.store import write_atomic
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     four = commands.add_parser("sources", help="every data set: commit, licence, files, what it needs", allow_abbrev=False)
     four.set_defaults(function=sources)
+    four.add_argument("--readme", type=Path, metavar="FILE", help="also bring its tables of data up to date")
     return top
 
 
@@ -101,6 +103,8 @@ def sources(args) -> None:
               + (f"; {source.login}" if source.login else ""))
         where = hub.folder_of(source)
         print(f"  files: {', '.join(source.splits.values())}; {f'by hand in {where}' if where else 'from the hub'}")
+    if args.readme:
+        readme.refresh_data(args.readme)
 
 
 def _reasons(counts: dict[str, int]) -> None:

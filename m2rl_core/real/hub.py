@@ -100,7 +100,7 @@ def files(source: Source, splits: Sequence[str] = ()) -> list[File]:
                  and Path(name).suffix in BUILDERS]
         if not paths:
             raise HubError(f"{_name(source)} has no file {source.splits[split]}"
-                           + (f" in {folder}: copy it there" if folder else f" on the hub: {_mend(source)}"))
+                           + (f" in {folder}: copy it there" if folder else f" on the hub: {mend(source)}"))
         found += [File(source, split, path, address + path) for path in paths]
     return found
 
@@ -132,6 +132,8 @@ def read(file: File, skip: int = 0, columns: Sequence[str] | None = None) -> Ite
     config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the hub of every file that is opened, also of a local one
     builder = BUILDERS[Path(file.path).suffix]
     options = {"columns": list(columns)} if columns and builder == "parquet" else {}
+    if builder == "csv":
+        options["keep_default_na"] = False  # "None" and "NA" are answers, too
 
     def rows():
         stream = load_dataset(builder, data_files=[file.address], split="train", streaming=True, **options)
@@ -143,7 +145,7 @@ def read(file: File, skip: int = 0, columns: Sequence[str] | None = None) -> Ite
         number += 1
         if builder == "text":
             if row["text"].strip():
-                yield number, _parsed(row["text"], file, number)
+                yield number, parsed(row["text"], file, number)
         else:
             yield number, without_none(row)
 
@@ -155,7 +157,8 @@ def _guarded(file: File, work: Callable):
         raise _unreachable(file.source, error, file.path) from error
 
 
-def _parsed(text: str, file: File, number: int) -> dict:
+def parsed(text: str, file: File, number: int) -> dict:
+    """The object of one line of JSON; SchemaError with file and line where it holds none."""
     place = f"{file.place}, line {number}"
     try:
         row = json.loads(text)
@@ -177,7 +180,8 @@ def _name(source: Source) -> str:
     return f"{source.repo} at {source.revision[:12] or 'its newest commit'}"
 
 
-def _mend(source: Source) -> str:
+def mend(source: Source) -> str:
+    """How to get a data set that cannot be read, in half a line."""
     where = f"{os.environ.get(FOLDER) or '/folder'}/{source.by_hand}/"
     terms = f"{source.login}; or " if source.login else ""
     return (f"{terms}put {', '.join(source.splits.values())} into {where} by hand and set {FOLDER}="
@@ -186,4 +190,4 @@ def _mend(source: Source) -> str:
 
 def _unreachable(source: Source, error: object, path: str = "") -> HubError:
     reason = " ".join(str(error).split())[:160] or type(error).__name__
-    return HubError(f"{_name(source)}{': ' + path if path else ''} cannot be read ({reason}): {_mend(source)}")
+    return HubError(f"{_name(source)}{': ' + path if path else ''} cannot be read ({reason}): {mend(source)}")

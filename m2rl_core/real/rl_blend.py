@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from m2rl_core.domains import DOMAINS, Row
+from m2rl_core.domains import DOMAINS, Row, workbench, workbench_wheel, worker
 from m2rl_core.errors import StudyError
 from m2rl_core.real import commits, hub, pieces, questions, rl_rows, schema
 from m2rl_core.real.hub import File
@@ -107,9 +107,18 @@ def _join(out: Path, done: list[pieces.Piece]) -> dict:
             stream.close()
     for path in names.values():
         path.with_name(path.name + ".new").replace(path)
+    told |= _idle(rows(out, "agent"))
     return {"domains": {domain: {"rows": counts[domain], "paper": PAPER[domain],
                                  "sha256": pieces.digest(path)} for domain, path in names.items()},
             "instruction_ids": dict(sorted(ids.items())), "remarks": dict(told)}
+
+
+def _idle(agents: list[Row]) -> dict[str, int]:
+    """How many agent rows reward an answer without any call, as their verifier finds; not counted where it is not installed."""
+    if not workbench_wheel.installed():
+        return {}
+    found = worker.verify(workbench.__name__, agents, [[""]] * len(agents))
+    return {"agent rows whose truth changes nothing": sum(verdict.score == 1 for verdict in found)}
 
 
 def rows(folder: Path, domain: str) -> list[Row]:

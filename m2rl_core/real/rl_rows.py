@@ -7,10 +7,9 @@
            function: the method of Solution that is called ("" for stdin), inputs then being one JSON value a line
   science  letter: of the right option; options: how many there are
   if       instruction_id_list, kwargs: in the same order, without keys that are None
-  agent    kind: "workplace" (NeMo-Gym's tables; replay `calls` and compare states; `agent.verify` does not know it yet),
-           calls: [{name, arguments}], category, environment, max_turns: 6 as in the released code. A BFCL item has kind:
-           its category, calls: [{name, arguments: {name: [allowed values]}}] as `tool_calls.all_match` reads them; its
-           multi-turn ones have calls: a list for each turn, and state: the classes and their first values
+  agent    kind: "workplace" (NeMo-Gym's tables; `workbench` replays `calls` and compares states),
+           calls: [{name, arguments}], category, environment, max_turns: 6 as in the released code. A BFCL item: see
+           `bfcl_rows`
 """
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ def to_row(row: dict, place: str, number: int, problems: Problems, template: str
         if messages is None:
             return "placeholder without a problem"
     else:
-        truth = {"coding": _coding, "science": _science, "if": _instruction, "agent": _agent}[domain](row, place)
+        truth = {"coding": _coding, "science": _science, "if": instruction, "agent": _agent}[domain](row, place)
     if isinstance(truth, str):
         return truth
     if not messages or not any(message["content"].strip() for message in messages):
@@ -123,7 +122,7 @@ def _science(row: dict, place: str) -> dict | str:
     return {"letter": letter, "options": max(ord(key) for key in options if len(key) == 1) - ord("A") + 1}
 
 
-def _instruction(row: dict, place: str) -> dict | str:
+def instruction(row: dict, place: str) -> dict | str:
     deeper = schema.decoded(row.get("verifier_metadata") or {}, dict, place, "verifier_metadata")
     held = {**deeper, **{key: value for key, value in row.items() if value is not None}}  # newer files have it deeper
     names = schema.get(held, "instruction_id_list", list, place, [])

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from m2rl_core import paper
+from m2rl_core.claims.evidence import Missing
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.metrics import stats
 from m2rl_core.progress import duration
@@ -42,7 +43,8 @@ def used(profile) -> dict[tuple[str, str], object]:
             "instruction verifier": "IFEval's strict checks, all must hold",
             "code verifier": "all unit tests, in a sandbox",
             "agent environment": f"small workplace, at most {rl.max_turns} turns",
-            **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows[domain] for domain in DOMAINS}},
+            **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows[domain] for domain in DOMAINS
+               if domain in rl.rows}},
         "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
                   "TIES density": f"{merge.density:g} over all weights of an expert together",
                   "scale of the merged task vector": merge.scale},
@@ -55,7 +57,7 @@ def used(profile) -> dict[tuple[str, str], object]:
             "divergence": {"sampled": "log-ratio of the sampled token only",
                            "full": "reverse KL over the vocabulary"}[opd.loss]},
         "analysis": {"changed-weight threshold eta": analysis.eta,
-                     "layer": f"{analysis.layer} of {profile.model.layers}",
+                     "layer": f"{analysis.layer}" + (f" of {profile.model.layers}" if hasattr(profile.model, "layers") else ""),
                      "random projection dimension": analysis.random_projection,
                      "judge repeats": f"Avg@{analysis.judge_k}"},
     }
@@ -127,6 +129,8 @@ def table8(run, rng: np.random.Generator) -> pd.DataFrame:
     """Table 8: base and the best weight merge of this run (by the mean of the nine), then the paper's two models."""
     rows = run.scores(["base", *MERGES])
     ours = stats.score_table(rows, ["base", *MERGES], list(BENCHMARKS), rng, run.profile.analysis.bootstrap)
+    if ours["avg"].isna().all():
+        raise Missing(f"no model has scores on all nine: {', '.join(run.not_run()) or 'some benchmark'} is missing")
     best = ours.loc[ours[ours["model"] != "base"]["avg"].idxmax(), "model"]
     printed = paper.table(8).rename_axis("model").reset_index()
     printed["model"] += " (paper)"

@@ -13,7 +13,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from m2rl_core import paper
-from m2rl_core.claims.evidence import JUDGED, Evidence
+from m2rl_core.claims.evidence import JUDGED, Evidence, Missing
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average
 from m2rl_core.paper import audit
@@ -213,8 +213,11 @@ def figure7(found: pd.DataFrame) -> pd.DataFrame:
 
 def figure8(found: pd.DataFrame, models: Sequence[str] = INTEGRATED) -> pd.DataFrame:
     """Fig. 8: generation, outcome and process of the models that serve all domains, mean of the four benchmarks."""
-    part = found[(found["benchmark"] == "avg") & found["model"].isin(list(models))]
-    return part.dropna(subset="value")
+    part = found[(found["benchmark"] == "avg") & found["model"].isin(list(models))].dropna(subset="value")
+    if part.empty:
+        without = found[found["value"].isna() & (found["benchmark"] != "avg")]["benchmark"].unique()
+        raise Missing(f"no model has scores and judgements on all four benchmarks: {', '.join(without) or 'some'} is missing")
+    return part
 
 
 def modality_sentence(found: pd.DataFrame) -> Markdown:

@@ -13,10 +13,11 @@ import pandas as pd
 from IPython.display import HTML
 
 from m2rl_core import drawing, paper
-from m2rl_core.domains import BENCHMARKS
+from m2rl_core.domains import called
 from m2rl_core.paper import audit
 from m2rl_core.progress import duration
 from m2rl_core.provenance import machine, packages
+from m2rl_core.study import NOT_IN, NotInStudy
 
 VERDICT_COLOURS = {"supported": "#14692f", "contradicted": "#a3170f", "undecided": "#7a5d00"}
 
@@ -54,8 +55,8 @@ def interval(value: float, low: float, high: float, digits: int = 1) -> str:
 
 
 def miniature(benchmark: str) -> str:
-    """How a miniature benchmark is called on every table."""
-    return f"{benchmark} (miniature)" if benchmark in BENCHMARKS else benchmark
+    """How a benchmark is called on every table; a real one, where the profile asks for these, is no "(miniature)"."""
+    return called(benchmark)
 
 
 def machine_table(run, sandbox: str) -> pd.DataFrame:
@@ -124,6 +125,8 @@ def cost_beside_paper(run, plan: pd.DataFrame) -> pd.DataFrame:
     """Table 2 beside this profile: steps and rollouts a step of each run, and its share of the five experts' cost."""
     printed, ours = paper.table(2), plan.set_index("stage")
     experts = list(audit.EXPERTS)
+    if missing := [model for model in printed.index if model not in run.members.trained]:
+        raise NotInStudy(f"{', '.join(missing)}: {NOT_IN} them, so their cost has nothing to stand beside")
     lines = []
     for model in printed.index:
         settings = run.stages[model].settings
