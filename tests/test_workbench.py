@@ -9,7 +9,8 @@ import pytest
 import toy_workplace
 from toy_server import Scripted
 
-from m2rl_core.domains import Row, environments, generator, rewards, workbench, workbench_server, workbench_wheel, worker
+from m2rl_core import dry
+from m2rl_core.domains import environments, generator, rewards, workbench, workbench_server, workbench_wheel, worker
 from m2rl_core.errors import StudyError
 
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # the wheel's, called as it is
@@ -192,6 +193,16 @@ def test_only_the_workplace_of_the_wheel_is_loaded():
     workbench_wheel.published.cache_clear()
     workbench_wheel.load()
     assert not [name for name in sys.modules if name.split(".")[0] in ("nemo_gym", workbench_wheel.FOLDER)]
+
+
+def test_a_dry_run_says_where_the_tools_are(monkeypatch):
+    """Fault: a training that stops at its first agent prompt, a day after the dry run found nothing missing."""
+    monkeypatch.delenv("M2RL_WORKPLACE", raising=False)
+    assert dry._workplace() == dry.Line("workplace", dry.HERE, "nemo-gym 0.2.0")
+    monkeypatch.setattr(workbench_wheel, "PACKAGE", "nemo-gym-that-is-not-there")
+    assert dry._workplace().told.endswith("is not installed: pip install --no-deps --ignore-requires-python nemo-gym==0.2.0")
+    monkeypatch.setenv("M2RL_WORKPLACE", "http://127.0.0.1:9")
+    assert dry._workplace().state == dry.MISSING and "unset M2RL_WORKPLACE" in dry._workplace().told
 
 
 # ---- the episode
