@@ -246,6 +246,8 @@ def machine(run) -> Iterator[Line]:
         yield _sandbox(real)
     if "hle" in profile.benchmarks and profile.eval.rows == "real":
         yield _judge()
+    if "agent" in profile.domains and profile.rows == "real":
+        yield _workplace()
 
 
 def _gpus() -> list[str]:
@@ -278,6 +280,15 @@ def _judge() -> Line:
     from m2rl_core.domains import hle
     hle.judge()  # raises where half of it is said
     return _reach("judge of hle", address, "start the judge there, or unset M2RL_JUDGE for the lower bound")
+
+
+def _workplace() -> Line:
+    """The tools and tables of agent prompts: NeMo-Gym's wheel, or the server that is asked in its place."""
+    from m2rl_core.domains import workbench_server, workbench_wheel
+    address = workbench_server.address()
+    if address is None:
+        return _package("workplace", workbench_wheel.PACKAGE, workbench_wheel.INSTALL)
+    return _reach("workplace", address, f"start the server there, or unset {workbench_server.SETTING} for the wheel's tools")
 
 
 def _reach(what: str, address: str, mend: str) -> Line:

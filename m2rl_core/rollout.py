@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m2rl_core.attention import Cache, Causal, Grouped, Replies
 from m2rl_core.domains import Row, UserSays, graded
-from m2rl_core.domains.environments import open_environment
+from m2rl_core.domains.environments import open_environment, step_all
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, prepare, token_logprobs
@@ -155,20 +155,20 @@ class _Wave:
 
     def _end_turns(self, over: Tensor, tokens: Tensor):
         """Close the turns that ended; rows to which the environment replies are parked."""
-        rows, replies = [], []
-        for row in over.nonzero()[:, 0].tolist():
+        rows, which, said, logps = over.nonzero()[:, 0].tolist(), [], [], []
+        for row in rows:
             i, count = int(self.alive[row]), int(self.count[row])
-            said = self.drawn[i, self.flushed[i]:count].tolist()
-            logps = self.logps[i, self.flushed[i]:count].tolist()
+            which.append(i)
+            said.append(self.drawn[i, self.flushed[i]:count].tolist())
+            logps.append(self.logps[i, self.flushed[i]:count].tolist())
             self.flushed[i] = count
             self.live[row] = False
-            reply = end_turn(self.policy, self.rollouts[i], self.environments[i], said, logps, self.budget, self.max_turns)
-            if reply is not None:
-                # The end marker was sampled but not run yet: it goes in with the reply.
-                rows.append(row)
-                replies.append([said[-1], *reply])
-        if rows:
-            self._park(rows, replies)
+        replies = end_turns(self.policy, [self.rollouts[i] for i in which], [self.environments[i] for i in which], said, logps,
+                            self.budget, self.max_turns)
+        # The end marker was sampled but not run yet: it goes in with the reply.
+        going = [(row, [ids[-1], *reply]) for row, ids, reply in zip(rows, said, replies, strict=True) if reply is not None]
+        if going:
+            self._park(*map(list, zip(*going, strict=True)))
 
     def _keep(self, rows: Tensor):
         """Compact the batch to these cache rows."""
@@ -195,25 +195,37 @@ def encode_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> 
     return prompts
 
 
-def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int], logprobs: Sequence[float], budget: int,
-             max_turns: int) -> list[int] | None:
-    """Add a turn that was sampled, and the environment's reply, to `rollout`; the reply's ids, or None where it is over.
+def end_turns(policy: Policy, rollouts: Sequence[Rollout], environments: Sequence, said: Sequence[Sequence[int]],
+              logprobs: Sequence[Sequence[float]], budget: int, max_turns: int) -> list[list[int] | None]:
+    """Add to each rollout the turn that was sampled, and its environment's reply; the replies' ids, None where it is over.
 
     A turn ends with a stop id, or because `budget`, the sampled tokens of all turns together, is spent.
     """
+    answers = [_add_turn(policy, *turn, max_turns) for turn in zip(rollouts, said, logprobs, strict=True)]
+    asked = [i for i, answer in enumerate(answers) if answer is not None and environments[i] is not None]
+    replies: list[list[int] | None] = [None] * len(rollouts)
+    outputs = step_all([environments[i] for i in asked], [answers[i] for i in asked])
+    for i, given in zip(asked, outputs, strict=True):
+        if given is None:
+            rollouts[i].failed = environments[i].failed
+        else:
+            replies[i] = _add_reply(policy, rollouts[i], given, budget)
+    return replies
+
+
+def _add_turn(policy: Policy, rollout: Rollout, said: Sequence[int], logprobs: Sequence[float], max_turns: int) -> str | None:
+    """What an environment may reply to; None where the turn is the last in any case."""
     stopped = said[-1] in policy.stop_ids
     rollout.tokens += said
     rollout.sampled += [True] * len(said)
     rollout.logprobs += logprobs
     rollout.turns.append(policy.tokenizer.decode(said[:-1] if stopped else said))
     rollout.truncated = not stopped
-    answer = graded(rollout.row, rollout.turns[-1])
-    if not stopped or environment is None or answer is None or len(rollout.turns) >= max_turns:
-        return None
-    outputs = environment.step(answer)
-    if outputs is None:
-        rollout.failed = environment.failed
-        return None
+    return graded(rollout.row, rollout.turns[-1]) if stopped and len(rollout.turns) < max_turns else None
+
+
+def _add_reply(policy: Policy, rollout: Rollout, outputs: Sequence[str], budget: int) -> list[int] | None:
+    """The reply's ids; None where nothing is left to go on with."""
     reply, left = tool_reply(policy, outputs), budget - rollout.length
     if not left or len(rollout.prompt) + len(rollout.tokens) + len(reply) > policy.config.max_position_embeddings - left:
         rollout.truncated = True  # the tools answered, but nothing is left to go on with

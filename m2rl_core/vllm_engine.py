@@ -29,7 +29,7 @@ from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
 from m2rl_core.profile import repo_root
 from m2rl_core.progress import say
-from m2rl_core.rollout import Rollout, encode_prompts, end_turn
+from m2rl_core.rollout import Rollout, encode_prompts, end_turns
 from m2rl_core.vllm_worker import MISSING
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -92,8 +92,9 @@ class VllmEngine:
                               limits=[max_new_tokens - rollouts[i].length for i in going],
                               seeds=[seeds[i][turn] for i in going], temperature=temperature, top_p=top_p,
                               stops=policy.stop_ids)
-            going = [i for i, said, logps in zip(going, found["tokens"], found["logprobs"], strict=True) if end_turn(
-                policy, rollouts[i], environments[i], said, logps, max_new_tokens, max_turns) is not None]
+            replies = end_turns(policy, [rollouts[i] for i in going], [environments[i] for i in going], found["tokens"],
+                                found["logprobs"], max_new_tokens, max_turns)
+            going = [i for i, reply in zip(going, replies, strict=True) if reply is not None]
             turn += 1
         return rollouts
 

@@ -14,7 +14,7 @@ import toy_policy
 from test_worker import gone
 
 from m2rl_core import collect, domains, evaluate
-from m2rl_core.domains import Row, Verdict, environments, module, training_rows
+from m2rl_core.domains import Row, Verdict, environment_host, environments, module, training_rows
 from m2rl_core.errors import StudyError
 
 ROW = Row("toy/0", "toy", "", "", (), {})
@@ -35,8 +35,14 @@ def here(row=ROW):
     return environments.Here(toy_environment.environment, row)
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """One for all, but where a test wants more."""
+    monkeypatch.setattr(environment_host, "HOSTS", 1)
+
+
 def pid():
-    return environments._current.process.process.pid
+    return environment_host._hosts[0].process.process.pid
 
 
 @pytest.mark.parametrize("make", [fresh, here])
@@ -117,11 +123,11 @@ def test_episodes_that_nobody_holds_are_forgotten(toy):
     episode = fresh()
     episode.step("a")
     number = episode.number
-    assert number in environments._current.episodes
+    assert number in environment_host._hosts[0].episodes
     del episode
     gc.collect()
     fresh().step("a")
-    assert number not in environments._current.episodes
+    assert number not in environment_host._hosts[0].episodes
 
 
 def test_an_interrupt_leaves_no_late_reply(toy):
@@ -141,19 +147,38 @@ def test_environments_that_do_not_load_stop_the_run(tmp_path, monkeypatch):
     (tmp_path / "deadly_environment.py").write_text("import os\nos._exit(3)\n")
     (tmp_path / "endless_environment.py").write_text("while True: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(environments, "_current", None)  # the next one has this folder in its path
+    monkeypatch.setattr(environment_host, "_hosts", {})  # the next one has this folder in its path
     with pytest.raises(StudyError, match="^the environments of deadly_environment end their process while they are loaded"):
         environments.Hosted("deadly_environment", ROW, 2.0).step("a")
-    monkeypatch.setattr(environments, "START_LIMIT", 2.0)
+    monkeypatch.setattr(environment_host, "START_LIMIT", 2.0)
     with pytest.raises(StudyError, match="^the environments of endless_environment were not loaded within 2 s$"):
         environments.Hosted("endless_environment", ROW, 2.0).step("a")
     with pytest.raises(ImportError, match="no_such_environment"):
         environments.Hosted("no_such_environment", ROW, 2.0).step("a")
 
 
+def test_steps_of_several_processes_run_at_once_and_come_back_in_order(toy, monkeypatch):
+    """Faults: a group waits for one tool after the other; replies given to another rollout; one hang that stops all."""
+    monkeypatch.setattr(environment_host, "HOSTS", 3)
+    episodes = [fresh() for _ in range(6)] + [here()]
+    assert environments.step_all(episodes, ["a"] * 7) == [["step 1: a"]] * 7 and len(environment_host._hosts) == 3
+    start = time.monotonic()
+    assert environments.step_all(episodes[:3], ["wait 1"] * 3) == [["step 2: wait 1"]] * 3
+    assert time.monotonic() - start < 2.5  # one after the other they would take three seconds
+    found = environments.step_all(episodes, ["b", "b", "b", "c", "hang python", "raise", "d"])
+    assert found == [["step 3: b"]] * 3 + [["step 2: c"], None, None, ["step 2: d"]]
+    assert [bool(episode.failed) for episode in episodes] == [False] * 4 + [True, True, False]
+    assert environments.step_all([], []) == []
+    with pytest.raises(StudyError, match="^no study$"):
+        environments.step_all(episodes[:3], ["d", "cannot study", "d"])
+    for lane in [lane for lane in environment_host._hosts if lane]:
+        environment_host._hosts.pop(lane).process.end()
+
+
 def test_the_miniature_workplace_needs_no_process(monkeypatch):
     """Fault: a study that never needed one pays for a process and a message a turn."""
-    monkeypatch.setattr(environments, "_take", lambda: pytest.fail("a process was asked"))
+    monkeypatch.setattr(environment_host, "Host", lambda lane: pytest.fail("a process was asked"))
+    monkeypatch.setattr(environment_host, "_hosts", {})
     row = next(row for row in training_rows("agent", "rl", 20, 1) if row.truth["kind"] == "multi_turn")
     turns = [t["content"].split("</think>")[1] for t in module("agent").respond(row) if t["role"] == "assistant"]
     episode = environments.open_environment(row)

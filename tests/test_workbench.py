@@ -6,10 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
+import toy_policy
 import toy_workplace
 from toy_server import Scripted
 
-from m2rl_core.domains import Row, environments, generator, rewards, workbench, workbench_server, workbench_wheel, worker
+from m2rl_core import dry
+from m2rl_core.domains import environments, generator, rewards, workbench, workbench_server, workbench_wheel, worker
 from m2rl_core.errors import StudyError
 
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # the wheel's, called as it is
@@ -194,6 +196,16 @@ def test_only_the_workplace_of_the_wheel_is_loaded():
     assert not [name for name in sys.modules if name.split(".")[0] in ("nemo_gym", workbench_wheel.FOLDER)]
 
 
+def test_a_dry_run_says_where_the_tools_are(monkeypatch):
+    """Fault: a training that stops at its first agent prompt, a day after the dry run found nothing missing."""
+    monkeypatch.delenv("M2RL_WORKPLACE", raising=False)
+    assert dry._workplace() == dry.Line("workplace", dry.HERE, "nemo-gym 0.2.0")
+    monkeypatch.setattr(workbench_wheel, "PACKAGE", "nemo-gym-that-is-not-there")
+    assert dry._workplace().told.endswith("is not installed: pip install --no-deps --ignore-requires-python nemo-gym==0.2.0")
+    monkeypatch.setenv("M2RL_WORKPLACE", "http://127.0.0.1:9")
+    assert dry._workplace().state == dry.MISSING and "unset M2RL_WORKPLACE" in dry._workplace().told
+
+
 # ---- the episode
 
 
@@ -357,3 +369,28 @@ def test_the_body_of_verify_has_both_forms():
         "arguments": '{"customer_id": "00000037", "field": "status", "new_value": "Lost"}'}]
     assert asked["ground_truth"] == toy_workplace.lines("example.jsonl")[4]["ground_truth"]
     assert asked["category"] == "workplace_assistant_customer_relationship_manager" and asked["id"] == 0
+
+
+# ---- whole rollouts
+
+
+def test_a_rollout_of_a_real_row_reads_the_tools_and_is_rewarded(policy, monkeypatch):
+    """Faults: a real agent row without an environment; replies in another form than the chat template's; a reward for calls
+    that the rollout never made; a turn more than the profile allows."""
+    tool = {"type": "function", "function": {"name": "email_delete_email", "parameters": {
+        "type": "object", "properties": {"email_id": {"type": "string"}}, "required": ["email_id"]}}}
+    delete = call("email_delete_email", email_id="00000057")
+    row = replace(REPLY, messages=({"role": "user", "content": "Delete it."},), tools=(tool,),
+                  truth=REPLY.truth | {"calls": [delete]})
+    think = "<think>\n\n</think>\n\n"
+    right = [{"role": "assistant", "content": think + text(delete)}, {"role": "tool", "content": "Email deleted successfully."},
+             {"role": "assistant", "content": think + "Done."}]
+    wrong = [{"role": "assistant", "content": think + text(call("email_delete_email"))},
+             {"role": "tool", "content": "email_delete_email() missing required argument 'email_id'"},
+             {"role": "assistant", "content": think + "Done."}]
+    wanted = [toy_policy.script_of(policy, row, turns) for turns in (right, wrong)]
+    found = toy_policy.scripted(policy, [row], wanted, monkeypatch, n=2)
+    assert [(r.tokens, r.sampled) for r in found] == wanted and [r.failed for r in found] == ["", ""]
+    assert [v.reason for v in environments.verdicts(found, rewards)] == ["right", "wrong final state"]
+    short, _ = toy_policy.scripted(policy, [row], wanted, monkeypatch, n=2, max_turns=1)
+    assert len(short.turns) == 1 and environments.verdicts([short], rewards)[0].score == 1  # the calls of its last turn count

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import toy_verifier
 
@@ -25,6 +26,8 @@ class Episode:
             return None
         if what in ("user", "bare"):
             return [UserSays(about)] if what == "user" else about
+        if what == "wait":
+            time.sleep(float(about))
         if what == "number":
             return 3
         if what == "numbers":

@@ -42,7 +42,8 @@ def used(profile) -> dict[tuple[str, str], object]:
             "reward": "binary; without </think> it is 0", "math verifier": "math-verify on every box",
             "instruction verifier": "IFEval's strict checks, all must hold",
             "code verifier": "all unit tests, in a sandbox",
-            "agent environment": f"small workplace, at most {rl.max_turns} turns",
+            "agent environment": (f"{'small workplace' if profile.rows == 'miniature' else 'workplace assistant of NeMo-Gym'}, "
+                                  f"at most {rl.max_turns} turns"),
             **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows[domain] for domain in DOMAINS
                if domain in rl.rows}},
         "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
