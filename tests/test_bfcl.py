@@ -4,6 +4,8 @@ The wheel belongs to requirements-nodeps.txt. Where bwrap is absent, what needs 
 """
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import random
@@ -15,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import bfcl_answers
+import numpy as np
 import pytest
 from bfcl_answers import DONE, gold, gold_turns, write
 
@@ -23,9 +26,13 @@ from m2rl_core.domains import Row, UserSays, bfcl, bfcl_wheel, rewards
 from m2rl_core.domains.bfcl import CATEGORIES, MULTI, REFUSED, calls_of, code_of
 from m2rl_core.domains.environments import open_environment
 from m2rl_core.errors import StudyError
+from m2rl_core.evaluate import evaluate
 from m2rl_core.interpreter import Interpreter
+from m2rl_core.metrics import stats
+from m2rl_core.policy import Policy
 from m2rl_core.profile import load_profile
 from m2rl_core.real import benchmarks, bfcl_rows, hub
+from m2rl_core.rollout import Rollout
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,
                                  reason="bwrap is not installed: apt-get install bubblewrap")
@@ -328,6 +335,35 @@ def test_the_evaluation_takes_them_from_the_wheel(items, monkeypatch):
     if shutil.which("bwrap"):
         benchmarks.probe(found)
     assert rewards([items["live_relevance"][0]], [["I think not."]])[0].reason == "no call", "no thinking, yet it counts"
+
+
+@needs_bwrap
+def test_an_evaluation_scores_what_is_right_by_the_benchmarks_weights(items, policy):
+    """The whole way from rows to a score, with an engine that plays right answers, and wrong ones to Java's items: they
+    cost what the three languages' share is, and not what the items' is. Turns are taken through the environment."""
+    chosen = [row for name in CATEGORIES for row in items[name][:2]]
+    large = Policy(policy.weights, copy.deepcopy(policy.config), policy.tokenizer)
+    large.config.max_position_embeddings = 10**6
+    spec = dataclasses.replace(load_profile("smoke").eval, rows="real")
+    scored = evaluate(large, "oracle", {"bfcl_v3": chosen}, {"bfcl_v3": 1}, spec, 1, Oracle())
+    assert Counter(scored["category"]) == dict.fromkeys(CATEGORIES, 2)
+    table = stats.score_table(scored, ["oracle"], ["bfcl_v3"], np.random.default_rng(0))
+    assert table.loc[0, "bfcl_v3"] == pytest.approx(100 * (1 - 1 / 3 / 5 / 3))
+
+
+class Oracle:
+    """An engine whose policy says what is right, until the environment ends the episode; it calls no tool of Java's."""
+
+    def sample(self, policy, rows, n, **settings):
+        return [self.played(row) for row in rows]
+
+    def played(self, row):
+        rollout, world = Rollout(row, []), open_environment(row)
+        for answer in [DONE] if row.truth["category"] == "java" else gold(row):
+            rollout.turns.append(f"<think>\n</think>\n\n{answer}")
+            if world.step(answer) is None:
+                return rollout
+        raise AssertionError(f"{row.id}: the episode goes on after the right answers")
 
 
 def test_profiles_let_an_episode_come_to_its_end(items):
