@@ -15,7 +15,8 @@ from m2rl_core.vllm_engine import VllmEngine
 class Engine(Protocol):
     """What samples and scores for a stage."""
 
-    def sample(self, policy, rows, n, *, generator, temperature, max_new_tokens, max_turns) -> list[rollout.Rollout]: ...
+    def sample(self, policy, rows, n, *, generator, temperature, max_new_tokens, max_turns,
+               top_p=1.0) -> list[rollout.Rollout]: ...
 
     def logprobs(self, policy, rollouts, temperature) -> list: ...
 

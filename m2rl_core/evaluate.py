@@ -1,44 +1,107 @@
-"""Avg@K: one row for each (model, benchmark, item, sample), the single source of every score in the study."""
+"""Avg@K: one row for each (model, benchmark, item, sample), the single source of every score in the study.
+
+Miniatures and real benchmarks take one way. What was sampled and verified is kept a chunk at a time, so that a killed
+evaluation goes on where it was; a real benchmark that cannot be had here is left out, and `not_run.json` says why.
+"""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from m2rl_core import policy as policies
-from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, prepare, rewards
+from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, generator, prepare, rewards
 from m2rl_core.engines import TORCH, Engine, open_engine
+from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
+from m2rl_core.progress import say
 from m2rl_core.rollout import Rollout
 from m2rl_core.study import first
 from m2rl_core.trainer import write_lines
 
 END_OF_TURN = "<|im_end|>"
+CHUNK = 1024  # rollouts of a real benchmark that are sampled, verified and kept together
+ITEMS = "benchmarks"  # the folder of a store that keeps the real benchmarks' items
+NOT_RUN = "not_run.json"
 
 
-def items_of(spec, seed: int, limit: int | None = None) -> dict[str, list[Row]]:
-    """The held-out items of every benchmark of the profile; `limit` takes the first few of each."""
-    return {name: benchmark_rows(name, spec.items[name], seed)[:limit] for name in BENCHMARKS if name in spec.items}
+def items_of(spec, seed: int, limit: int | None = None, store: Path | None = None,
+             names: Sequence[str] | None = None, missing: dict[str, str] | None = None) -> dict[str, list[Row]]:
+    """The held-out items of every benchmark of the profile (or of `names`); `limit` takes the first few of each.
+
+    Real ones are kept in the folder `store`. Those that cannot be had are left out and said, also in `missing`.
+    """
+    names = list(spec.items) if names is None else names
+    own = {name: benchmark_rows(name, n, seed)[:limit] for name, n in spec.items.items() if name in OWN and name in names}
+    if spec.rows == "miniature":
+        return {name: benchmark_rows(name, spec.items[name], seed)[:limit]
+                for name in BENCHMARKS if name in spec.items and name in names} | own
+    from m2rl_core.real import benchmarks
+    items, left_out = benchmarks.load_all(spec, limit, store and store / ITEMS, [name for name in names if name not in own])
+    items |= own
+    for line in left_out.values():
+        say(line)
+    if missing is not None:
+        missing.update(left_out)
+    return items
 
 
 def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[str, int], spec, seed: int,
-             engine: Engine = TORCH) -> pd.DataFrame:
+             engine: Engine = TORCH, keep: Path | None = None) -> pd.DataFrame:
     """Sample `k[benchmark]` responses to each item and verify them; columns as in `frame`.
 
-    The draws depend on (seed, benchmark) only, so every model faces the same uniform numbers (or vLLM's seeds).
+    The draws depend on (seed, benchmark) only, and on the chunk of a real one, so every model faces the same uniform
+    numbers (or vLLM's seeds). In the folder `keep` finished chunks are kept, and found by an evaluation that goes on.
     """
     prepare(row for rows in items.values() for row in rows)
     parts = []
     for benchmark, rows in items.items():
-        rng = torch.Generator().manual_seed(generator(seed, "evaluate", benchmark).randrange(2**62))
-        rollouts = engine.sample(policy, rows, k[benchmark], generator=rng, temperature=spec.temperature,
-                                 max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
-        verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
-        parts.append(frame(model, benchmark, rollouts, verdicts, k[benchmark]))
+        for name, part in _chunks(benchmark, rows, k[benchmark], spec.rows):
+            kept = keep and keep / f"rows-{'-'.join(map(str, name))}.parquet"
+            if not (kept and kept.is_file()):
+                rng = torch.Generator().manual_seed(generator(seed, "evaluate", *name).randrange(2**62))
+                found = _measure(policy, model, benchmark, part, k[benchmark], spec, rng, engine)
+                if kept is None:
+                    parts.append(found)
+                    continue
+                found.to_parquet(kept.with_suffix(".new"), index=False)
+                kept.with_suffix(".new").rename(kept)
+            parts.append(pd.read_parquet(kept))
     return pd.concat(parts, ignore_index=True)
+
+
+def _chunks(benchmark: str, rows: list[Row], k: int, kind: str) -> Iterator[tuple[tuple, list[Row]]]:
+    """(what names its draws, rows) of each chunk: a miniature is one, real items come a few hundred at a time."""
+    if kind == "miniature":
+        yield (benchmark,), rows
+        return
+    size = max(1, CHUNK // k)
+    for start in range(0, len(rows), size):
+        yield (benchmark, start), rows[start:start + size]
+
+
+def _measure(policy, model, benchmark, rows, k, spec, rng, engine) -> pd.DataFrame:
+    """The rows of one chunk. A real item whose prompt leaves no room in the context scores 0 and says so."""
+    asked = spec.sampled_by(benchmark)
+    if asked["top_p"] == 1:
+        del asked["top_p"]
+    fits, long = rows, {}
+    if spec.rows == "real":
+        room = policy.config.max_position_embeddings - asked["max_new_tokens"]
+        lengths = [len(policies.encode_prompt(policy, row.messages, row.tools)) for row in rows]
+        long = {row.id: length for row, length in zip(rows, lengths, strict=True) if length > room}
+        fits = [row for row in rows if row.id not in long]
+    rollouts = engine.sample(policy, fits, k, generator=rng, **asked) if fits else []
+    verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
+    if long:
+        done = iter(zip(rollouts, verdicts, strict=True))
+        pairs = [(Rollout(row, [], truncated=True), Verdict(0.0, f"a prompt of {long[row.id]} tokens, but {room} fit"))
+                 if row.id in long else next(done) for row in rows for _ in range(k)]
+        rollouts, verdicts = zip(*pairs, strict=True)
+    return frame(model, benchmark, rollouts, verdicts, k)
 
 
 def frame(model: str, benchmark: str, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], k: int) -> pd.DataFrame:
@@ -51,14 +114,27 @@ def frame(model: str, benchmark: str, rollouts: Sequence[Rollout], verdicts: Seq
 
 
 def build(ctx) -> None:
-    """Evaluate one model on every benchmark of the profile (or on those that the stage names)."""
-    spec = ctx.profile.eval
+    """Evaluate one model on every benchmark of the profile (or on those that the stage names).
+
+    StudyError where none of them can be had.
+    """
+    spec, missing = ctx.profile.eval, {}
     (model, folder), = ((n, p) for n, p in ctx.inputs.items())
     wanted = ctx.stage.settings.get("benchmarks") or list(spec.items)
-    items = {name: rows for name, rows in items_of(spec, ctx.profile.seed).items() if name in wanted}
+    items = items_of(spec, ctx.profile.seed, None, store_of(ctx), wanted, missing)
+    if not items:
+        raise StudyError(f"{ctx.stage.name}: no benchmark can be had; " + "; ".join(missing.values()))
+    ctx.state.mkdir(parents=True, exist_ok=True)
     with open_engine(ctx.profile) as engine:
-        rows = evaluate(policies.load(folder), model, items, spec.k, spec, ctx.profile.seed, engine)
+        rows = evaluate(policies.load(folder), model, items, spec.k, spec, ctx.profile.seed, engine, ctx.state)
     rows.to_parquet(ctx.out / "rows.parquet", index=False)
+    if missing:
+        (ctx.out / NOT_RUN).write_text(json.dumps(missing, indent=1) + "\n")
+
+
+def store_of(ctx) -> Path:
+    """The store that a stage's folder lies in."""
+    return ctx.out.parents[1]
 
 
 class Watch:
@@ -66,7 +142,7 @@ class Watch:
 
     def __init__(self, ctx, spec, engine: Engine = TORCH):
         self.ctx, self.spec, self.engine = ctx, spec, engine
-        self.items = items_of(ctx.profile.eval, ctx.profile.seed, spec.eval_items)
+        self.items = items_of(ctx.profile.eval, ctx.profile.seed, spec.eval_items, store_of(ctx))
         self.batch: tuple[list[Rollout], list[Verdict]] = [], []
         ctx.state.mkdir(parents=True, exist_ok=True)
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from m2rl_core import policy as policies
 from m2rl_core.collect import collect, summary
-from m2rl_core.data import batch_of, rl_rows
-from m2rl_core.domains import DOMAINS
+from m2rl_core.data import batch_of, training_prompts
 from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import Watch
 from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced
@@ -83,9 +82,9 @@ def build(ctx) -> None:
     """Train one policy by GRPO: an expert on its domain's rows, `rl-multi` on the natural mix of all."""
     spec, seed = ctx.profile.rl, ctx.profile.seed
     name = first(ctx.stage.name).removeprefix("rl-")
-    domains = DOMAINS if name == "multi" else (name,)
+    domains = ctx.profile.domain_names if name == "multi" else (name,)
     policy = policies.load(ctx.inputs["sft"])
-    rows = rl_rows(spec, domains, seed)
+    rows = training_prompts(ctx, domains, policy.tokenizer)
     loss = Loss.of(spec)
     reference = policies.load(ctx.inputs["sft"]) if spec.kl else None
     engine = open_engine(ctx.profile)

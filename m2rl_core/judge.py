@@ -16,8 +16,8 @@ from m2rl_core import domains
 from m2rl_core import policy as policies
 from m2rl_core.domains import Row, answer_of, generator, module
 from m2rl_core.engines import open_engine
+from m2rl_core.study import JUDGED_BENCHMARKS
 
-JUDGED_BENCHMARKS = ("aime24", "ifeval", "lcb_v5", "gpqa_diamond")  # Table 7
 MODES = ("outcome", "process")
 JUDGE_TOKENS = 16  # enough for an empty think block and one word
 PROMPTS = {
@@ -65,12 +65,12 @@ def verdict_of(turn: str) -> int:
 
 
 def build(ctx) -> None:
-    """One model judges its own sampled answers on the four benchmarks of Table 7, K times each, in both modes."""
+    """One model judges its own sampled answers on the four benchmarks of Table 7 (or the stage's), K times each, in both modes."""
     settings = ctx.stage.settings
     model = ctx.stage.name.removeprefix("judge-")
     answers = pd.read_parquet(ctx.inputs[f"eval-{model}"] / "rows.parquet")
     policy = policies.load(ctx.inputs[model])
-    answers = answers[answers["benchmark"].isin(JUDGED_BENCHMARKS) & (answers["sample"] == 0)]
+    answers = answers[answers["benchmark"].isin(settings.get("benchmarks", JUDGED_BENCHMARKS)) & (answers["sample"] == 0)]
     answers = answers.groupby("benchmark").head(settings["items"]).reset_index(drop=True)
     found = []
     with open_engine(ctx.profile) as engine:

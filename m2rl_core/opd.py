@@ -14,8 +14,7 @@ from torch import Tensor
 
 from m2rl_core import policy as policies
 from m2rl_core.collect import collect, summary
-from m2rl_core.data import batch_of, rl_rows
-from m2rl_core.domains import DOMAINS
+from m2rl_core.data import batch_of, training_prompts
 from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import Watch
 from m2rl_core.grpo import backward
@@ -70,13 +69,14 @@ UPDATES = {"sampled": backward_sampled, "full": backward_full}
 
 
 def build(ctx) -> None:
-    """Distil the five experts into the SFT model on the mix of all domains' RL rows."""
-    spec, seed = ctx.profile.opd, ctx.profile.seed
+    """Distil the experts into the SFT model on the mix of all domains' RL rows."""
+    spec = ctx.profile.opd
     student = policies.load(ctx.inputs["sft"])
-    teachers = Teachers(policies.load(ctx.inputs["sft"]), ((d, policies.load(ctx.inputs[f"rl-{d}"])) for d in DOMAINS))
+    taught = tuple(domain for domain in ctx.profile.domain_names if f"rl-{domain}" in ctx.inputs)
+    teachers = Teachers(policies.load(ctx.inputs["sft"]), ((d, policies.load(ctx.inputs[f"rl-{d}"])) for d in taught))
     whole, kept = teachers.size()
     ctx.log(f"{len(teachers)} teachers: {kept / 1e6:,.1f} MB beside the {whole / 1e6:,.1f} MB of one model")
-    rows = rl_rows(ctx.profile.rl, DOMAINS, seed)
+    rows = training_prompts(ctx, taught, student.tokenizer)
     engine = open_engine(ctx.profile)
     watch, noise = Watch(ctx, ctx.profile.rl, engine), Every(ctx, "variance", spec.variance_every)
     loss = Loss.of(spec, loss="grpo")

@@ -2,6 +2,9 @@
 
 Every key must be known and of the right type; the error for anything else is one line that names the
 file, the place in it and, where a name is wrong, the nearest right one. Nothing here imports torch.
+`extends: other` takes everything from another profile but what the file says itself: groups of keys are joined, a list
+or a value replaces the other's, `~` removes a key. Paths in a profile start at the folder that holds params/, for
+a profile elsewhere at its own folder.
 """
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from m2rl_core.domains import BENCHMARKS, DOMAINS
-from m2rl_core.specs import Profile
+from m2rl_core.domains import BENCHMARKS, DOMAINS, module
+from m2rl_core.specs import ModelSpec, PretrainedSpec, Profile
 
 MEASURED = ("interference_every", "variance_every")  # 0: never
 
@@ -40,11 +43,37 @@ def profile_names(folder: Path | None = None) -> list[str]:
 
 def load_profile(name_or_path: str | Path) -> Profile:
     """The profile of that name in params/, or of that file (anything that ends in .yaml); raises ProfileError."""
+    path = _file(name_or_path)
+    content, files = _content(path)
+    profile = _placed(_build(Profile, {"name": path.stem, **content}, "", files), path)
+    _check(profile, files)
+    return _narrowed(profile)
+
+
+class Files(dict):
+    """Which file said what: place -> file, for overlays; `of` answers for any place."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def of(self, place: str) -> Path:
+        found = [known for known in self if place == known or place.startswith((f"{known}.", f"{known}["))]
+        return self[max(found, key=len)] if found else self.path
+
+
+def _file(name_or_path: str | Path, at: str = "") -> Path:
+    """The file of a profile's name, or the file itself; `at` begins the error."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = repo_root() / "params" / f"{name_or_path}.yaml"
     if not path.is_file():
-        raise ProfileError(f"unknown profile {path.stem!r}: no file {path}{_nearest(path.stem, profile_names())}")
+        raise ProfileError(f"{at}unknown profile {path.stem!r}: no file {path}{_nearest(path.stem, profile_names())}")
+    return path
+
+
+def _content(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict, Files]:
+    """What a file says, over what the profile says that it extends; and which file said what."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -55,9 +84,79 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise ProfileError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
     if "name" in content:
         raise ProfileError(f"{path}: name: not a key here; the file's own name is the profile's")
-    profile = _build(Profile, {"name": path.stem, **content}, "", path)
-    _check(profile, path)
-    return profile
+    if "extends" not in content:
+        return content, Files(path)
+    parent = content.pop("extends")
+    if not isinstance(parent, str):
+        raise ProfileError(f"{path}: extends: expected a profile's name or file, found {parent!r}")
+    if parent.endswith((".yaml", ".yml")):
+        parent = path.parent / parent
+    elif (path.parent / f"{parent}.yaml").is_file():
+        parent = path.parent / f"{parent}.yaml"
+    base = _file(parent, f"{path}: extends: ").resolve()
+    if base in (path.resolve(), *above):
+        circle = " -> ".join(file.stem for file in (*above, path, base))
+        raise ProfileError(f"{path}: extends: {circle} is a circle; leave it out in one of them")
+    under, files = _content(base, (*above, path.resolve()))
+    files.path, inherited = path, Files(base)
+    inherited.update(dict.fromkeys(under, base) | files)
+    files.clear()
+    files.update(inherited)
+    return _over(under, content, "", path, files), files
+
+
+def _over(under: dict, over: dict, where: str, path: Path, files: Files) -> dict:
+    """`over` laid on `under`; a group of keys on a group joins them."""
+    found = dict(under)
+    for key, value in over.items():
+        place = f"{where}{key}"
+        if value is None:
+            if key not in found:
+                raise ProfileError(f"{files.path}: {place}: ~ removes a key, but there is none{_nearest(key, found)}")
+            del found[key]
+            continue
+        other = found.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if place == "model" and ("source" in value) != ("source" in other) and {"source", "hidden"} & value.keys():
+                other = {}  # the other way to say a model
+            value = _over(other, value, f"{place}.", path, files)
+        else:
+            for known in [known for known in files if known.startswith((f"{place}.", f"{place}["))]:
+                del files[known]
+            files[place] = path
+        found[key] = value
+        files.setdefault(place, path)
+    return found
+
+
+def _placed(profile: Profile, path: Path) -> Profile:
+    """The profile with absolute paths: of folders that are there, and of files of domains."""
+    path = path.absolute()
+    home = path.parent.parent if path.parent.name == "params" else path.parent
+
+    def full(source: str) -> str:
+        name = Path(source).expanduser()
+        there = bool(source) and (home / name).is_dir()
+        return str((home / name).absolute()) if there or source.startswith(("/", "./", "../", "~")) else source
+
+    domains = tuple(str((home / Path(entry).expanduser()).absolute()) if entry.endswith(".py") else entry
+                    for entry in profile.domains)
+    model = profile.model
+    if isinstance(model, PretrainedSpec):
+        model = dataclasses.replace(model, source=full(model.source))
+    return dataclasses.replace(profile, domains=domains, model=model,
+                               imports={name: full(source) for name, source in profile.imports.items()})
+
+
+def _narrowed(profile: Profile) -> Profile:
+    """Without what an overlay inherits for domains and benchmarks that are not its own."""
+    if profile.domains == DOMAINS:
+        return profile
+    rows = {name: n for name, n in profile.rl.rows.items() if name in profile.domain_names}
+    items, k = ({name: n for name, n in told.items() if name in profile.benchmarks}
+                for told in (profile.eval.items, profile.eval.k))
+    return dataclasses.replace(profile, rl=dataclasses.replace(profile.rl, rows=rows),
+                               eval=dataclasses.replace(profile.eval, items=items, k=k))
 
 
 def _nearest(name: str, known) -> str:
@@ -66,41 +165,46 @@ def _nearest(name: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known) or 'none'}"
 
 
-def _build(cls, content: Any, where: str, path: Path):
+def _build(cls, content: Any, where: str, files: Files):
     """An instance of the dataclass `cls` from a mapping, checked key by key."""
     if not isinstance(content, dict):
-        raise ProfileError(f"{path}: {where}: expected a group of keys, found {content!r}")
+        raise ProfileError(f"{files.of(where)}: {where}: expected a group of keys, found {content!r}")
     hints = typing.get_type_hints(cls)
+    known = {field.metadata.get("key", field.name): field for field in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
     for key in content:
-        if key not in hints:
-            raise ProfileError(f"{path}: {prefix}{key}: unknown key{_nearest(key, hints)}")
+        if key not in known:
+            raise ProfileError(f"{files.of(prefix + str(key))}: {prefix}{key}: unknown key{_nearest(key, known)}")
     values = {}
-    for field in dataclasses.fields(cls):
-        if field.name in content:
-            values[field.name] = _convert(hints[field.name], content[field.name], prefix + field.name, path)
-        elif field.default is dataclasses.MISSING:
-            raise ProfileError(f"{path}: {prefix}{field.name}: missing; this key is needed")
+    for key, field in known.items():
+        if key in content:
+            values[field.name] = _convert(hints[field.name], content[key], prefix + key, files)
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ProfileError(f"{files.of(where)}: {prefix}{key}: missing; this key is needed")
     return cls(**values)
 
 
-def _convert(kind, value, where: str, path: Path):
+def _convert(kind, value, where: str, files: Files):
     """`value` as `kind`; ints pass for floats, and so does 1e-4, which YAML 1.1 reads as text."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        args = [arg for arg in args if arg is not types.NoneType]  # a key that may be left out
+        fits = [arg for arg in args if not (isinstance(value, dict) and ("source" in value) != (arg is PretrainedSpec))]
+        return _convert(fits[0] if len(args) > 1 and fits else args[0], value, where, files)
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where, path)
+        return _build(kind, value, where, files)
     if origin is Literal:
         if value in args:
             return value
-        raise ProfileError(f"{path}: {where}: unknown value {value!r}{_nearest(value, args)}")
+        raise ProfileError(f"{files.of(where)}: {where}: unknown value {value!r}{_nearest(value, args)}")
     if origin is tuple and isinstance(value, list):
         if args[-1] is Ellipsis:
-            return tuple(_convert(args[0], item, f"{where}[{i}]", path) for i, item in enumerate(value))
+            return tuple(_convert(args[0], item, f"{where}[{i}]", files) for i, item in enumerate(value))
         if len(value) == len(args):
             pairs = zip(args, value, strict=True)
-            return tuple(_convert(arg, item, f"{where}[{i}]", path) for i, (arg, item) in enumerate(pairs))
+            return tuple(_convert(arg, item, f"{where}[{i}]", files) for i, (arg, item) in enumerate(pairs))
     if origin is dict and isinstance(value, dict):
-        return {str(key): _convert(args[1], item, f"{where}.{key}", path) for key, item in value.items()}
+        return {str(key): _convert(args[1], item, f"{where}.{key}", files) for key, item in value.items()}
     if kind is float and not isinstance(value, bool):
         if isinstance(value, int | float):
             return float(value)
@@ -109,26 +213,36 @@ def _convert(kind, value, where: str, path: Path):
     if kind in (int, str, bool) and type(value) is kind:
         return value
     name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
-    raise ProfileError(f"{path}: {where}: expected {name}, found {value!r}")
+    raise ProfileError(f"{files.of(where)}: {where}: expected {name}, found {value!r}")
 
 
-def _check(profile: Profile, path: Path) -> None:
+def _check(profile: Profile, files: Files) -> None:
     """Rules that a type cannot say; raises ProfileError at the first one broken."""
     def fail(where, what):
-        raise ProfileError(f"{path}: {where}: {what}")
+        raise ProfileError(f"{files.of(where)}: {where}: {what}")
 
-    def names(where, found, known, all_of_them=True):
+    def names(where, found, known, needed=()):
         for name in found:
             if name not in known:
                 fail(f"{where}.{name}", f"unknown name{_nearest(name, known)}")
-        for name in known if all_of_them else ():
+        for name in needed:
             if name not in found:
                 fail(where, f"{name!r} is missing")
 
-    names("rl.rows", profile.rl.rows, DOMAINS)
-    names("eval.items", profile.eval.items, BENCHMARKS)
-    names("eval.k", profile.eval.k, BENCHMARKS)
-    names("sft.blend", [line.domain for line in profile.sft.blend], (*DOMAINS, "judge"), all_of_them=False)
+    _check_models(profile, fail)
+    own = tuple(profile.files)
+    names("rl.rows", profile.rl.rows, (*DOMAINS, *own), profile.domain_names)
+    names("eval.items", profile.eval.items, (*BENCHMARKS, *own), profile.benchmarks)
+    names("eval.k", profile.eval.k, (*BENCHMARKS, *own), profile.benchmarks)
+    for name in ("sampling", "revisions", "rules"):
+        names(f"eval.{name}", getattr(profile.eval, name), (*BENCHMARKS, *own))
+    names("sft.blend", [line.domain for line in profile.sft.blend], (*DOMAINS, *own, "judge"))
+    for name, rule in profile.data.rules.items():
+        if name not in DOMAINS:
+            fail(f"data.rules.{name}", f"unknown name{_nearest(name, DOMAINS)}")
+        rules = getattr(module(name), "RULES", ())
+        if rule not in rules:
+            fail(f"data.rules.{name}", f"unknown rule {rule!r}{_nearest(rule, rules)}")
     for i, line in enumerate(profile.sft.blend):
         if not re.fullmatch(r"random sampling|use all|repeat \d+ times", line.sampling):
             fail(f"sft.blend[{i}].sampling",
@@ -138,7 +252,7 @@ def _check(profile: Profile, path: Path) -> None:
         fail("sft.blend", f"the shares add up to {total:.3f}, not to 1")
     if profile.seeds < 1:
         fail("seeds", f"{profile.seeds}: every policy needs at least one training run")
-    if profile.model.heads % profile.model.kv_heads:
+    if isinstance(profile.model, ModelSpec) and profile.model.heads % profile.model.kv_heads:
         fail("model.kv_heads", f"{profile.model.kv_heads} does not divide heads = {profile.model.heads}")
     for name in ("kl", "entropy"):
         if getattr(profile.rl, name) < 0:
@@ -154,14 +268,69 @@ def _check(profile: Profile, path: Path) -> None:
     if not 0 <= profile.merge.drop_rate < 1:
         fail("merge.drop_rate", f"{profile.merge.drop_rate} is not in [0, 1)")
     for spec in ("model", "base", "sft", "rl", "opd", "eval"):
-        for field in dataclasses.fields(getattr(profile, spec)):
+        for field in dataclasses.fields(getattr(profile, spec)) if getattr(profile, spec) else ():
             value = getattr(getattr(profile, spec), field.name)
             for key, number in value.items() if isinstance(value, dict) else [("", value)]:
                 if type(number) is int and number < (0 if field.name in ("warmup", *MEASURED) else 1):
                     fail(f"{spec}.{field.name}" + (f".{key}" if key else ""), f"must be at least 1, not {number}")
     for spec in ("rl", "opd", "eval"):
-        sampled, context = getattr(profile, spec), profile.model.context
-        if sampled.max_new_tokens >= context:
+        sampled, context = getattr(profile, spec), profile.model and profile.model.context
+        if context and sampled.max_new_tokens >= context:
             fail(f"{spec}.max_new_tokens", f"{sampled.max_new_tokens} leave no room for a prompt in model.context = {context}")
         if sampled.temperature <= 0:
             fail(f"{spec}.temperature", f"{sampled.temperature}: logits are divided by it, so it must be above 0")
+    if not 0 < profile.data.share <= 1:
+        fail("data.share", f"{profile.data.share} is not in (0, 1]: it is the part of Table 1's samples")
+    if profile.data.first < 0 or profile.data.prompt_tokens < 0:
+        fail("data", "first and prompt_tokens: at least 0, which is no limit")
+    for name in profile.eval.items:
+        asked, where = profile.eval.sampled_by(name), f"eval.sampling.{name}" if name in profile.eval.sampling else "eval"
+        if not 0 < asked["top_p"] <= 1:
+            fail(f"{where}.top_p", f"{asked['top_p']} is not in (0, 1]: the share of the likeliest tokens that is drawn from")
+        if min(asked.values()) < 0:
+            fail(where, f"{asked}: nothing of this can be below 0")
+
+
+def _check_models(profile: Profile, fail) -> None:
+    """Which domains and models there are; `fail(place, what)`."""
+    for i, entry in enumerate(profile.domains):
+        name, where = profile.domain_names[i], f"domains[{i}]"
+        if entry not in DOMAINS and not entry.endswith(".py"):
+            fail(where, f"{entry!r} is none of the five and no Python file{_nearest(entry, DOMAINS)}")
+        if profile.domain_names.count(name) > 1:
+            fail(where, f"{name!r} stands there twice")
+        if entry.endswith(".py") and not Path(entry).is_file():
+            fail(where, f"no file {entry}: give it from the folder that holds params/")
+        if entry.endswith(".py") and (name in (*DOMAINS, *BENCHMARKS, "multi", "judge") or not re.fullmatch(r"[a-z][a-z0-9_]*", name)):
+            fail(where, f"a domain's name is its file's, here {name!r}: small letters, digits and _, and no name that is taken")
+    if not profile.domains:
+        fail("domains", "at least one is needed")
+    model, imported = profile.model, profile.imports
+    if model is None and "sft" not in imported:
+        fail("model", "missing; give a shape, or `source: folder or owner/name`, or import `sft`")
+    if isinstance(model, ModelSpec) and profile.base is None and "sft" not in imported:
+        fail("base", "missing; a model that is trained from scratch needs it")
+    if isinstance(model, PretrainedSpec):
+        _check_source("model.source", model.source + (f"@{model.revision}" if model.revision else ""), fail)
+    trained = (*(f"rl-{name}" for name in profile.domain_names), "rl-multi", "mt-opd")
+    for name, source in imported.items():
+        if name == "base":
+            fail("import.base", "give it as `model: {source: ..., context: ...}`")
+        if name not in ("sft", *trained):
+            if name.removeprefix("rl-") in DOMAINS:
+                fail(f"import.{name}", f"its domain is not in `domains`, which has {', '.join(profile.domain_names)}")
+            fail(f"import.{name}", f"unknown model{_nearest(name, ('sft', *trained))}")
+        if source:
+            _check_source(f"import.{name}", source, fail)
+    for name in profile.train or ():
+        if name not in ("sft", *trained):
+            fail("train", f"unknown policy {name!r}{_nearest(name, trained)}")
+        if name in imported:
+            fail("train", f"{name!r} is imported; it cannot be trained, too")
+    if profile.seeds > 1 and set(imported) - {"sft"}:
+        fail("seeds", f"{profile.seeds}, but {', '.join(set(imported) - {'sft'})} is brought once: use seeds: 1")
+
+
+def _check_source(where: str, source: str, fail) -> None:
+    if not source.startswith("/") and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
+        fail(where, f"{source!r} is neither a folder that is there nor a hub id, owner/name@revision")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core.attention import Cache, Causal, Grouped, Replies
-from m2rl_core.domains import MODULES, Row, answer_of, module
+from m2rl_core.domains import MODULES, Row, graded, module
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, prepare, token_logprobs
@@ -45,9 +45,11 @@ class Rollout:
 
 @torch.no_grad()
 def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Generator, temperature: float = 1.0,
-           max_new_tokens: int = 64, max_turns: int = 4, batch: int = BATCH) -> list[Rollout]:
+           max_new_tokens: int = 64, max_turns: int = 4, top_p: float = 1.0, batch: int = BATCH) -> list[Rollout]:
     """`n` rollouts for each row, grouped by row in the order of `rows`: len(rows) * n of them.
 
+    With `top_p` below 1 each token is one of the likeliest that have this share together (the nucleus), and log-probs are
+    of the distribution without the others, from which it was drawn: what an importance weight would need, and vLLM's too.
     `max_new_tokens` bounds the sampled tokens of a rollout over all its turns. Raises StudyError for a prompt
     that leaves no room in the model's context, ValueError for `n` below 1.
     """
@@ -61,16 +63,17 @@ def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Gene
     step = max(1, batch // n)
     for start in range(0, len(order), step):
         chosen = [i * n + j for i in order[start:start + step] for j in range(n)]
-        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns).run()
+        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns,
+              top_p).run()
     return rollouts
 
 
 class _Wave:
     """One batch of rollouts in flight: a cache row each, compacted as they finish."""
 
-    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns):
+    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns, top_p=1.0):
         self.policy, self.rollouts, self.model = policy, rollouts, prepare(policy.weights, policy.shape)
-        self.temperature, self.max_turns, self.budget = temperature, max_turns, uniform.shape[1]
+        self.temperature, self.max_turns, self.budget, self.top_p = temperature, max_turns, uniform.shape[1], top_p
         device = policy.device
         self.stops = torch.tensor(policy.stop_ids, device=device)
         self.uniform = F.pad(uniform, (0, 1))  # a spare column for rows that are finished but not yet retired
@@ -116,9 +119,13 @@ class _Wave:
     def _draw(self) -> Tensor:
         """Sample one token for each live row from its own uniform number; (b,)."""
         logp = F.log_softmax(self.logits / self.temperature, dim=-1)  # (b, V)
+        if self.top_p < 1:
+            logp = nucleus(logp, self.top_p)
         u = self.uniform[self.alive, self.count]
         mass = logp.exp().cumsum(-1)
         tokens = torch.searchsorted(mass, (u * mass[:, -1])[:, None], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
+        if self.top_p < 1:  # where the product was rounded up to the whole mass: the last token that has any
+            tokens = torch.minimum(tokens, (mass < mass[:, -1:]).sum(-1))
         self.drawn[self.alive, self.count] = tokens
         self.logps[self.alive, self.count] = logp.gather(1, tokens[:, None])[:, 0]
         self.count += self.live
@@ -167,6 +174,14 @@ class _Wave:
         self.cache = self.cache.take(rows)
 
 
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Log-probs (b, V) of the fewest likeliest tokens that have `top_p` together, renormalised; -inf for all others."""
+    ranked, order = logp.sort(dim=-1, descending=True, stable=True)
+    before = ranked.exp().cumsum(-1) - ranked.exp()  # of the likelier ones; the first token always stays
+    ranked[before >= top_p] = -torch.inf
+    return F.log_softmax(torch.empty_like(logp).scatter_(1, order, ranked), dim=-1)
+
+
 def encode_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> list[list[int]]:
     """Token ids of each row's prompt; StudyError for one that leaves no room for `max_new_tokens` in the context."""
     prompts = [encode_prompt(policy, row.messages, row.tools) for row in rows]
@@ -198,7 +213,7 @@ def end_turn(policy: Policy, rollout: Rollout, environment, said: Sequence[int],
     rollout.logprobs += logprobs
     rollout.turns.append(policy.tokenizer.decode(said[:-1] if stopped else said))
     rollout.truncated = not stopped
-    answer = answer_of(rollout.turns[-1])
+    answer = graded(rollout.row, rollout.turns[-1])
     if not stopped or environment is None or answer is None or len(rollout.turns) >= max_turns:
         return None
     outputs = environment.step(answer)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rl_core import progress, publish
+from m2rl_core import domains, imports, progress, publish
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
-from m2rl_core.study import JUDGED, MODELS, TRAINED, Stage, find, first, seed_of, seeds_of, study, upstream, work
+from m2rl_core.study import Members, Stage, find, first, seed_of, seeds_of, study, upstream, work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ BUILDERS = {
     "base": "m2rl_core.sft:build_base", "sft": "m2rl_core.sft:build_sft", "rl": "m2rl_core.grpo:build",
     "opd": "m2rl_core.opd:build", "merge": "m2rl_core.merging:build", "eval": "m2rl_core.evaluate:build",
     "weights": "m2rl_core.metrics.weights:build", "kl": "m2rl_core.metrics.divergence:build",
-    "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build",
+    "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build", "import": "m2rl_core.imports:build",
 }
 
 
@@ -61,7 +61,9 @@ class Run:
     def __init__(self, profile: Profile, root: Path):
         self.profile = profile
         self.root = root
+        domains.own(profile.files)
         self.stages = study(profile)
+        self.members = Members.of(profile)
         self.store = Store(root / profile.name, profile.jobs)
 
     # Making ---------------------------------------------------------------------------------------
@@ -83,6 +85,11 @@ class Run:
 
     def need(self, name: str) -> Path:
         """The finished folder; makes it and whatever it lacks first. Raises DiskFull, CorruptArtifact."""
+        away = [part for part in self.missing(name) if self.stages[part].settings.get("found") is False]
+        for part in away:  # a model's key is its content's: what needs it has no key before it is here
+            imports.fetch(imports.source_of(self.profile, part))
+        if away:
+            self.stages = study(self.profile)
         for part in self.missing(name):
             self._make(self.stages[part])
         return self.path(name)
@@ -196,7 +203,7 @@ class Run:
         that are all shared have no such column.
         """
         import pandas as pd
-        names = [(model, seed, name) for model in models or MODELS
+        names = [(model, seed, name) for model in models or self.members.models
                  for seed, name in seeds_of(model, self.profile.seeds).items()]
         if self.profile.seeds == 1 or not any(seed for _, seed, _ in names):
             return self._stack(f"eval-{name}" for _, _, name in names)
@@ -210,7 +217,7 @@ class Run:
 
     def judged(self, models: Iterable[str] | None = None) -> pd.DataFrame:
         """Self-verification rows (section 3.6) of these models (those of Table 7)."""
-        return self._stack(f"judge-{model}" for model in models or JUDGED)
+        return self._stack(f"judge-{model}" for model in models or self.members.judged)
 
     def steps(self, model: str) -> pd.DataFrame:
         """What was recorded at each training step: reward, length, entropy, ..."""
@@ -223,7 +230,7 @@ class Run:
     def along(self, model: str | None = None) -> pd.DataFrame:
         """Evaluation rows on the way, one for each (model, step, benchmark, item, sample); all policies by default."""
         import pandas as pd
-        names = [model] if model else TRAINED
+        names = [model] if model else self.members.trained
         return pd.concat([self.table(name, "along.parquet") for name in names], ignore_index=True)
 
     def rollouts(self, model: str) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from m2rl_core import policy as policies
 from m2rl_core.attention import Causal
-from m2rl_core.data import batch_of, corpus, sft_blend
+from m2rl_core.data import RealSft, batch_of, corpus, sft_blend
 from m2rl_core.domains import Row
 from m2rl_core.policy import Policy, encode_prompt
 from m2rl_core.qwen3 import head, hidden_states, prepare
@@ -85,14 +85,12 @@ def build_sft(ctx) -> None:
     """Fine-tune `base` on the blend; `blend.jsonl` lists what was drawn, type by type."""
     spec = ctx.profile.sft
     policy = policies.load(ctx.inputs["base"])
-    blend = sft_blend(spec, ctx.profile.seed)
-    rows = [encode_sft(policy, row) for _, row in blend]
-    counts: dict[str, int] = {}
-    for kind, _ in blend:
-        counts[kind] = counts.get(kind, 0) + 1
-    write_lines(ctx.out / "blend.jsonl", [
-        {"type": k.type, "domain": k.domain, "pool": k.pool, "sampling": k.sampling, "rows": counts[k.type]} for k in spec.blend])
-    (ctx.out / "examples.json").write_text(json.dumps({kind: json.loads(row.to_json()) for kind, row in reversed(blend)}))
+    if ctx.profile.rows == "real":
+        rows = RealSft(ctx, policy.tokenizer, policy.config.max_position_embeddings)
+        write_lines(ctx.out / "blend.jsonl", rows.told)
+        (ctx.out / "examples.json").write_text(json.dumps(rows.examples()))
+    else:
+        rows = _miniature(ctx, policy)
 
     def objective(step: int) -> dict:
         loss, tokens = masked_loss(policy, batch_of(rows, spec.batch_size, step, ctx.seed, "sft"))
@@ -101,6 +99,20 @@ def build_sft(ctx) -> None:
     fit(policy, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas,
         schedule=warmup_cosine(spec.steps, spec.warmup, spec.final_lr / spec.lr), checkpoint_every=100),
         ctx.out, ctx.state, ctx.progress)
+
+
+def _miniature(ctx, policy: Policy) -> list[tuple[list[int], list[bool]]]:
+    """The encoded rows of the miniature's blend; writes what was drawn."""
+    spec = ctx.profile.sft
+    blend = sft_blend(spec, ctx.profile.seed)
+    rows = [encode_sft(policy, row) for _, row in blend]
+    counts: dict[str, int] = {}
+    for kind, _ in blend:
+        counts[kind] = counts.get(kind, 0) + 1
+    write_lines(ctx.out / "blend.jsonl", [
+        {"type": k.type, "domain": k.domain, "pool": k.pool, "sampling": k.sampling, "rows": counts[k.type]} for k in spec.blend])
+    (ctx.out / "examples.json").write_text(json.dumps({kind: json.loads(row.to_json()) for kind, row in reversed(blend)}))
+    return rows
 
 
 def _texts(row: Row) -> list[str]:

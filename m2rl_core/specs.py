@@ -1,8 +1,11 @@
 """What a profile says, as frozen dataclasses; the values stand in params/<name>.yaml and nowhere else."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Literal
+
+from m2rl_core.domains import BENCHMARKS, DOMAINS
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,32 @@ class ModelSpec:
     intermediate: int
     vocab: int
     context: int
+
+
+@dataclass(frozen=True)
+class PretrainedSpec:
+    """A dense Qwen3 that exists: `source` is a folder, or a hub id with its `revision`; `context` is used, in tokens."""
+
+    source: str
+    context: int
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which real rows are trained on (`rows: real`); defaults are the paper's.
+
+    `share` of Table 1's samples; `first` lines of every file, for a trial (0: all); `thinking` as in `real.chat`;
+    `template`: prompts as the data has them, or worded as the released code does; RL prompts of more than
+    `prompt_tokens` are left out (0: none). `rules`: domain -> the rule of its verifier, where it is not the first.
+    """
+
+    share: float = 1.0
+    first: int = 0
+    thinking: Literal["every", "last"] = "every"
+    template: Literal["data", "released"] = "data"
+    prompt_tokens: int = 2048
+    rules: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,14 +160,39 @@ class MergeSpec:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What one benchmark samples by, where that differs from the others; 0 for what does not."""
+
+    temperature: float = 0.0
+    top_p: float = 0.0
+    max_new_tokens: int = 0
+    max_turns: int = 0
+
+
+@dataclass(frozen=True)
 class EvalSpec:
-    """Avg@K: items and samples an item for each benchmark."""
+    """Avg@K: items and samples an item for each benchmark; `sampling`: what single benchmarks sample by instead.
+
+    `rows`: the miniatures, or the real benchmarks (`real.benchmarks`). Of these, `items` below the full number are the
+    first ones, for a trial; `revisions` are commits other than those of sources.yaml, and `rules` verdicts other than
+    the official ones.
+    """
 
     items: dict[str, int]
     k: dict[str, int]
     temperature: float
     max_new_tokens: int
     max_turns: int
+    top_p: float = 1.0
+    rows: Literal["miniature", "real"] = "miniature"
+    sampling: dict[str, Sampling] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
+
+    def sampled_by(self, benchmark: str) -> dict[str, float]:
+        """The arguments of an engine's `sample` for one benchmark."""
+        own = asdict(self.sampling.get(benchmark, Sampling()))
+        return {name: value or getattr(self, name) for name, value in own.items()}
 
 
 @dataclass(frozen=True)
@@ -169,20 +223,31 @@ class Profile:
     `engine` samples (see `engines`); `gpu_memory` is the share of a GPU's memory that vLLM takes beside the trainer.
     `seed` makes the data and the evaluation's draws; `seeds`: how often everything after SFT (experts, mix, merges,
     distillation and their evaluations) is made, each time with other orders and samples, n times the price of these.
+
+    `model` is a shape, trained from scratch, or one that exists; None where SFT is imported and nothing asks for base.
+    `imports` (in YAML: `import`): stages that are not made but brought, each a folder or a hub id (owner/name@revision),
+    "" for one that is still to be named. `train`: the policies that are trained; None is all that are not imported.
+    `domains`: names of the five, and files of one's own that end in .py (see `domains.own`), which are benchmarks too.
+    `rows`: the miniatures' or those of the paper's data sets, see `data`.
     """
 
     name: str
     about: str
     seed: int
     threads: int
-    model: ModelSpec
-    base: BaseSpec
     sft: SftSpec
     rl: RlSpec
     opd: OpdSpec
     merge: MergeSpec
     eval: EvalSpec
     analysis: AnalysisSpec
+    model: ModelSpec | PretrainedSpec | None = None
+    base: BaseSpec | None = None
+    imports: dict[str, str] = field(default_factory=dict, metadata={"key": "import"})
+    train: tuple[str, ...] | None = None
+    domains: tuple[str, ...] = DOMAINS
+    rows: Literal["miniature", "real"] = "miniature"
+    data: DataSpec = field(default_factory=DataSpec)
     engine: Literal["torch", "vllm"] = "torch"
     gpu_memory: float = 0.4
     seeds: int = 1
@@ -192,8 +257,24 @@ class Profile:
         """Threads of a stage: its share of all, whether or not others run; all where every other stage waits for it."""
         return self.threads if kind in ("base", "sft") else max(1, self.threads // self.jobs)
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Domains of one's own: name -> file."""
+        return {Path(entry).stem: entry for entry in self.domains if entry.endswith(".py")}
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Every domain of the study by its name, in order."""
+        return tuple(Path(entry).stem if entry.endswith(".py") else entry for entry in self.domains)
+
+    @property
+    def benchmarks(self) -> dict[str, str]:
+        """Benchmark -> domain: of the nine, those of the profile's domains; a domain of one's own is one by its own name."""
+        nine = {name: domain for name, domain in BENCHMARKS.items() if domain in self.domains}
+        return nine | {name: name for name in self.files}
+
 
 def keyed(spec) -> dict:
     """A spec as part of a stage's key: without what stands at its default, so that a new option makes nothing again."""
-    defaults = {field.name: field.default for field in fields(spec)}
+    defaults = {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(spec)}
     return {name: value for name, value in asdict(spec).items() if value != defaults[name]}

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from m2rl_core import imports
 from m2rl_core.study import Stage
 
 MANIFEST = "manifest.json"
@@ -61,6 +62,8 @@ class Store:
             manifest = self._read(folder, stage.name)
             if manifest["key"] != stage.key:
                 raise self._corrupt(folder, stage.name, MANIFEST, "belongs to another key")
+            if stage.kind == "import":
+                self._check_brought(stage, folder)
             for name, digest in manifest["digests"].items():
                 if not (folder / name).is_file():
                     raise self._corrupt(folder, stage.name, name, "is missing")
@@ -91,7 +94,7 @@ class Store:
         folder = self.folder(stage)
         own = (STATE, MANIFEST, MANIFEST + ".new")
         files = [path for path in sorted(folder.rglob("*"))
-                 if path.is_file() and path.relative_to(folder).parts[0] not in own]
+                 if path.is_file() and not path.is_symlink() and path.relative_to(folder).parts[0] not in own]
         for path in files:
             _sync(path)
         digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files if path.name != UNHASHED}
@@ -148,6 +151,18 @@ class Store:
             for path in places(self.root / ".lock", self.jobs):
                 held.enter_context(hold(path, what, say))
             yield
+
+    def _check_brought(self, stage: Stage, folder: Path) -> None:
+        """Weights that are linked are theirs that were brought, by `imports.file_digest`."""
+        origin = json.loads((folder / "origin.json").read_text(encoding="utf-8"))
+        for name, digest in origin["digests"].items():
+            if (folder / name).is_symlink():
+                try:
+                    same = imports.file_digest((folder / name).resolve()) == digest
+                except imports.ModelError as error:
+                    raise CorruptArtifact(f"{stage.name}: {error}") from error
+                if not same:
+                    raise self._corrupt(folder, stage.name, name, f"is not what was brought from {origin['source']}")
 
     def _has_state(self, stage: Stage) -> bool:
         state = self.folder(stage) / STATE

@@ -4,6 +4,8 @@ Fig. 1 is drawn from it and the order of work follows it. A stage's key is a has
 version, its own settings and its inputs' keys, so a change rebuilds what depends on it and no more.
 Settings that cannot change a result (threads) stand in no key. With `seeds: n` every policy after SFT is made n
 times; the first keeps its name and key, so that raising n later makes only what is new: rl-math, rl-math@2, ...
+A model may be brought instead of made; its key is its content's (`imports`). What a profile neither brings nor trains
+is left out, with all that needs it: `Members` says who is there.
 """
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
+from m2rl_core import imports
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import Profile
-from m2rl_core.specs import keyed
+from m2rl_core.specs import ModelSpec, keyed
 
 # Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
-VERSION = {"base": 4, "sft": 2, "rl": 2, "opd": 2, "merge": 2, "eval": 2, "weights": 2, "kl": 2, "judge": 2, "sweep": 1}
+VERSION = {"base": 4, "sft": 2, "rl": 2, "opd": 2, "merge": 2, "eval": 2, "weights": 2, "kl": 2, "judge": 2, "sweep": 1,
+           "import": 1}
 
-GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models",
+GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models", "import": "models",
          "eval": "evals", "judge": "evals", "sweep": "evals", "weights": "analyses", "kl": "analyses"}
 
 EXPERTS = tuple(f"rl-{domain}" for domain in DOMAINS)
@@ -47,6 +51,7 @@ SHARED = ("base", "sft")  # trained once, whatever `seeds` says: the paper's pol
 MODELS = (*SHARED, *EXPERTS, "rl-multi", *MERGES, "mt-opd")
 JUDGED = ("sft", *EXPERTS, "merge-ties", "rl-multi", "mt-opd")  # the rows of Table 7
 NEIGHBORS = ("sft", *EXPERTS, "rl-multi", "merge-ties", "mt-opd")
+JUDGED_BENCHMARKS = ("aime24", "ifeval", "lcb_v5", "gpqa_diamond")  # Table 7
 
 
 class UnknownStage(KeyError):
@@ -54,6 +59,43 @@ class UnknownStage(KeyError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+class NotInStudy(UnknownStage):
+    """A part of the paper's study that this profile leaves out, because it neither brings nor trains what it needs."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who is in a profile's study, in the order of the tables; all of the paper's where nothing is brought or left out.
+
+    `trained`: the policies that are made here by RL or distillation. `experts`: domain -> model.
+    """
+
+    models: tuple[str, ...]
+    trained: tuple[str, ...]
+    experts: dict[str, str]
+    judged: tuple[str, ...]
+    neighbors: tuple[str, ...]
+    judged_benchmarks: tuple[str, ...]
+
+    @staticmethod
+    def of(profile: Profile) -> Members:
+        def there(name):
+            return bool(profile.imports.get(name)) or name not in profile.imports and (
+                profile.train is None or name in profile.train)
+
+        experts = {domain: f"rl-{domain}" for domain in profile.domain_names if there(f"rl-{domain}")}
+        merges = tuple(MERGES) if len(experts) > 1 else ()
+        multi = ("rl-multi",) if there("rl-multi") else ()
+        distilled = ("mt-opd",) if there("mt-opd") and (profile.imports.get("mt-opd") or experts) else ()
+        models = (*(("base",) if profile.model else ()), "sft", *experts.values(), *multi, *merges, *distilled)
+        ties = ("merge-ties",) if merges else ()
+        judges = (*(b for b in JUDGED_BENCHMARKS if b in profile.benchmarks), *profile.files)
+        return Members(
+            models, tuple(name for name in (*experts.values(), *multi, *distilled) if name not in profile.imports),
+            experts, ("sft", *experts.values(), *ties, *multi, *distilled) if judges else (),
+            ("sft", *experts.values(), *multi, *ties, *distilled) if experts else (), judges)
 
 
 @dataclass(frozen=True)
@@ -69,7 +111,9 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """64 hex digits of everything that the result depends on."""
+        """64 hex digits of everything that the result depends on; of what is brought, its content's digest."""
+        if self.kind == "import":
+            return self.settings["digest"]
         content = [self.name, self.kind, self.version, self.settings, self.inputs]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -103,9 +147,9 @@ def seed_of(seed: int, name: str) -> int:
     return int(hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()[:8], 16) % 2**31
 
 
-def pair_names() -> list[tuple[str, str, str]]:
-    """(stage, domain, domain) of the ten TIES merges of two experts (section 3.5)."""
-    return [(f"pair-{a}-{b}", a, b) for a, b in combinations(DOMAINS, 2)]
+def pair_names(domains=DOMAINS) -> list[tuple[str, str, str]]:
+    """(stage, domain, domain) of the TIES merges of two experts (section 3.5), ten of the five."""
+    return [(f"pair-{a}-{b}", a, b) for a, b in combinations(domains, 2)]
 
 
 def variants(merge) -> list[dict]:
@@ -117,30 +161,46 @@ def variants(merge) -> list[dict]:
         for name, key, values in SWEEP for value in values if value != own[name].get(key)]
 
 
-def subsets(merge) -> list[dict]:
+def subsets(merge, domains=DOMAINS, benchmarks=BENCHMARKS) -> list[dict]:
     """TIES of every three and four experts as variants of a sweep, each tested on its own domains (section 3.4)."""
     own = {key: getattr(merge, key) for key in MERGES["merge-ties"][1]}
     return [{"name": f"ties-{'-'.join(chosen)}", "method": "ties",
              "parameters": own | {"experts": [f"rl-{domain}" for domain in chosen]},
-             "benchmarks": [b for b, domain in BENCHMARKS.items() if domain in chosen]}
-            for size in (3, 4) for chosen in combinations(DOMAINS, size)]
+             "benchmarks": [b for b, domain in benchmarks.items() if domain in chosen]}
+            for size in (3, 4) if size < len(domains) for chosen in combinations(domains, size)]
 
 
 def study(profile: Profile) -> dict[str, Stage]:
     """All stages of a profile by name, each after what it needs."""
     stages: dict[str, Stage] = {}
+    here = Members.of(profile)
+    trains = {name: profile.rl.rows[name] for name in profile.domain_names}
     seed = {"seed": profile.seed}
     rl, opd, sampling = keyed(profile.rl), keyed(profile.opd), keyed(profile.eval)
     multi_steps, rows = rl.pop("multi_steps"), rl.pop("rows")
     del rl["checkpoint_every"]
     mixed = {name: rl.pop(name) for name in ("interference_every",) if name in rl}  # concerns rl-multi alone
     rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}
-    rl["along"] |= {name: sampling[name] for name in ("temperature", "max_new_tokens", "max_turns")}
+    looks = {name: value for name, value in sampling.items() if name not in ("items", "k")}
+    rl["along"] |= looks | ({} if profile.domains == DOMAINS else {"benchmarks": len(profile.benchmarks)})
+    on = {} if profile.domains == DOMAINS else {"on": list(profile.benchmarks)}
+    made_of = {name: imports.file_digest(path) for name, path in profile.files.items()}
+    data = {"data": keyed(profile.data)} if profile.rows == "real" else {}
+
+    def files_of(domains):  # rows and verdicts of one's own domains change with their files
+        found = {name: made_of[name] for name in domains if name in made_of}
+        return {"files": found} if found else {}
 
     def add(name, kind, needs, settings):
         inputs = {need: stages[need].key for need in needs}
         settings = json.loads(json.dumps(settings))  # as the manifest will hold it
         stages[name] = Stage(name, kind, tuple(needs), settings, VERSION[kind], inputs)
+
+    def add_made(name, kind, needs, settings):
+        if profile.imports.get(first(name)):
+            add(name, "import", (), imports.settings(profile.imports[first(name)]))
+        else:
+            add(name, kind, needs, settings)
 
     def add_merge(name, method, experts, reads):
         settings = {"method": method, **{key: getattr(profile.merge, key) for key in reads}}
@@ -148,56 +208,74 @@ def study(profile: Profile) -> dict[str, Stage]:
         add(name, "merge", ("sft", *experts), settings | (own if "drop_rate" in reads else {}))
 
     def add_policies(number):  # the data are those of the profile's seed; order and sampling are of the stage's own
-        experts = [replica(name, number) for name in EXPERTS]
-        for domain, name in zip(DOMAINS, experts, strict=True):
-            add(name, "rl", ("sft",), {**rl, "rows": {domain: rows[domain]}, "engine": profile.engine, **seed})
-        add(replica("rl-multi", number), "rl", ("sft",), {
-            **rl, **mixed, "rows": rows, "steps": multi_steps, "engine": profile.engine, **seed})
-        for name, (method, reads) in MERGES.items():
+        experts = [replica(name, number) for name in here.experts.values()]
+        engine = {"engine": profile.engine, **seed, **data}
+        for domain, name in zip(here.experts, experts, strict=True):
+            add_made(name, "rl", ("sft",), {**rl, "rows": {domain: trains[domain]}, **engine, **files_of([domain])})
+        if "rl-multi" in here.models:
+            add_made(replica("rl-multi", number), "rl", ("sft",), {
+                **rl, **mixed, "rows": trains, "steps": multi_steps, **engine, **files_of(trains)})
+        for name, (method, reads) in MERGES.items() if "merge-ties" in here.models else ():
             add_merge(replica(name, number), method, experts, reads)
-        add(replica("mt-opd", number), "opd", ("sft", *experts), {
-            **opd, "along": rl["along"], "rows": rows, "engine": profile.engine, **seed})
+        if "mt-opd" in here.models:
+            taught = {domain: trains[domain] for domain in here.experts}
+            add_made(replica("mt-opd", number), "opd", ("sft", *experts), {
+                **opd, "along": rl["along"], "rows": taught, **engine, **files_of(taught)})
 
     def add_evals(models):
         for name in models:
-            add(f"eval-{name}", "eval", (name,), {**sampling, "engine": profile.engine, **seed})
+            add(f"eval-{name}", "eval", (name,), {**sampling, "engine": profile.engine, **seed, **files_of(made_of)})
 
     sft = asdict(profile.sft)
     blend = {"rows": sft["rows"], "lines": sft["blend"]}  # the tokenizer is trained on it too
-    add("base", "base", (), {"model": asdict(profile.model), **asdict(profile.base), "blend": blend, **seed})
-    add("sft", "sft", ("base",), {**sft, **seed})
+    if isinstance(profile.model, ModelSpec):
+        add("base", "base", (), {"model": asdict(profile.model), **asdict(profile.base), "blend": blend, **seed})
+    elif profile.model:
+        add("base", "import", (), imports.settings(
+            f"{profile.model.source}@{profile.model.revision}".rstrip("@"), profile.model.context))
+    add_made("sft", "sft", ("base",), {**sft, **seed, **data})
     add_policies(1)
-    add_evals(MODELS)
+    add_evals(here.models)
 
-    analysis = profile.analysis
-    add("weights", "weights", ("sft", *EXPERTS), {
-        "eta": analysis.eta, "etas": analysis.etas, "random_projection": analysis.random_projection, **seed})
-    several = {"sweep": variants(profile.merge), **({"subsets": subsets(profile.merge)} if analysis.pairs else {})}
+    analysis, experts = profile.analysis, tuple(here.experts.values())
+    several = {}
+    if len(experts) > 1:
+        add("weights", "weights", ("sft", *experts), {
+            "eta": analysis.eta, "etas": analysis.etas, "random_projection": analysis.random_projection, **seed})
+        several["sweep"] = variants(profile.merge)
+        if analysis.pairs and (chosen := subsets(profile.merge, tuple(here.experts), profile.benchmarks)):
+            several["subsets"] = chosen
     for name, merged in several.items():
-        add(name, "sweep", ("sft", *EXPERTS), {
+        add(name, "sweep", ("sft", *experts), {
             "variants": merged, "items": analysis.sweep_items, "k": analysis.sweep_k,
-            **{key: sampling[key] for key in ("temperature", "max_new_tokens", "max_turns")},
-            "engine": profile.engine, **seed})
-    add("neighborhoods", "kl", NEIGHBORS, {
-        "prompts": analysis.kl_prompts, "samples": analysis.kl_samples, "rows": rows, "engine": profile.engine,
-        **{name: rl[name] for name in ("temperature", "max_new_tokens", "max_turns")}, **seed})
-    for name, a, b in pair_names() if analysis.pairs else ():
-        add_merge(name, "ties", (f"rl-{a}", f"rl-{b}"), MERGES["merge-ties"][1])
-        own = [benchmark for benchmark, domain in BENCHMARKS.items() if domain in (a, b)]  # as in Table 6
-        add(f"eval-{name}", "eval", (name,), {**sampling, "benchmarks": own, "engine": profile.engine, **seed})
-    for name in JUDGED:
+            **looks, **on, "engine": profile.engine, **seed, **files_of(made_of)})
+    if here.neighbors:
+        asked = {domain: trains[domain] for domain in here.experts}
+        add("neighborhoods", "kl", here.neighbors, {
+            "prompts": analysis.kl_prompts, "samples": analysis.kl_samples, "rows": asked, "engine": profile.engine,
+            **{name: rl[name] for name in ("temperature", "max_new_tokens", "max_turns")}, **seed, **data, **files_of(asked)})
+    for name, a, b in pair_names(here.experts) if analysis.pairs and len(experts) > 1 else ():
+        add_merge(name, "ties", (here.experts[a], here.experts[b]), MERGES["merge-ties"][1])
+        own = [benchmark for benchmark, domain in profile.benchmarks.items() if domain in (a, b)]  # as in Table 6
+        add(f"eval-{name}", "eval", (name,), {
+            **sampling, "benchmarks": own, "engine": profile.engine, **seed, **files_of((a, b))})
+    for name in here.judged:
+        on = {"benchmarks": list(here.judged_benchmarks)} if here.judged_benchmarks != JUDGED_BENCHMARKS else {}
         add(f"judge-{name}", "judge", (name, f"eval-{name}"), {
             "items": analysis.judge_items, "k": analysis.judge_k, "temperature": profile.eval.temperature,
-            "max_new_tokens": profile.eval.max_new_tokens, "engine": profile.engine, **seed})
+            "max_new_tokens": profile.eval.max_new_tokens, "engine": profile.engine, **seed, **on})
     for number in range(2, profile.seeds + 1):
         add_policies(number)
-        add_evals(replica(name, number) for name in MODELS if name not in SHARED)
+        add_evals(replica(name, number) for name in here.models if name not in SHARED)
     return stages
 
 
 def find(stages: dict[str, Stage], name: str) -> Stage:
     """The stage of that name; raises UnknownStage with the nearest name."""
     if name not in stages:
+        policy = name.removeprefix("eval-").removeprefix("judge-")
+        if policy in MODELS or name in ("weights", "sweep", "subsets", "neighborhoods") or policy.startswith("pair-"):
+            raise NotInStudy(f"{name} is not in this study: the profile neither brings nor trains what it needs")
         close = difflib.get_close_matches(name, stages, 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else "`make status` lists them all"
         raise UnknownStage(f"unknown stage {name!r}; {hint}")
@@ -226,16 +304,17 @@ def work(stage: Stage) -> dict[str, int]:
         return {"steps": s["steps"], "rollouts": 0, "tokens": 0}
     if stage.kind in ("rl", "opd"):
         seen = s["along"]
-        marks = s["steps"] // seen["eval_every"] * len(BENCHMARKS)
+        marks = s["steps"] // seen["eval_every"] * seen.get("benchmarks", len(BENCHMARKS))
         rollouts = s["steps"] * s["prompts"] * s["group"] + marks * seen["eval_items"] * seen["eval_k"]
     elif stage.kind == "eval":
         rollouts = sum(s["items"][name] * s["k"][name] for name in s.get("benchmarks", s["items"]))
     elif stage.kind == "sweep":
-        rollouts = sum(len(v.get("benchmarks", BENCHMARKS)) for v in s["variants"]) * s["items"] * s["k"]
+        rollouts = sum(len(v.get("benchmarks", s.get("on", BENCHMARKS))) for v in s["variants"]) * s["items"] * s["k"]
     elif stage.kind == "judge":
-        rollouts = 2 * len(BENCHMARKS) * s["items"] * s["k"]  # by outcome and by process
+        on = s.get("benchmarks", BENCHMARKS)
+        rollouts = 2 * len(on) * s["items"] * s["k"]  # by outcome and by process
     elif stage.kind == "kl":
-        rollouts = len(DOMAINS) ** 2 * s["prompts"] * s["samples"]
+        rollouts = len(s["rows"]) ** 2 * s["prompts"] * s["samples"]
     else:
         return {"steps": 0, "rollouts": 0, "tokens": 0}
     return {"steps": s.get("steps", 0), "rollouts": rollouts, "tokens": rollouts * s["max_new_tokens"]}

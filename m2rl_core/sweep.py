@@ -12,7 +12,7 @@ import pandas as pd
 
 from m2rl_core import policy as policies
 from m2rl_core.engines import open_engine
-from m2rl_core.evaluate import evaluate, items_of
+from m2rl_core.evaluate import evaluate, items_of, store_of
 from m2rl_core.merging import recipe as recipes
 from m2rl_core.merging.folders import write_models
 
@@ -20,7 +20,7 @@ from m2rl_core.merging.folders import write_models
 def build(ctx) -> None:
     """`rows.parquet` as an evaluation writes it, `model` being the variant's name; `merges.json` has each diagnosis."""
     settings, spec = ctx.stage.settings, ctx.profile.eval
-    items = items_of(spec, ctx.profile.seed, settings["items"])
+    items = items_of(spec, ctx.profile.seed, settings["items"], store_of(ctx))
     k = dict.fromkeys(items, settings["k"])
     experts = {name: folder for name, folder in ctx.inputs.items() if name != "sft"}
     plans = {variant["name"]: recipes.make(variant["method"], seed=settings["seed"], **variant["parameters"])
@@ -37,7 +37,7 @@ def build(ctx) -> None:
         for done, (name, folder) in enumerate(folders.items(), 1):
             seen = ctx.state / f"rows-{folder.name}.parquet"
             if not seen.is_file():
-                own = {benchmark: items[benchmark] for benchmark in tested[name]}
+                own = {benchmark: items[benchmark] for benchmark in tested[name] if benchmark in items}
                 rows = evaluate(policies.load(folder), name, own, k, spec, ctx.profile.seed, engine)
                 rows.drop(columns=["prompt", "response"]).to_parquet(seen.with_suffix(".new"), index=False)
                 seen.with_suffix(".new").rename(seen)

@@ -75,7 +75,7 @@ class VllmEngine:
         self.close()
 
     def sample(self, policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Generator, temperature: float = 1.0,
-               max_new_tokens: int = 64, max_turns: int = 4) -> list[Rollout]:
+               max_new_tokens: int = 64, max_turns: int = 4, top_p: float = 1.0) -> list[Rollout]:
         """As `rollout.sample`; each turn of a rollout has a seed of its own from `generator`.
 
         The same seeds give the same tokens as far as vLLM's arithmetic does not depend on who shares the batch. Raises
@@ -89,7 +89,8 @@ class VllmEngine:
         while going:
             found = self._ask(policy, "sample", prompts=[rollouts[i].prompt + rollouts[i].tokens for i in going],
                               limits=[max_new_tokens - rollouts[i].length for i in going],
-                              seeds=[seeds[i][turn] for i in going], temperature=temperature, stops=policy.stop_ids)
+                              seeds=[seeds[i][turn] for i in going], temperature=temperature, top_p=top_p,
+                              stops=policy.stop_ids)
             going = [i for i, said, logps in zip(going, found["tokens"], found["logprobs"], strict=True) if end_turn(
                 policy, rollouts[i], environments[i], said, logps, max_new_tokens, max_turns) is not None]
             turn += 1

@@ -55,13 +55,13 @@ class Worker:
         return {}
 
     def sample(self, prompts: list[list[int]], limits: list[int], seeds: list[int], temperature: float,
-               stops: list[int]) -> dict:
+               stops: list[int], top_p: float = 1.0) -> dict:
         """A continuation of each prompt: its tokens, with the stop token where there is one, and their log-probs.
 
-        The stop tokens alone end it, whatever the model's config says, and nothing but the temperature shapes it.
+        The stop tokens alone end it, whatever the model's config says, and nothing but temperature and top_p shapes it.
         """
         from vllm import SamplingParams
-        wanted = [SamplingParams(temperature=temperature, seed=seed, max_tokens=limit, stop_token_ids=stops,
+        wanted = [SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=limit, stop_token_ids=stops,
                                  ignore_eos=True, logprobs=0, detokenize=False)
                   for limit, seed in zip(limits, seeds, strict=True)]
         found = [result.outputs[0] for result in self._generate(prompts, wanted)]

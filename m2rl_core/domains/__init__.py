@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from m2rl_core.errors import StudyError
 
 DOMAINS = ("math", "coding", "science", "if", "agent")
+OWN: dict[str, str] = {}  # a domain of one's own, which is a benchmark too -> its file; see `own`
 MODULES = {"math": "math", "coding": "coding", "science": "science", "if": "instruction", "agent": "agent"}
 SANDBOXED = ("coding",)  # its answers are run, a batch side by side, where they can be killed already
 BENCHMARKS = {
     "aime24": "math", "aime25": "math", "lcb_v5": "coding", "lcb_v6": "coding", "hle": "science",
     "gpqa_diamond": "science", "ifeval": "if", "ifbench": "if", "bfcl_v3": "agent",
 }
-THINK_END = "</think>"
+THINK, THINK_END = "<think>", "</think>"
 TEST_SHARE = 0.25  # of all compositions; they never occur in training
 
 
@@ -68,8 +69,16 @@ class Verdict:
     failed: bool = False
 
 
+def own(files: dict[str, str]) -> None:
+    """Let this process know domains of one's own: name -> file (`own_file` says what it holds)."""
+    OWN.update(files)
+
+
 def module(domain: str):
     """The module that makes and verifies the rows of `domain`; ValueError for a name that is none."""
+    if domain in OWN:
+        from m2rl_core.domains import own_file
+        return own_file.Domain(domain, OWN[domain])
     if domain not in MODULES:
         raise ValueError(f"unknown domain {domain!r}: one of {', '.join(DOMAINS)}")
     return importlib.import_module(f"m2rl_core.domains.{MODULES[domain]}")
@@ -98,12 +107,16 @@ def generator(*names: object) -> random.Random:
 
 def training_rows(domain: str, kind: str, n: int, seed: int) -> list[Row]:
     """`n` rows to train on: `kind` is "sft" (with turns) or "rl"; no held-out problem among them."""
+    if domain in OWN:
+        return module(domain).rows(kind, n, seed)
     make = getattr(module(domain), kind)
     return _draw(lambda rng: make(rng), n, generator(seed, domain, kind), f"{domain}/{kind}", held_out=False, unique=False)
 
 
 def benchmark_rows(benchmark: str, n: int, seed: int) -> list[Row]:
     """`n` held-out items of a miniature benchmark, no problem twice."""
+    if benchmark in OWN:
+        return module(benchmark).rows("test", n, seed)
     make = module(BENCHMARKS[benchmark]).test
     return _draw(lambda rng: make(benchmark, rng), n, generator(seed, benchmark), benchmark, held_out=True, unique=True)
 
@@ -127,10 +140,20 @@ def answer_of(turn: str) -> str | None:
     return answer.strip() if tag else None
 
 
+def graded(row: Row, turn: str) -> str | None:
+    """What is verified of one assistant turn of `row`: `answer_of`, or None where it fails the format gate.
+
+    Items of the real benchmarks have no such gate (`truth["gate"]` is "open"): there a turn without any thinking, such as
+    a base model's, counts as a whole, as the official code counts it. One that ends amid its thinking has no answer.
+    """
+    answer = answer_of(turn)
+    return turn.strip() if answer is None and row.truth.get("gate") == "open" and THINK not in turn else answer
+
+
 def prepare(rows: Iterable[Row]) -> None:
     """Start what verifies these rows without waiting for it, so that it gets ready while answers are sampled."""
     from m2rl_core.domains import worker
-    asked = [_route(row) for row in rows if row.domain in MODULES]  # a judge's question belongs to no domain
+    asked = [_route(row) for row in rows if row.domain in MODULES or row.domain in OWN]  # a judge's question belongs to no domain
     wanted = sorted({home.__name__ for home, here in asked if not here})
     if wanted:
         worker.start(wanted)
@@ -156,7 +179,7 @@ def rewards(rows: Sequence[Row], transcripts: Sequence[Sequence[str]]) -> list[V
     batches: dict[tuple, list[int]] = {}
     answers: list[list[str]] = []
     for i, (row, turns) in enumerate(zip(rows, transcripts, strict=True)):
-        parts = [answer_of(turn) for turn in turns]
+        parts = [graded(row, turn) for turn in turns]
         answers.append(parts)
         if not parts or any(part is None for part in parts):
             verdicts[i] = Verdict(0.0, "no </think>")

@@ -164,6 +164,11 @@ def _serve(line: Connection) -> None:
 def _loaded(module: str) -> Callable:
     """The verifier of a module after its `load`, if it has one; memory is limited from then on."""
     _limit_memory(None)
+    if module.endswith(".py"):  # a domain of one's own
+        from m2rl_core.domains import own_file
+        verify = own_file.verifier(module)
+        _limit_memory(MEMORY)
+        return verify
     found = importlib.import_module(module)
     getattr(found, "load", lambda: None)()
     _limit_memory(MEMORY)

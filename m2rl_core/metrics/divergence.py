@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rl_core import policy as policies
-from m2rl_core.data import rl_rows
-from m2rl_core.domains import DOMAINS, generator
+from m2rl_core.data import training_prompts
+from m2rl_core.domains import generator
 from m2rl_core.engines import open_engine
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
@@ -72,11 +72,12 @@ def build(ctx) -> None:
     settings, spec, seed = ctx.stage.settings, ctx.profile.rl, ctx.profile.seed
     loaded = {name: policies.load(folder) for name, folder in ctx.inputs.items()}
     comparable(loaded)
-    experts = {domain: loaded.pop(f"rl-{domain}") for domain in DOMAINS}
+    domains = tuple(settings["rows"])
+    experts = {domain: loaded.pop(f"rl-{domain}") for domain in domains}
     frames = []
     with open_engine(ctx.profile) as engine:
-        for done, (domain, expert_of) in enumerate((d, e) for d in DOMAINS for e in DOMAINS):
-            rows = rl_rows(spec, (domain,), seed)[:settings["prompts"]]
+        for done, (domain, expert_of) in enumerate((d, e) for d in domains for e in domains):
+            rows = training_prompts(ctx, (domain,), experts[domain].tokenizer)[:settings["prompts"]]
             rng = torch.Generator().manual_seed(generator(seed, "kl", domain, expert_of).randrange(2**62))
             rollouts = engine.sample(experts[expert_of], rows, settings["samples"], generator=rng,
                                      temperature=spec.temperature, max_new_tokens=spec.max_new_tokens,
@@ -84,5 +85,5 @@ def build(ctx) -> None:
             found = pd.DataFrame(trajectory_kl(experts[expert_of], loaded, rollouts, spec.temperature))
             found["prompt"], found["sample"] = found["rollout"] // settings["samples"], found["rollout"] % settings["samples"]
             frames.append(found.drop(columns="rollout").assign(expert=f"rl-{expert_of}", domain=domain))
-            ctx.progress.step(done + 1, len(DOMAINS) ** 2)
+            ctx.progress.step(done + 1, len(domains) ** 2)
     pd.concat(frames, ignore_index=True).to_parquet(ctx.out / "kl.parquet", index=False)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from m2rl_core.domains import DOMAINS
 from m2rl_core.merging.checkpoint import Checkpoint
 from m2rl_core.merging.dare import state_of
 from m2rl_core.merging.pool import Pool, cores
@@ -245,15 +244,16 @@ def measure(
 
 
 def build(ctx) -> None:
-    """jaccard.parquet and cosine.parquet of the five experts against `sft`; `a` and `b` are domains.
+    """jaccard.parquet and cosine.parquet of the experts against `sft`; `a` and `b` are domains.
 
     `jaccard_etas` and `cosine_etas` are the same at the other thresholds `etas`, a column eta each.
     """
-    settings = ctx.stage.settings
+    settings, names = ctx.stage.settings, [name for name in ctx.inputs if name != "sft"]
+    domains = [name.removeprefix("rl-") for name in names]
     with ExitStack() as stack:
         base, *models = (stack.enter_context(Checkpoint(Path(ctx.inputs[name])))
-                         for name in ("sft", *(f"rl-{domain}" for domain in DOMAINS)))
-        at = {eta: measure(base, dict(zip(DOMAINS, models, strict=True)), eta=eta, k=settings["random_projection"],
+                         for name in ("sft", *names))
+        at = {eta: measure(base, dict(zip(domains, models, strict=True)), eta=eta, k=settings["random_projection"],
                            seed=settings["seed"], report=ctx.progress.step)
               for eta in (settings["eta"], *settings["etas"])}
     for i, name in enumerate(("jaccard", "cosine")):

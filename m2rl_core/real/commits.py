@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from m2rl_core.store import write_atomic
 BY_HAND = "by hand"
 
 
-def files(repo: str, out: Path) -> list[File]:
+def files(repo: str, out: Path, splits: Sequence[str] = (), revision: str = "") -> list[File]:
     """The files of a data set at the commit that `out` was begun with; StudyError where that is another one now.
 
-    Files by hand have no commit; their number and bytes stand in for it.
+    Files by hand have no commit; their number and bytes stand in for it. `revision` is asked for in place of the listed one.
     """
-    found = hub.files(_source(repo, out))
+    found = hub.files(_source(repo, out, revision), splits)
     commit = found[0].source.revision
     if hub.folder_of(found[0].source):
         commit = f"{BY_HAND}, {len(found)} files, {sum(Path(file.address).stat().st_size for file in found)} bytes"
@@ -40,6 +41,6 @@ def read(out: Path) -> dict[str, str]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _source(repo: str, out: Path) -> Source:
-    known = read(out).get(repo, BY_HAND)
-    return hub.sources()[repo] if known.startswith(BY_HAND) else replace(hub.sources()[repo], revision=known)
+def _source(repo: str, out: Path, revision: str = "") -> Source:
+    known, listed = read(out).get(repo, BY_HAND), hub.sources()[repo]
+    return replace(listed, revision=revision or listed.revision if known.startswith(BY_HAND) else known)

@@ -55,7 +55,7 @@ def to_row(row: dict, place: str, number: int, problems: Problems, template: str
         if messages is None:
             return "placeholder without a problem"
     else:
-        truth = {"coding": _coding, "science": _science, "if": _instruction, "agent": _agent}[domain](row, place)
+        truth = {"coding": _coding, "science": _science, "if": instruction, "agent": _agent}[domain](row, place)
     if isinstance(truth, str):
         return truth
     if not messages or not any(message["content"].strip() for message in messages):
@@ -123,7 +123,7 @@ def _science(row: dict, place: str) -> dict | str:
     return {"letter": letter, "options": max(ord(key) for key in options if len(key) == 1) - ord("A") + 1}
 
 
-def _instruction(row: dict, place: str) -> dict | str:
+def instruction(row: dict, place: str) -> dict | str:
     deeper = schema.decoded(row.get("verifier_metadata") or {}, dict, place, "verifier_metadata")
     held = {**deeper, **{key: value for key, value in row.items() if value is not None}}  # newer files have it deeper
     names = schema.get(held, "instruction_id_list", list, place, [])
