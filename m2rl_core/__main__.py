@@ -89,19 +89,12 @@ def why(args) -> int:
 
 
 def estimate(args) -> int:
-    """steps, rollouts, tokens and seconds of every stage"""
+    """what every stage and all together cost: time, tokens, disk, memory; GPU hours beside the paper's"""
+    from m2rl_core.cost import bill, told
     run = _open(args)
-    frame = run.estimate()
-    print(f"{'stage':28} {'done':5} {'steps':>7} {'rollouts':>9} {'tokens <=':>13} {'time':>9}  from")
-    for row in frame.itertuples(index=False):
-        time = duration(row.seconds) if row.seconds == row.seconds else "?"
-        print(f"{row.stage:28} {'yes' if row.done else 'no':5} {row.steps:>7,} {row.rollouts:>9,} {row.tokens:>13,} "
-              f"{time:>9}  {row[-1]}")
-    left = frame[~frame.done]
-    unknown = int(left.seconds.isna().sum())
-    print(f"left: {duration(left.seconds.sum())} for the {len(left) - unknown} unmade stages with a measured time; "
-          f"{unknown} stages were never timed on this machine"
-          + (f"; {run.profile.jobs} are made at a time" if run.profile.jobs > 1 else ""))
+    if not args.gpu and bill.source(run).found is None:
+        print("no throughput of this profile on this machine yet: it is measured once, in seconds", file=sys.stderr)
+    print("\n".join(told.lines(run, bill.frame(run, args.gpu, args.gpus, measure=True))))
     return 0
 
 
@@ -126,6 +119,9 @@ def clean(args) -> int:
     else:
         print(f"{folder} does not exist: nothing to remove")
     return 0
+
+
+CHAPTERS = ("0", "1", "2", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6", "4", "A", "B")
 
 
 def notebook_stages(here: Run, name: str) -> list[str]:
@@ -167,6 +163,9 @@ def parser() -> argparse.ArgumentParser:
         if function in (run, why, rebuild):
             command.add_argument("name", help="a stage, such as rl-math" + {
                 run: ", or all", why: ", or a notebook, such as 3.3", rebuild: ""}[function])
+        if function is estimate:
+            command.add_argument("--gpu", default="", help="for GPUs of this make: h100, h200, h800, a100 (this machine)")
+            command.add_argument("--gpus", type=int, default=0, help="for so many of them (as few as hold the model)")
         if function is report:
             command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:
