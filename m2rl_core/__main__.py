@@ -121,7 +121,7 @@ def clean(args) -> int:
     return 0
 
 
-CHAPTERS = ("0", "1", "2", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6", "4", "A", "B")
+CHAPTERS = ("0", "1", "2", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6", "4", "A", "B", "C")
 
 
 def notebook_stages(here: Run, name: str) -> list[str]:
@@ -136,7 +136,7 @@ def notebook_stages(here: Run, name: str) -> list[str]:
         "3.3": ["weights"], "3.5": models,
         "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
         "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
-        "A": [*study.TRAINED], "B": [],
+        "A": [*study.TRAINED], "B": [], "C": [],
     }
     chapter = name.split("_")[0]
     if chapter not in chapters:

@@ -142,8 +142,10 @@ def next_token(policy: Policy, profile: Profile, texts: list[str], rows: list[Ro
 
 def measure(profile: Profile) -> dict:
     """Everything that `plan` needs of this machine for this profile; takes seconds. Deterministic but for the times."""
-    begun, start = time.perf_counter(), time.process_time()
-    threads = torch.get_num_threads()
+    begun, threads = time.perf_counter(), torch.get_num_threads()
+    blend_rows(profile, 8)  # imports what makes them
+    corpus(16, profile.seed)
+    start = time.process_time()
     texts = corpus(DOCUMENTS, profile.seed)
     text_seconds, start = (time.process_time() - start) / DOCUMENTS, time.process_time()
     rows = blend_rows(profile, ROWS)

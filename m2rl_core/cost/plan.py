@@ -66,9 +66,9 @@ def parts(stage: Stage, benchmarks: Mapping[str, str] = BENCHMARKS, learns: floa
     an advantage (None: as expected)."""
     s, kind = stage.settings, stage.kind
     if kind == "base":
-        return Parts(base_steps=s["steps"], updates=s["steps"], rows=s["blend"]["rows"], documents=s["documents"], saved=1)
+        return Parts(base_steps=s["steps"], updates=s["steps"], rows=_made(s["blend"]["lines"]), documents=s["documents"], saved=1)
     if kind == "sft":
-        return Parts(sft_steps=s["steps"], updates=s["steps"], rows=s["rows"], models=1, saved=1)
+        return Parts(sft_steps=s["steps"], updates=s["steps"], rows=_made(s["blend"]), models=1, saved=1)
     if kind in ("rl", "opd"):
         opd, count, seen = kind == "opd", s["prompts"] * s["group"], s["along"]
         has = 1.0 if opd or s.get("kl") or s.get("entropy") else mixed_share(s["group"]) if learns is None else learns
@@ -92,6 +92,11 @@ def parts(stage: Stage, benchmarks: Mapping[str, str] = BENCHMARKS, learns: floa
         return Parts(tuple(Call({d: s["prompts"] * s["samples"]}, len(s["rows"]), scored=1.5 * others) for d in s["rows"]),
                      models=len(stage.needs))
     return Parts(models=len(stage.needs), saved=int(kind in ("merge", "import")), compiled=kind == "weights")
+
+
+def _made(blend: list[dict]) -> int:
+    """Different rows that are made for a blend: those of its pools, some of which are repeated."""
+    return sum(line["pool"] for line in blend)
 
 
 class Measured:
