@@ -93,7 +93,7 @@ def of_spec(spec: ModelSpec) -> Shape:
 
 def of_config(config: dict) -> Shape:
     """The shape in a config.json of a qwen3 or qwen3_moe folder; raises KeyError for one that lacks a field."""
-    experts = config.get("num_experts") or 0
+    experts = config.get("num_experts") or config.get("num_local_experts") or 0  # transformers 5 writes the second
     return Shape(
         hidden=config["hidden_size"], layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"], head_dim=config["head_dim"],

@@ -147,7 +147,9 @@ def step(shape: Shape, machine: Machine, gpus: int, work: Work, efficiency: Effi
     nan = float("nan")
     if shard is None:
         needed = memory.training(shape, gpus, tokens).total
-        return Step(nan, nan, nan, "–", 0, 0, f"training needs {needed / 1e9:,.0f} GB a GPU, {machine.memory / 1e9:,.0f} GB are there")
+        return Step(nan, nan, nan, "–", 0, 0, 
+            f"training needs {needed / 1e9:,.0f} GB a GPU, {(1 - memory.SPARE) * machine.memory / 1e9:,.0f} of "
+            f"{machine.memory / 1e9:,.0f} GB can be had")
     if ways is None or not memory.rollouts_at_once(shape, machine, ways, work.prompt + work.longest):
         return Step(nan, nan, nan, "–", shard, 0, "no room for the keys and values of one longest answer")
     sample, by = sampling(shape, machine, gpus, ways, work, efficiency)

@@ -46,7 +46,7 @@ def table2_chart():
     y = alt.Y("row:N", sort=order, title=None)
     scale = alt.Scale(type="log", nice=False, padding=14)
     layers = [
-        base.mark_line(color="#bbbbbb").encode(alt.X("printed:Q", scale=scale), y),
+        base.mark_rule(color="#bbbbbb", strokeWidth=2).encode(alt.X("printed:Q", scale=scale), y, x2="modelled:Q"),
         base.mark_tick(color="#888888", thickness=3, size=14).encode(alt.X("naive:Q", scale=scale), y),
         base.mark_point(color="#0072B2", size=70, strokeWidth=1.5).encode(
             alt.X("modelled:Q", scale=scale, title="GPU hours (log)"), y,
@@ -144,14 +144,15 @@ def scaled_chart(found: pd.DataFrame, gpu: str = "H100"):
     """Seconds of a step over the number of GPUs, one line a model; the band is the model's error on Table 2."""
     error = table2.error()
     frame = found[found["why"] == ""].assign(low=lambda f: f["seconds"] / error, high=lambda f: f["seconds"] * error,
-                                             bound=lambda f: f["bound"].str.partition(":")[0])
+                                             bound=lambda f: f["bound"].str.replace(": ", ", by "))
     base, models = plots.base_of(frame), list(COLOURS)
     x = alt.X("GPUs:Q", scale=alt.Scale(type="log", base=2), axis=alt.Axis(values=list(GPUS)), title=f"number of {gpu}")
     colour = alt.Color("model:N", scale=alt.Scale(domain=models, range=list(COLOURS.values())), title=None)
-    y = alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="seconds of a step (log)")
-    layers = [base.mark_area(opacity=0.2).encode(x, alt.Y("low:Q", scale=alt.Scale(type="log")), alt.Y2("high:Q"), colour),
+    scale = alt.Scale(type="log", zero=False, domain=[frame["low"].min() * 0.8, frame["high"].max() * 1.2], nice=False)
+    y = alt.Y("seconds:Q", scale=scale, title="seconds of a step (log)")
+    layers = [base.mark_area(opacity=0.2).encode(x, alt.Y("low:Q", scale=scale), alt.Y2("high:Q"), colour),
               base.mark_line().encode(x, y, colour), base.mark_point(size=50, filled=True).encode(
-                  x, y, colour, shape=alt.Shape("bound:N", title="longest part"))]
+                  x, y, colour, shape=alt.Shape("bound:N", title="longest part", legend=alt.Legend(labelLimit=260)))]
     return plots.finish(alt.layer(*layers).properties(width=430, height=280), "A step of GRPO on larger models and clusters",
                         "lower is better; band: the error on Table 2; no mark: it does not fit")
 
