@@ -92,7 +92,7 @@ def estimate(args) -> int:
     """what every stage and all together cost: time, tokens, disk, memory; GPU hours beside the paper's"""
     from m2rl_core.cost import bill, told
     run = _open(args)
-    if not args.gpu and bill.source(run).found is None:
+    if not args.gpu and bill.calibratable(run.profile) and bill.source(run).found is None:
         print("no throughput of this profile on this machine yet: it is measured once, in seconds", file=sys.stderr)
     print("\n".join(told.lines(run, bill.frame(run, args.gpu, args.gpus, measure=True))))
     return 0

@@ -55,10 +55,17 @@ def shape_of(profile: Profile) -> shapes.Shape:
                      f"machine nor one of {', '.join(shapes.published())}")
 
 
+def calibratable(profile: Profile) -> bool:
+    """Whether a calibration in seconds is possible on a CPU: a small model of the profile's own shape."""
+    return isinstance(profile.model, ModelSpec) and shapes.of_spec(profile.model).parameters <= SMALL
+
+
 def source(run, gpu: str = "", gpus: int = 0, measure: bool = False) -> Source:
     """Where this run's times are from; `measure` allows a calibration of seconds. Raises StudyError for an unknown GPU."""
-    profile, small = run.profile, isinstance(run.profile.model, ModelSpec)
-    if not gpu and small and shapes.of_spec(profile.model).parameters <= SMALL:
+    profile = run.profile
+    if gpus < 0:
+        raise StudyError(f"GPUS={gpus}: at least one is needed")
+    if not gpu and calibratable(profile):
         from m2rl_core.cost import calibrate
         found = (calibrate.calibrate if measure else calibrate.cached)(profile, run.store.root)
         return Source("calibrated on this machine", found) if found else Source()

@@ -120,8 +120,8 @@ def scaled(gpu: str = "h100") -> pd.DataFrame:
 def _scaled(shape: Shape, named, gpus: int, work: speed.Work) -> dict:
     tokens = max(speed.MICRO_TOKENS, work.longest + work.prompt)
     found = speed.step(shape, named, gpus, work, table2.fit().efficiency)
-    held = memory.training(shape, found.shard or gpus, tokens)
-    return {"sharded over": found.shard or gpus, "GB a GPU": held.total / 1e9, "optimizer": (held.master + held.moments + held.gradient) / 1e9,
+    held, least = (memory.training(shape, n, tokens) for n in (found.shard or gpus, gpus))
+    return {"over all": least.total / 1e9, "there": (1 - memory.SPARE) * named.memory / 1e9, "sharded over": found.shard or gpus, "GB a GPU": held.total / 1e9, "optimizer": (held.master + held.moments + held.gradient) / 1e9,
             "activations": held.activations / 1e9, "seconds": found.seconds, "sample": found.sample, "train": found.train,
             "update": found.update, "bound": found.bound, "why": found.why,
             "GPU hours a step": found.seconds * gpus / 3600}
@@ -155,6 +155,18 @@ def scaled_chart(found: pd.DataFrame, gpu: str = "H100"):
                   x, y, colour, shape=alt.Shape("bound:N", title="longest part", legend=alt.Legend(labelLimit=260)))]
     return plots.finish(alt.layer(*layers).properties(width=430, height=280), "A step of GRPO on larger models and clusters",
                         "lower is better; band: the error on Table 2; no mark: it does not fit")
+
+
+def memory_chart(found: pd.DataFrame, gpu: str = "H100"):
+    """Bytes on each GPU in training where all of them share the state; above the rule it does not fit."""
+    base = plots.base_of(found)
+    x = alt.X("GPUs:Q", scale=alt.Scale(type="log", base=2), axis=alt.Axis(values=list(GPUS)), title=f"number of {gpu}")
+    y = alt.Y("over all:Q", scale=alt.Scale(type="log", nice=False, padding=10), title="GB on each GPU (log)")
+    colour = alt.Color("model:N", scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())), title=None)
+    layers = [base.mark_line(point=True).encode(x, y, colour),
+              base.mark_rule(color="#a3170f", strokeDash=[4, 3]).encode(alt.Y("there:Q"))]
+    return plots.finish(alt.layer(*layers).properties(width=430, height=240), "Memory in training, state sharded over all GPUs",
+                        "lower is better; dashed: what can be had; what is left at the right are activations and one layer")
 
 
 def scaling_sentence(found: pd.DataFrame) -> Markdown:
