@@ -33,7 +33,8 @@ def fit_sentence() -> Markdown:
 def table2_shown() -> pd.DataFrame:
     """Table 2 and the model's hours with their residuals; beside them the model with one length for all domains."""
     return pd.DataFrame([{
-        "run": r["row"], "GPU hours (paper)": r["printed"], "model": r["modelled"], "residual (%)": r["residual"], "use": r["use"],
+        "run": r["row"], "GPU hours (paper)": r["printed"], "model": r["modelled"],
+        "residual (%)": r["residual"] if r["use"] == "check" else math.nan, "use": r["use"],
         "tokens an answer": r["tokens an answer"], "one length for all": r["naive"], "its residual (%)": r["naive residual"],
     } for r in table2.check().to_dict("records")])
 
@@ -179,7 +180,7 @@ def scaling_sentence(found: pd.DataFrame) -> Markdown:
             continue
         fewest, best = there.iloc[0], there.loc[there["GPU hours a step"].idxmin()]
         last = there.iloc[-1]
-        told.append(f"* `{model}` fits from {fewest['GPUs']} GPUs on ({fewest['bound']}); a step is cheapest on {best['GPUs']} "
+        told.append(f"* `{model}` needs {fewest['sharded over']} GPUs or more to train; a step is cheapest on {best['GPUs']} of the numbers below "
                     f"({best['GPU hours a step']:,.1f} GPU hours). On {last['GPUs']} it takes {clock(last['seconds'])} and "
                     f"{last['GPU hours a step'] / best['GPU hours a step']:.1f} times as many GPU hours; {last['bound']} bounds it.")
     return Markdown("\n".join(told))
