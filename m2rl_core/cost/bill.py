@@ -52,7 +52,7 @@ def shape_of(profile: Profile) -> shapes.Shape:
     if profile.name == "released" or any("M2RL" in source for source in named):
         return shapes.published()["Qwen3-4B"]  # section 3.2
     raise StudyError(f"{profile.name}: the shape of {next(filter(None, named), 'its models')} is not known: it is neither on this "
-                     f"machine nor one of {', '.join(shapes.published())}")
+                     f"machine nor one of {', '.join(shapes.published())}; put it there first, or fetch it")
 
 
 def calibratable(profile: Profile) -> bool:
@@ -74,7 +74,8 @@ def source(run, gpu: str = "", gpus: int = 0, measure: bool = False) -> Source:
     shape, named = shape_of(profile), machine(gpu or DEFAULT)
     rl, fit = profile.rl, table2.fit()
     tokens = max(speed.MICRO_TOKENS, rl.max_new_tokens + modelled.PROMPT)
-    gpus = gpus or speed.sharding(shape, named, 1024, tokens) or 1024
+    trains = any(stage.kind in ("sft", "rl", "opd") for stage in run.stages.values())
+    gpus = gpus or (speed.sharding(shape, named, 1024, tokens) if trains else memory.sharded_engine(shape, named, 1024)) or 1024
     prompt = min(modelled.PROMPT, profile.model.context - rl.max_new_tokens) if profile.model else modelled.PROMPT
     cluster = modelled.Cluster(
         shape, named, gpus, fit.efficiency, lengths_of(run, fit), rl.max_new_tokens, profile.base.batch_tokens if profile.base else 0,
@@ -178,9 +179,9 @@ def memory_of(run, stage: Stage, shape: shapes.Shape | None, here: Source) -> fl
 
 
 def beside_paper(found: pd.DataFrame) -> pd.DataFrame:
-    """Table 2's rows: GPU hours as printed and of this estimate, tokens, seconds; those of the profile's own models."""
+    """Table 2's rows: GPU hours as printed and of this estimate, tokens, seconds; of the models that the profile trains."""
     printed, ours = paper.table(2), found.set_index("stage")
-    names = [name for name in printed.index if name in ours.index]
+    names = [name for name in printed.index if name in ours.index and ours.loc[name, "kind"] in ("rl", "opd")]
     return pd.DataFrame([{
         "model": name, "GPU hours (paper)": printed.loc[name, "gpu_hours"], "steps (paper)": printed.loc[name, "steps"],
         "steps": ours.loc[name, "steps"], "seconds": ours.loc[name, "seconds"], "tokens": ours.loc[name, "expected tokens"],
