@@ -2,6 +2,7 @@
 PROFILE ?= tiny
 MODELS ?=
 NB ?=
+DRY ?=
 PAIRS ?= 5
 GPU ?=
 GPUS ?=
@@ -48,8 +49,8 @@ bubblewrap:
 		echo "  sudo apt-get install bubblewrap"; \
 	fi
 
-reproduce: setup ## run the study and write reports/PROFILE (MODELS= and NB= choose a part)
-	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)"
+reproduce: setup ## run the study and write reports/PROFILE (MODELS= and NB= choose a part; DRY=1 says what is missing)
+	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)"$(if $(filter-out 0,$(DRY)), --dry)
 
 test: setup $(if $(filter Linux,$(shell uname -s)),vllm) ## run all tests
 	$(BIN)/python -m pytest

@@ -27,6 +27,10 @@ EXPECTED = (StudyError, ProfileError, UnknownStage, MissingArtifact, CorruptArti
 def reproduce(args) -> int:
     """execute the notebooks and write the report"""
     run, root = _open(args), repo_root()
+    if args.dry:
+        from m2rl_core import dry
+        print(dry.table(dry.check(run), run.profile.name))
+        return 0
     extra = {}
     for text in args.set:
         name, sign, value = text.partition("=")
@@ -130,13 +134,14 @@ def notebook_stages(here: Run, name: str) -> list[str]:
     def on_all_seeds(models):
         return [policy for model in models for policy in study.seeds_of(model, here.profile.seeds).values()]
 
-    models, trained = [f"eval-{policy}" for policy in on_all_seeds(study.MODELS)], on_all_seeds(study.TRAINED)
+    models = [f"eval-{policy}" for policy in on_all_seeds(here.members.models)]
+    trained = on_all_seeds(here.members.trained)
     chapters = {
         "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*trained, *models, "sweep"],
         "3.3": ["weights"], "3.5": models,
         "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
         "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
-        "A": [*study.TRAINED], "B": [], "C": [],
+        "A": [*here.members.trained], "B": [], "C": [],
     }
     chapter = name.split("_")[0]
     if chapter not in chapters:
@@ -169,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         if function is report:
             command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:
+            command.add_argument("--dry", action="store_true", help="look for everything that is needed, and run nothing")
             command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
             command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")
             command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")

@@ -4,11 +4,15 @@ from __future__ import annotations
 import os
 import sys
 
+from IPython import get_ipython
 from IPython.display import Markdown, display
 
+from m2rl_core import not_run
 from m2rl_core.plots import show_pictures
 from m2rl_core.provenance import commit, machine, packages
 from m2rl_core.run import Run, open_run
+from m2rl_core.specs import ModelSpec
+from m2rl_core.study import MODELS, NOT_IN
 
 
 def start(profile: str, section: str) -> Run:
@@ -18,6 +22,8 @@ def start(profile: str, section: str) -> Run:
     """
     run = open_run(profile)
     show_pictures()
+    if not run.members.whole and (shell := get_ipython()) is not None:
+        not_run.install(shell)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(run.profile.threads)
     else:
@@ -29,18 +35,31 @@ def start(profile: str, section: str) -> Run:
 def card(run: Run, section: str) -> str:
     """A Markdown table of what a reader must know to judge the numbers below it."""
     profile, here, versions = run.profile, machine(), packages()
-    model = profile.model
     lines = {
         "section": section,
         "profile": f"`{profile.name}`: {profile.about}",
-        "model": f"Qwen3, {parameters(model) / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
-                 f"{model.vocab} tokens), context {model.context}",
+        "model": _model(profile),
+        **({"not run": f"{', '.join(left)}: {NOT_IN} them, or what they need"} if (left := left_out(run)) else {}),
         "seed": f"{profile.seed} ({profile.seeds} run{'s of every policy after SFT' if profile.seeds > 1 else ''})",
         "code": f"commit {commit()}",
         "software": f"Python {here['python']}, torch {versions['torch']}, transformers {versions['transformers']}",
         "machine": f"{here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']} {here['processor']}",
     }
     return "\n".join(["| run card | |", "|---|---|", *(f"| {key} | {value} |" for key, value in lines.items())])
+
+
+def _model(profile) -> str:
+    model = profile.model
+    if isinstance(model, ModelSpec):
+        return (f"Qwen3, {parameters(model) / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
+                f"{model.vocab} tokens), context {model.context}")
+    brought = ", ".join(f"{name} from `{source}`" for name, source in profile.imports.items() if source)
+    return "; ".join(filter(None, [model and f"base `{model.source}`, context {model.context}", brought]))
+
+
+def left_out(run: Run) -> list[str]:
+    """The paper's models that a profile's study does not have."""
+    return [name for name in MODELS if name not in run.members.models]
 
 
 def seeds_note(run: Run, section: str) -> Markdown | None:

@@ -36,7 +36,14 @@ STYLE = {
 ALIGN = {0: "center", 1: "left", -1: "right"}
 ENDS = {"low": "95 % from", "high": "95 % to"}
 GROUPS = {"outcome": ("#0072B2", "circle"), "process": ("#D55E00", "diamond"), "generation": ("#999999", "square")}
-DOMAIN_NAMES = {"math": "Math", "coding": "Coding", "science": "Science", "if": "IF", "agent": "Agent"}
+class _Names(dict):
+    """A domain of one's own goes by its own name."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+DOMAIN_NAMES = _Names({"math": "Math", "coding": "Coding", "science": "Science", "if": "IF", "agent": "Agent"})
 
 
 BLUES = ((247, 251, 255), (8, 81, 156))  # from nothing to much; red, green, blue

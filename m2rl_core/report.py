@@ -20,10 +20,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from m2rl_core.progress import duration
 from m2rl_core.provenance import commit, freeze, machine
 from m2rl_core.store import hold, write_atomic
-from m2rl_core.study import EXPERTS, TRAINED
+from m2rl_core.profile import load_profile
+from m2rl_core.progress import duration
+from m2rl_core.study import EXPERTS, TRAINED, Members
 
 TRAIN = "3.2_train"  # executed once for each policy
 NOTEBOOKS = ("0_plan", "1_introduction", "2_related_work", "3.1_preliminary", TRAIN, "3.2_experiments",
@@ -81,7 +82,9 @@ def plan(folder: Path, profile: str, models: str = "", notebooks: str = "", extr
     chosen notebook that has them. Raises ReportError for a name or a parameter that nothing has.
     """
     chosen = _choose(notebooks or (TRAIN if models else ""), NOTEBOOKS, "notebook", prefix=True)
-    policies = _choose(models, TRAINED, "model")
+    trained = Members.of(load_profile(profile)).trained
+    policies = [name for name in _choose(models, TRAINED, "model") if models or name in trained]
+    own = [name for name in trained if name not in TRAINED] if not models else []
     extra, used, jobs = extra or {}, set(), []
     for stem in chosen:
         source = folder / f"{stem}.ipynb"
@@ -90,7 +93,7 @@ def plan(folder: Path, profile: str, models: str = "", notebooks: str = "", extr
         known = parameter_names(source)
         mine = {key: value for key, value in extra.items() if key in known}
         used.update(mine)
-        for model in policies if stem == TRAIN else (None,):
+        for model in (*policies, *own) if stem == TRAIN else (None,):
             parameters = {"profile": profile, **({"model": model} if model else {}), **mine}
             check_parameters(source, parameters, known)
             jobs.append(Job(f"{stem}.{model}" if model else stem, source, parameters))

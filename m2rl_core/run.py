@@ -20,7 +20,7 @@ from m2rl_core import domains, imports, progress, publish
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
-from m2rl_core.study import Members, Stage, find, first, seed_of, seeds_of, study, upstream, work
+from m2rl_core.study import Members, NotInStudy, Stage, find, first, seed_of, seeds_of, study, upstream, work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,7 +176,10 @@ class Run:
     def table(self, name: str, file: str) -> pd.DataFrame:
         """One Parquet (or .jsonl) file of a stage, made first where it is missing."""
         import pandas as pd
+        stage = find(self.stages, name)
         path = self.need(name) / file
+        if not path.is_file() and stage.kind == "import":
+            raise NotInStudy(f"{name} is brought, not trained here: there is no {file}")
         if not path.is_file():
             there = ", ".join(sorted(part.name for part in path.parent.iterdir()))
             raise MissingArtifact(f"{name} has no file {file}; it has {there}")
@@ -217,6 +220,8 @@ class Run:
         """Evaluation rows on the way, one for each (model, step, benchmark, item, sample); all policies by default."""
         import pandas as pd
         names = [model] if model else self.members.trained
+        if not names:
+            raise NotInStudy("no policy is trained in this profile")
         return pd.concat([self.table(name, "along.parquet") for name in names], ignore_index=True)
 
     def rollouts(self, model: str) -> pd.DataFrame:
@@ -230,12 +235,17 @@ class Run:
 
     def _stack(self, names: Iterable[str]) -> pd.DataFrame:
         import pandas as pd
-        return pd.concat([self.table(name, "rows.parquet") for name in names], ignore_index=True)
+        found = [self.table(name, "rows.parquet") for name in names]
+        if not found:
+            raise NotInStudy("no model of this profile is judged")
+        return pd.concat(found, ignore_index=True)
 
     # Publishing: files of the report; nothing is written unless its runner asks for it --------------
 
     def publish_table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """tables/<name>.csv of the report; returns the frame, to be shown."""
+        if frame is None:
+            raise NotInStudy(f"nothing to measure {name} by is in this profile")
         return publish.table(name, frame)
 
     def publish_figure(self, name: str, chart):

@@ -65,6 +65,9 @@ class NotInStudy(UnknownStage):
     """A part of the paper's study that this profile leaves out, because it neither brings nor trains what it needs."""
 
 
+NOT_IN = "this profile neither brings nor trains"
+
+
 @dataclass(frozen=True)
 class Members:
     """Who is in a profile's study, in the order of the tables; all of the paper's where nothing is brought or left out.
@@ -78,6 +81,11 @@ class Members:
     judged: tuple[str, ...]
     neighbors: tuple[str, ...]
     judged_benchmarks: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the paper's study, made here."""
+        return self.models == MODELS and self.trained == TRAINED
 
     @staticmethod
     def of(profile: Profile) -> Members:
@@ -161,13 +169,13 @@ def variants(merge) -> list[dict]:
         for name, key, values in SWEEP for value in values if value != own[name].get(key)]
 
 
-def subsets(merge, domains=DOMAINS, benchmarks=BENCHMARKS) -> list[dict]:
+def subsets(merge) -> list[dict]:
     """TIES of every three and four experts as variants of a sweep, each tested on its own domains (section 3.4)."""
     own = {key: getattr(merge, key) for key in MERGES["merge-ties"][1]}
     return [{"name": f"ties-{'-'.join(chosen)}", "method": "ties",
              "parameters": own | {"experts": [f"rl-{domain}" for domain in chosen]},
-             "benchmarks": [b for b, domain in benchmarks.items() if domain in chosen]}
-            for size in (3, 4) if size < len(domains) for chosen in combinations(domains, size)]
+             "benchmarks": [b for b, domain in BENCHMARKS.items() if domain in chosen]}
+            for size in (3, 4) for chosen in combinations(DOMAINS, size)]
 
 
 def study(profile: Profile) -> dict[str, Stage]:
@@ -243,8 +251,8 @@ def study(profile: Profile) -> dict[str, Stage]:
         add("weights", "weights", ("sft", *experts), {
             "eta": analysis.eta, "etas": analysis.etas, "random_projection": analysis.random_projection, **seed})
         several["sweep"] = variants(profile.merge)
-        if analysis.pairs and (chosen := subsets(profile.merge, tuple(here.experts), profile.benchmarks)):
-            several["subsets"] = chosen
+        if analysis.pairs and tuple(here.experts) == DOMAINS:
+            several["subsets"] = subsets(profile.merge)
     for name, merged in several.items():
         add(name, "sweep", ("sft", *experts), {
             "variants": merged, "items": analysis.sweep_items, "k": analysis.sweep_k,
@@ -275,7 +283,7 @@ def find(stages: dict[str, Stage], name: str) -> Stage:
     if name not in stages:
         policy = name.removeprefix("eval-").removeprefix("judge-")
         if policy in MODELS or name in ("weights", "sweep", "subsets", "neighborhoods") or policy.startswith("pair-"):
-            raise NotInStudy(f"{name} is not in this study: the profile neither brings nor trains what it needs")
+            raise NotInStudy(f"{name}: {NOT_IN} what it needs")
         close = difflib.get_close_matches(name, stages, 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else "`make status` lists them all"
         raise UnknownStage(f"unknown stage {name!r}; {hint}")

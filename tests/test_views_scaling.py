@@ -90,3 +90,4 @@ def test_the_work_is_table_2_s():
     work = scaling.work_of("Qwen3-4B")
     assert work.rollouts == 2048 and work.mean == pytest.approx(table2.fit().mean, rel=0.01) and work.longest == 32768
     assert "918,912 parameters" in scaling.own_shape(SimpleNamespace(profile=load_profile("tiny")))
+    assert "the shape of" in scaling.own_shape(SimpleNamespace(profile=load_profile("byo")))  # its models are not here

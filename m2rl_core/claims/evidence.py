@@ -56,7 +56,8 @@ class Evidence:
     kl: expert, policy, domain, prompt, tokens, kl_exact (nats a token). costs: model, hours (and cpu_hours). jaccard
     and cosine: as `metrics.weights` writes them; weights as stored are used. gradients: step, group, a, b, cosine, as
     RL-Multi records them. `cells` replaces frames by ready estimates. `prices`: seconds that one sample of one item took
-    each model when it was evaluated.
+    each model when it was evaluated. `benchmarks` (to their domains) and `experts` (by domain) are the study's; the paper's
+    claims are about its own nine and five, whatever a study has.
 
     All but scores is of the first training seed; "first" names the scores of that seed alone, to be set beside it.
     """
@@ -70,10 +71,36 @@ class Evidence:
     costs: pd.DataFrame | None = None
     gradients: pd.DataFrame | None = None
     neighbours: Mapping[str, str] | None = None
+    benchmarks: Mapping[str, str] = field(default_factory=lambda: dict(BENCHMARKS))
+    experts: Mapping[str, str] = field(default_factory=lambda: dict(EXPERT))
     cells: dict = field(default_factory=dict)
     prices: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     resamples: int = 4000
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that have an expert, in order."""
+        return tuple(self.experts)
+
+    @cached_property
+    def own(self) -> dict[str, list[str]]:
+        """The benchmarks of each domain that has an expert."""
+        return {domain: [b for b, d in self.benchmarks.items() if d == domain] for domain in self.experts}
+
+    @property
+    def figure2(self) -> dict[str, str]:
+        """The benchmark that stands for each domain, as in Fig. 2; of one's own domain, its own."""
+        return {domain: FIGURE2.get(domain, domain) for domain in self.experts}
+
+    def present(self, models: Iterable[str], of: str = "scores") -> list[str]:
+        """Those of `models` that there are rows of; Missing where there are none of any."""
+        rows = self.frame(of)
+        found = set(rows["policy" if of == "kl" else "model"])
+        there = [model for model in models if model in found]
+        if not there:
+            raise Missing(f"no {of} of {', '.join(models)}")
+        return there
 
     def frame(self, name: str, *columns: str) -> pd.DataFrame:
         """The frame `name`, with `columns`; Missing where there is none."""
@@ -134,12 +161,12 @@ class Evidence:
                 for of in ("scores", "first")}
 
     def best(self, models: Iterable[str]) -> str:
-        """The model with the best mean over the nine benchmarks among those measured on all of them."""
+        """The model with the best mean over the study's benchmarks among those measured on all of them."""
         found = self.measured("scores")
-        whole = [m for m in models if all(found.has(b, m) for b in BENCHMARKS)]
+        whole = [m for m in models if all(found.has(b, m) for b in self.benchmarks)]
         if not whole:
             raise Missing(f"no scores of {', '.join(models)}")
-        return max(whole, key=lambda m: found.contrast(average(m, BENCHMARKS)).estimate)
+        return max(whole, key=lambda m: found.contrast(average(m, self.benchmarks)).estimate)
 
 
 def first_seed(rows: pd.DataFrame) -> pd.DataFrame:

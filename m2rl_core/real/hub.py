@@ -100,7 +100,7 @@ def files(source: Source, splits: Sequence[str] = ()) -> list[File]:
                  and Path(name).suffix in BUILDERS]
         if not paths:
             raise HubError(f"{_name(source)} has no file {source.splits[split]}"
-                           + (f" in {folder}: copy it there" if folder else f" on the hub: {_mend(source)}"))
+                           + (f" in {folder}: copy it there" if folder else f" on the hub: {mend(source)}"))
         found += [File(source, split, path, address + path) for path in paths]
     return found
 
@@ -177,7 +177,8 @@ def _name(source: Source) -> str:
     return f"{source.repo} at {source.revision[:12] or 'its newest commit'}"
 
 
-def _mend(source: Source) -> str:
+def mend(source: Source) -> str:
+    """How to get a data set that cannot be read, in half a line."""
     where = f"{os.environ.get(FOLDER) or '/folder'}/{source.by_hand}/"
     terms = f"{source.login}; or " if source.login else ""
     return (f"{terms}put {', '.join(source.splits.values())} into {where} by hand and set {FOLDER}="
@@ -186,4 +187,4 @@ def _mend(source: Source) -> str:
 
 def _unreachable(source: Source, error: object, path: str = "") -> HubError:
     reason = " ".join(str(error).split())[:160] or type(error).__name__
-    return HubError(f"{_name(source)}{': ' + path if path else ''} cannot be read ({reason}): {_mend(source)}")
+    return HubError(f"{_name(source)}{': ' + path if path else ''} cannot be read ({reason}): {mend(source)}")

@@ -12,7 +12,6 @@ import pandas as pd
 from IPython.display import Markdown
 
 from m2rl_core.claims.evidence import MARGIN, MERGES, Evidence, within
-from m2rl_core.domains import BENCHMARKS
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import Estimate, difference
 from m2rl_core.progress import spoken
@@ -37,8 +36,8 @@ def levers(run, evidence: Evidence, pairs: Iterable[tuple[str, str]] | None = No
     """
     lines = []
     for a, b in headlines(evidence) if pairs is None else pairs:
-        e = evidence.contrast(difference(a, b, BENCHMARKS))
-        parts = evidence.measured("scores").spread(difference(a, b, BENCHMARKS))
+        e = evidence.contrast(difference(a, b, evidence.benchmarks))
+        parts = evidence.measured("scores").spread(difference(a, b, evidence.benchmarks))
         whole = sum(part for part in parts[:3] if not isnan(part))
         seed = e.seconds / parts.runs + training_seconds(run, (a, b))
         known = {"a": a, "b": b, "difference": e.estimate, "low": e.low, "high": e.high, "items": e.n, "seeds": parts.runs,

@@ -13,7 +13,6 @@ from IPython.display import Markdown
 
 from m2rl_core import claims
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, OWN, Evidence, items_that_tell
-from m2rl_core.domains import BENCHMARKS
 from m2rl_core.metrics.stats import average, difference
 from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views import scores
@@ -42,12 +41,12 @@ def options(found: Evidence, experts_at_hand: bool = False, models=OPTIONS) -> p
     interval is above -2 points. `chosen`: the cheapest that is not lower; of equally cheap ones the best.
     """
     known = cost(found.frame("costs", "model", "hours"), experts_at_hand=experts_at_hand)
-    models = [m for m in models if m in known and all(found.measured("scores").has(b, m) for b in BENCHMARKS)]
-    means = {m: found.contrast(average(m, BENCHMARKS)) for m in models}
+    models = [m for m in models if m in known and all(found.measured("scores").has(b, m) for b in found.benchmarks)]
+    means = {m: found.contrast(average(m, found.benchmarks)) for m in models}
     best = max(models, key=lambda m: means[m].estimate)
     rows = []
     for m in models:
-        gap = (0.0, 0.0, 0.0) if m == best else found.contrast(difference(m, best, BENCHMARKS), len(models) - 1)[:3]
+        gap = (0.0, 0.0, 0.0) if m == best else found.contrast(difference(m, best, found.benchmarks), len(models) - 1)[:3]
         value, low, high = means[m][:3]
         rows.append({"model": m, "cost": known[m], "value": value, "low": low, "high": high, "gap": gap[0], "gap_low": gap[1],
                      "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
@@ -115,7 +114,7 @@ def _choice(found: Evidence, frame: pd.DataFrame, experts_at_hand: bool) -> str:
 
 def _open(found: Evidence, take: pd.Series, best: str, parts: int) -> str:
     """What a choice risks that is neither lower nor comparable, and what would settle it."""
-    e = found.contrast(difference(take["model"], best, BENCHMARKS), parts)
+    e = found.contrast(difference(take["model"], best, found.benchmarks), parts)
     if not isfinite(e.low):
         return "; too few items for an interval."
     items = items_that_tell(e, 0.0, parts)

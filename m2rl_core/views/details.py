@@ -42,7 +42,8 @@ def used(profile) -> dict[tuple[str, str], object]:
             "instruction verifier": "IFEval's strict checks, all must hold",
             "code verifier": "all unit tests, in a sandbox",
             "agent environment": f"small workplace, at most {rl.max_turns} turns",
-            **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows[domain] for domain in DOMAINS}},
+            **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows[domain] for domain in DOMAINS
+               if domain in rl.rows}},
         "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
                   "TIES density": f"{merge.density:g} over all weights of an expert together",
                   "scale of the merged task vector": merge.scale},
@@ -55,7 +56,7 @@ def used(profile) -> dict[tuple[str, str], object]:
             "divergence": {"sampled": "log-ratio of the sampled token only",
                            "full": "reverse KL over the vocabulary"}[opd.loss]},
         "analysis": {"changed-weight threshold eta": analysis.eta,
-                     "layer": f"{analysis.layer} of {profile.model.layers}",
+                     "layer": f"{analysis.layer}" + (f" of {profile.model.layers}" if hasattr(profile.model, "layers") else ""),
                      "random projection dimension": analysis.random_projection,
                      "judge repeats": f"Avg@{analysis.judge_k}"},
     }

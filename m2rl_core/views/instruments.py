@@ -221,7 +221,7 @@ def _checks(run, world: Callable[[np.random.Generator], Iterator[Check]]) -> pd.
 def _sizes(run) -> tuple[dict[str, int], int]:
     """Items of each benchmark, at least `LEAST`, and the usual number of samples an item."""
     spec = run.profile.eval
-    return {b: max(LEAST, spec.items[b]) for b in BENCHMARKS}, int(np.median(list(spec.k.values())))
+    return {b: max(LEAST, spec.items.get(b, LEAST)) for b in BENCHMARKS}, int(np.median(list(spec.k.values())))
 
 
 def _overlap(line: pd.Series, null: float, size: tuple[int, int]) -> tuple[float, float, float, bool]:

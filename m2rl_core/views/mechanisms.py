@@ -34,7 +34,8 @@ def table5_shown(found: pd.DataFrame) -> pd.DataFrame:
     printed = paper.table(5)
     columns = [c for c in found if f"{c}_random" in found]
     lines = [{"pair": " - ".join(DOMAIN_NAMES[d] for d in r["pair"].split("-")),
-              **{c: f"{_two(r[c])}\npaper {printed.loc[r['pair'], c]:.2f}" for c in columns}}
+              **{c: f"{_two(r[c])}" + (f"\npaper {printed.loc[r['pair'], c]:.2f}" if r["pair"] in printed.index else "")
+                 for c in columns}}
              for _, r in found.iterrows()]
     lines.append({"pair": "random masks", **{
         c: f"{_two(found[f'{c}_random'].mean())}\npaper {printed.loc['random', c]:.2f}" for c in columns}})

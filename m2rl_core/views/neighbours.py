@@ -13,8 +13,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from m2rl_core import paper, plots
-from m2rl_core.claims.evidence import EXPERT, OWN, Evidence
-from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.claims.evidence import Evidence
 from m2rl_core.metrics import nearness, stats
 from m2rl_core.metrics.stats import difference
 from m2rl_core.plots import DOMAIN_NAMES
@@ -29,10 +28,10 @@ FACTOR = 1.5  # epsilon of Eq. 1 in units of the own expert's divergence, as the
 def divergences(evidence: Evidence, policies: Sequence[str] = POLICIES) -> pd.DataFrame:
     """Fig. 4: policy, data (domain of the prompts), expert (domain of who answers), kl, low, high, n, interval."""
     lines = []
-    for policy in policies:
-        for data in DOMAINS:
-            for expert in DOMAINS:
-                e = evidence.contrast({(data, f"{EXPERT[expert]}>{policy}"): 1.0}, of="kl")
+    for policy in evidence.present(policies, "kl"):
+        for data in evidence.domains:
+            for expert in evidence.domains:
+                e = evidence.contrast({(data, f"{evidence.experts[expert]}>{policy}"): 1.0}, of="kl")
                 lines.append({"policy": policy, "data": data, "expert": expert, "kl": e.estimate, "low": e.low,
                               "high": e.high, "n": e.n, "interval": bounds(e.low, e.high, 2)})
     return pd.DataFrame(lines)
@@ -41,10 +40,10 @@ def divergences(evidence: Evidence, policies: Sequence[str] = POLICIES) -> pd.Da
 def changes(evidence: Evidence, policies: Sequence[str] = POLICIES) -> pd.DataFrame:
     """KL to the own expert beside the change against it: policy, domain, kl, kl_low, kl_high, change, low, high."""
     lines = []
-    for policy in policies:
-        for domain, expert in EXPERT.items():
+    for policy in evidence.present(policies, "kl"):
+        for domain, expert in evidence.experts.items():
             kl = evidence.contrast({(domain, f"{expert}>{policy}"): 1.0}, of="kl")
-            gap = evidence.contrast(difference(policy, expert, OWN[domain]), of="first")
+            gap = evidence.contrast(difference(policy, expert, evidence.own[domain]), of="first")
             lines.append({"policy": policy, "domain": domain, "kl": kl.estimate, "kl_low": kl.low, "kl_high": kl.high,
                           "change": gap.estimate, "low": gap.low, "high": gap.high})
     return pd.DataFrame(lines)
@@ -75,7 +74,8 @@ def neighbours(found: pd.DataFrame, policy: str, factor: float = FACTOR) -> pd.D
     epsilon is `factor` times the own expert's divergence in that domain.
     """
     kl = found[found["policy"] == policy].set_index(["data", "expert"])["kl"]
-    near = {(a, b): bool(kl[a, b] < factor * kl[a, a]) for a in DOMAINS for b in DOMAINS if a != b}
+    domains = list(dict.fromkeys(found["data"]))
+    near = {(a, b): bool(kl[a, b] < factor * kl[a, a]) for a in domains for b in domains if a != b}
     return pd.DataFrame([{
         "domain": a, "expert": b, "kl": kl[a, b], "epsilon": factor * kl[a, a], "near": near[a, b],
         "mutual": near[a, b] and near[b, a]} for a, b in near])
@@ -91,14 +91,14 @@ def neighbours_shown(found: pd.DataFrame) -> pd.DataFrame:
             "other experts, near to far": ", ".join(f"{DOMAIN_NAMES[r.expert]} {r.kl:.3f}" for r in part.itertuples()),
             "policy neighbours": ", ".join(near) or "none",
         })
-    order = list(DOMAIN_NAMES.values())
+    order = [*DOMAIN_NAMES.values(), *(line["domain"] for line in lines)]
     return pd.DataFrame(sorted(lines, key=lambda line: order.index(line["domain"])))
 
 
 def sensitivity(found: pd.DataFrame, policies: Sequence[str] = POLICIES, factors=(1, 1.25, 1.5, 2, 3)) -> pd.DataFrame:
-    """How many of the 20 ordered pairs are neighbours, and how many one way only, for other thresholds."""
+    """How many of the ordered pairs (20 of five) are neighbours, and how many one way only, for other thresholds."""
     lines = []
-    for policy in policies:
+    for policy in [name for name in policies if name in set(found["policy"])]:
         line: dict[str, object] = {"policy": policy}
         for factor in factors:
             pairs = neighbours(found, policy, factor)
@@ -113,11 +113,12 @@ def steadiness(evidence: Evidence, policy: str = "merge-ties", factor: float = F
     `share`: of the resamples in which the expert is a neighbour; `one_way`: in which it is and the reverse is not;
     `first`: in which it is the nearest of the other experts. NaN where a domain has a single prompt.
     """
-    cells = [evidence.measured("kl").drawn({(a, f"{EXPERT[b]}>{policy}"): 1.0}) for a in DOMAINS for b in DOMAINS]
-    kl = np.stack(cells, 1).reshape(-1, len(DOMAINS), len(DOMAINS))  # (R, A, B)
+    domains = evidence.domains
+    cells = [evidence.measured("kl").drawn({(a, f"{evidence.experts[b]}>{policy}"): 1.0}) for a in domains for b in domains]
+    kl = np.stack(cells, 1).reshape(-1, len(domains), len(domains))  # (R, A, B)
     near, first = nearness.near(kl, factor), nearness.nearest(kl)
     known, named = np.isfinite(kl).all(), neighbours(divergences(evidence, [policy]), policy, factor)
-    i, j = ([DOMAINS.index(d) for d in named[side]] for side in ("domain", "expert"))
+    i, j = ([domains.index(d) for d in named[side]] for side in ("domain", "expert"))
     shares = {"share": near[:, i, j], "one_way": near[:, i, j] & ~near[:, j, i], "first": first[:, i] == np.array(j)}
     return named[["domain", "expert", "near", "kl"]].assign(
         **{name: found.mean(axis=0) if known else nan for name, found in shares.items()})
@@ -158,18 +159,19 @@ def pairs(evidence: Evidence, kl: pd.DataFrame, policy: str = "merge-ties") -> p
     """
     printed, eq1 = paper.table(6), neighbours(kl, policy).set_index(["domain", "expert"])
     lines = []
-    for a in DOMAINS:
-        for b in DOMAINS:
+    own = evidence.own
+    for a in evidence.domains:
+        for b in evidence.domains:
             if a == b:
                 continue
-            x, y = sorted((a, b), key=DOMAINS.index)
-            if not evidence.measured("scores").has(OWN[a][0], f"pair-{x}-{y}"):  # the profile makes no pairs
+            x, y = sorted((a, b), key=evidence.domains.index)
+            if not evidence.measured("scores").has(own[a][0], f"pair-{x}-{y}"):  # the profile makes no pairs
                 continue
-            gap = evidence.contrast(difference(f"pair-{x}-{y}", EXPERT[a], OWN[a]), of="first")
+            gap = evidence.contrast(difference(f"pair-{x}-{y}", evidence.experts[a], own[a]), of="first")
             row = f"merge-ties-{x}-{y}"
             row = row if row in printed.index else f"merge-ties-{y}-{x}"
-            known = row in printed.index and f"{OWN[a][0]}_change" in printed
-            theirs = printed.loc[row, [f"{n}_change" for n in OWN[a]]].mean(skipna=False) if known else nan
+            known = row in printed.index and f"{own[a][0]}_change" in printed
+            theirs = printed.loc[row, [f"{n}_change" for n in own[a]]].mean(skipna=False) if known else nan
             lines.append({"domain": a, "partner": b, "model": f"pair-{x}-{y}", "kl": eq1.loc[(a, b), "kl"],
                           "near": bool(eq1.loc[(a, b), "near"]), "change": gap.estimate, "low": gap.low,
                           "high": gap.high, "n": gap.n, "paper": theirs})
@@ -189,8 +191,8 @@ def pairs_shown(found: pd.DataFrame) -> pd.DataFrame:
 def table6(evidence: Evidence) -> pd.DataFrame:
     """Scores of the single experts and of the ten pairs on their own benchmarks, as `stats.score_table` writes them."""
     rows = evidence.frame("first")
-    names = [*EXPERT.values(), *(m for m in dict.fromkeys(rows["model"]) if m.startswith("pair-"))]
-    return stats.score_table(rows, names, list(BENCHMARKS), evidence.rng(), evidence.resamples)
+    names = [*evidence.experts.values(), *(m for m in dict.fromkeys(rows["model"]) if m.startswith("pair-"))]
+    return stats.score_table(rows, names, list(evidence.benchmarks), evidence.rng(), evidence.resamples)
 
 
 def pairs_sentence(found: pd.DataFrame) -> Markdown:

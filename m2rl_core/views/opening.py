@@ -17,6 +17,7 @@ from m2rl_core.domains import BENCHMARKS
 from m2rl_core.paper import audit
 from m2rl_core.progress import duration
 from m2rl_core.provenance import machine, packages
+from m2rl_core.study import NOT_IN, NotInStudy
 
 VERDICT_COLOURS = {"supported": "#14692f", "contradicted": "#a3170f", "undecided": "#7a5d00"}
 
@@ -124,6 +125,8 @@ def cost_beside_paper(run, plan: pd.DataFrame) -> pd.DataFrame:
     """Table 2 beside this profile: steps and rollouts a step of each run, and its share of the five experts' cost."""
     printed, ours = paper.table(2), plan.set_index("stage")
     experts = list(audit.EXPERTS)
+    if missing := [model for model in printed.index if model not in run.members.trained]:
+        raise NotInStudy(f"{', '.join(missing)}: {NOT_IN} them, so their cost has nothing to stand beside")
     lines = []
     for model in printed.index:
         settings = run.stages[model].settings

@@ -18,7 +18,7 @@ from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval
 
 GROWTH = ["model", "step", "value", "low", "high", "n", "change", "change_low", "change_high"]
-OFF = "This profile merges no subsets of the experts: `analysis.pairs` is off."
+OFF = "This profile merges no subsets of the experts: `analysis.pairs` is off, or its experts are not the five."
 
 
 def all_pairs(found: pd.DataFrame):
@@ -40,13 +40,14 @@ def test(found: pd.DataFrame, evidence: Evidence, policy: str = "merge-ties") ->
     with strangers, a mean over the `domains` that have both (NaN and an empty list where none has). The interval is
     over prompts and items at once; the neighbours of `gap` are those of the estimate.
     """
-    order = found.assign(place=found["domain"].map(DOMAINS.index)).sort_values("place", kind="stable")
-    partners = len(DOMAINS) - 1
-    kl, change = (order[c].to_numpy().reshape(len(DOMAINS), partners) for c in ("kl", "change"))
+    domains = evidence.domains
+    order = found.assign(place=found["domain"].map(domains.index)).sort_values("place", kind="stable")
+    partners = len(domains) - 1
+    kl, change = (order[c].to_numpy().reshape(len(domains), partners) for c in ("kl", "change"))
     of_kl, of_scores = evidence.measured("kl"), evidence.measured("first")
-    kl_drawn = [of_kl.drawn({(r.domain, f"{EXPERT[r.partner]}>{policy}"): 1.0}) for r in order.itertuples()]
-    drawn = [of_scores.drawn(difference(r.model, EXPERT[r.domain], OWN[r.domain])) for r in order.itertuples()]
-    shape, most = (-1, len(DOMAINS), partners), nearness.comparisons(partners, len(DOMAINS))
+    kl_drawn = [of_kl.drawn({(r.domain, f"{evidence.experts[r.partner]}>{policy}"): 1.0}) for r in order.itertuples()]
+    drawn = [of_scores.drawn(difference(r.model, evidence.experts[r.domain], evidence.own[r.domain])) for r in order.itertuples()]
+    shape, most = (-1, len(domains), partners), nearness.comparisons(partners, len(domains))
     counts = nearness.agreement(np.stack(kl_drawn, 1).reshape(shape), np.stack(drawn, 1).reshape(shape)) / most
     low, high = np.quantile(counts, [0.025, 0.975]) if np.isfinite(counts).all() else (np.nan, np.nan)
     count = float(nearness.agreement(kl, change))
@@ -57,8 +58,8 @@ def test(found: pd.DataFrame, evidence: Evidence, policy: str = "merge-ties") ->
         part = order[order["domain"] == domain]
         for side, sign in ((part[part["near"]], 1), (part[~part["near"]], -1)):
             for model in side["model"]:
-                weights |= {(b, model): weights.get((b, model), 0.0) + sign / len(side) / len(mixed) / len(OWN[domain])
-                            for b in OWN[domain]}
+                weights |= {(b, model): weights.get((b, model), 0.0) + sign / len(side) / len(mixed) / len(evidence.own[domain])
+                            for b in evidence.own[domain]}
     gap = evidence.contrast(weights, of="first") if mixed else stats.Estimate(np.nan, np.nan, np.nan, 0, np.nan)
     return {"tau": count / most, "low": float(low), "high": float(high), "n": len(order), "comparisons": most,
             "p": nearness.p_value(count, nearness.chance(kl, change)), "gap": gap.estimate, "gap_low": gap.low,
@@ -69,6 +70,8 @@ def sentence(found: pd.DataFrame, evidence: Evidence, level: float = 0.05) -> Ma
     """The test in words; `found` as `neighbours.pairs` makes it."""
     if found.empty:
         return Markdown(OFF)
+    if len(evidence.domains) < 3:
+        return Markdown("Two experts have one partner each: there is nothing to rank.")
     t = test(found, evidence)
     told = "**undecided**: no such link is told from chance, in either direction"
     if t["p"] <= level:

@@ -96,6 +96,8 @@ def benchmark_items(profile) -> pd.DataFrame:
     """One held-out item of each miniature benchmark, with a right answer and how much of it is measured."""
     lines = []
     for benchmark, domain in BENCHMARKS.items():
+        if benchmark not in profile.benchmarks:
+            continue
         row = benchmark_rows(benchmark, 1, profile.seed)[0]
         answer = [answer_of(t["content"]) if t["role"] == "assistant" else f"→ {t['content']}"
                   for t in module(domain).respond(row, worked=False)]
@@ -118,12 +120,13 @@ def beside_paper(scores: pd.DataFrame, models: list[str]) -> pd.DataFrame:
     """Score table and Table 3 side by side, a line a benchmark: here with its interval, then the paper's."""
     ours, printed = scores.set_index("model"), paper.table(3)
     lines = []
-    for benchmark in [*BENCHMARKS, "avg"]:
+    nine = [b for b in BENCHMARKS if b in ours]
+    for benchmark in [c for c in ours if f"{c}_low" in ours]:
         line = {"benchmark": miniature(benchmark) if benchmark != "avg" else "mean of the nine"}
         for model in models:
             line[f"{model}, here"] = interval(*ours.loc[model, [benchmark, f"{benchmark}_low", f"{benchmark}_high"]])
-            theirs = printed.loc[model, list(BENCHMARKS) if benchmark == "avg" else [benchmark]].mean()
-            line[f"{model}, paper"] = f"{theirs:.1f}"
+            on = nine if benchmark == "avg" else [b for b in nine if b == benchmark]
+            line[f"{model}, paper"] = f"{printed.loc[model, on].mean():.1f}" if on else ""
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -132,8 +135,11 @@ def domain_scores(rows: pd.DataFrame, model: str, rng: np.random.Generator, resa
     """Accuracy of a model in each domain, the mean of the domain's benchmarks: domain, value, low, high, n (items)."""
     found = stats.measure(rows, rng, [model], resamples=resamples)
     lines = []
-    for domain in DOMAINS:
-        e = found.contrast(stats.average(model, [b for b, d in BENCHMARKS.items() if d == domain]))
+    of = rows.drop_duplicates("benchmark").set_index("benchmark")["domain"]
+    order = list(BENCHMARKS)
+    for domain in sorted(dict.fromkeys(of), key=lambda name: (DOMAINS.index(name) if name in DOMAINS else len(DOMAINS), name)):
+        own = sorted(of.index[of == domain], key=lambda b: order.index(b) if b in order else 0)
+        e = found.contrast(stats.average(model, own))
         lines.append({"domain": DOMAIN_NAMES[domain], "value": e.estimate, "low": e.low, "high": e.high, "n": e.n})
     return pd.DataFrame(lines)
 
@@ -150,7 +156,7 @@ def domain_sentence(frame: pd.DataFrame, model: str) -> str:
 def written(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     """What the model writes: for each domain the first right and the first wrong sample (whichever there are)."""
     own = rows[rows["model"] == model]
-    picked = [part[part["score"] == score].head(1) for domain in DOMAINS
+    picked = [part[part["score"] == score].head(1) for domain in dict.fromkeys((*DOMAINS, *own["domain"]))
               for part in [own[own["domain"] == domain]] for score in (1.0, 0.0)]
     found = pd.concat(picked)[["benchmark", "prompt", "response", "score", "reason"]]
     return found.assign(benchmark=found["benchmark"].map(miniature),

@@ -5,8 +5,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core.claims.evidence import EXPERT, Evidence
-from m2rl_core.domains import DOMAINS
+from m2rl_core.claims.evidence import Evidence
 from m2rl_core.metrics import stats
 from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.views.neighbours import POLICIES
@@ -32,11 +31,11 @@ def readings(evidence: Evidence) -> pd.DataFrame:
              for name in READINGS}
     lines = []
     for policy in [p for p in POLICIES if p in set(rows["policy"])]:
-        for data in DOMAINS:
-            for expert in DOMAINS:
+        for data in evidence.domains:
+            for expert in evidence.domains:
                 line: dict[str, object] = {"policy": policy, "data": data, "expert": expert}
                 for name, found in cells.items():
-                    e = found.contrast({(data, f"{EXPERT[expert]}>{policy}"): 1.0})
+                    e = found.contrast({(data, f"{evidence.experts[expert]}>{policy}"): 1.0})
                     line |= {name: e.estimate, f"{name}_low": e.low, f"{name}_high": e.high, f"{name}_se": e.se, "n": e.n}
                 lines.append(line)
     return pd.DataFrame(lines)

@@ -13,6 +13,7 @@ from m2rl_core.cost.bill import shape_of
 from m2rl_core.cost.machines import machine
 from m2rl_core.cost.shapes import Shape, published
 from m2rl_core.cost.told import clock
+from m2rl_core.errors import StudyError
 from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.specs import ModelSpec
 
@@ -188,7 +189,10 @@ def scaling_sentence(found: pd.DataFrame) -> Markdown:
 
 def own_shape(run) -> str:
     """The profile's model in the words of the cost model: parameters and operations a token."""
-    shape = shape_of(run.profile)
+    try:
+        shape = shape_of(run.profile)
+    except StudyError as error:  # brought, and not here yet
+        return str(error)
     kind = "trained from scratch" if isinstance(run.profile.model, ModelSpec) else "published"
     return (f"This profile's model ({kind}) has {shape.parameters:,} parameters, takes {shape.forward(1, 1) / 1e6:,.1f} million operations "
             f"for a token and {shape.key_values(4):,} bytes for its keys and values.")

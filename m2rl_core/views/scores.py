@@ -90,7 +90,7 @@ def cost_sentence(spent: pd.DataFrame) -> Markdown:
 def table(evidence: Evidence, models: Sequence[str]) -> pd.DataFrame:
     """Avg@K of `models` on the nine benchmarks and their mean, in percent, as `stats.score_table` writes it."""
     rows = evidence.frame("scores")
-    return stats.score_table(rows, list(models), list(BENCHMARKS), evidence.rng(), evidence.resamples)
+    return stats.score_table(rows, evidence.present(models), list(evidence.benchmarks), evidence.rng(), evidence.resamples)
 
 
 def beside(scores: pd.DataFrame, printed: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -104,7 +104,7 @@ def beside(scores: pd.DataFrame, printed: pd.DataFrame | None = None) -> pd.Data
             theirs = printed[column].reindex(scores["model"])
             cells = [cell + ("" if pd.isna(value) else f"\npaper {value:.1f}")
                      for cell, value in zip(cells, theirs, strict=True)]
-        shown["mean of nine" if column == "avg" else miniature(column)] = cells
+        shown[("mean of nine" if len(columns) == 10 else "mean") if column == "avg" else miniature(column)] = cells
     return pd.DataFrame(shown)
 
 
@@ -123,12 +123,12 @@ def titled(frame: pd.DataFrame) -> pd.DataFrame:
 def at_home(evidence: Evidence) -> pd.DataFrame:
     """Each expert against SFT in its own domain: domain, model, sft, expert, difference, low, high, n, paper."""
     printed, lines = printed_scores(), []
-    for domain, model in EXPERT.items():
-        gap = evidence.contrast(difference(model, "sft", OWN[domain]))
-        before, after = (evidence.contrast(average(m, OWN[domain])).estimate for m in ("sft", model))
+    for domain, model in evidence.experts.items():
+        gap = evidence.contrast(difference(model, "sft", evidence.own[domain]))
+        before, after = (evidence.contrast(average(m, evidence.own[domain])).estimate for m in ("sft", model))
         lines.append({"domain": domain, "model": model, "sft": before, "expert": after, "difference": gap.estimate,
                       "low": gap.low, "high": gap.high, "n": gap.n,
-                      "paper": (printed.loc[model] - printed.loc["sft"])[OWN[domain]].mean()})
+                      "paper": (printed.loc[model] - printed.loc["sft"])[OWN[domain]].mean() if domain in OWN else float("nan")})
     return pd.DataFrame(lines)
 
 
@@ -136,10 +136,10 @@ def at_home_shown(home: pd.DataFrame) -> pd.DataFrame:
     """`at_home` for the eye."""
     return pd.DataFrame({
         "domain": home["domain"].map(DOMAIN_NAMES), "expert": home["model"],
-        "benchmarks": [", ".join(miniature(b) for b in OWN[d]) for d in home["domain"]],
+        "benchmarks": [", ".join(miniature(b) for b in OWN.get(d, [d])) for d in home["domain"]],
         "SFT": home["sft"].map("{:.1f}".format), "expert's score": home["expert"].map("{:.1f}".format),
         "difference, paired": [interval(r.difference, r.low, r.high) for r in home.itertuples()],
-        "items": home["n"], "paper's difference": home["paper"].map("{:+.1f}".format),
+        "items": home["n"], "paper's difference": home["paper"].map(lambda value: "" if pd.isna(value) else f"{value:+.1f}"),
     })
 
 
@@ -153,12 +153,12 @@ def at_home_sentence(home: pd.DataFrame, points: float = 10) -> Markdown:
         f"{points:g} points or more." + (f" Not shown to have learned: {others}." if others else ""))
 
 
-def interference(evidence: Evidence, models: Iterable[str] = tuple(EXPERT.values())) -> pd.DataFrame:
-    """Every model against SFT in every domain: model, domain, difference, low, high, n, interval (text)."""
+def interference(evidence: Evidence, models: Iterable[str] | None = None) -> pd.DataFrame:
+    """Every model (all experts where none is named) against SFT in every domain: model, domain, difference, low, high, n, interval (text)."""
     lines = []
-    for model in models:
-        for domain in DOMAINS:
-            e = evidence.contrast(difference(model, "sft", OWN[domain]))
+    for model in evidence.present(models if models is not None else evidence.experts.values()):
+        for domain in evidence.domains:
+            e = evidence.contrast(difference(model, "sft", evidence.own[domain]))
             lines.append({"model": model, "domain": domain, "difference": e.estimate, "low": e.low, "high": e.high,
                           "n": e.n, "interval": bounds(e.low, e.high)})
     return pd.DataFrame(lines)
@@ -166,7 +166,7 @@ def interference(evidence: Evidence, models: Iterable[str] = tuple(EXPERT.values
 
 def interference_sentence(found: pd.DataFrame) -> Markdown:
     """How many cells away from home are clearly up, clearly down, or open."""
-    away = found[found["model"] != found["domain"].map(EXPERT)]
+    away = found[found["model"] != "rl-" + found["domain"]]
     up, down = (away["low"] > 0).sum(), (away["high"] < 0).sum()
     worst = away.loc[away["difference"].idxmin()]
     return Markdown(
@@ -238,9 +238,9 @@ def _range(by_expert: Mapping[str, float]) -> str:
 def against_best(evidence: Evidence, models: Sequence[str] = INTEGRATED) -> pd.DataFrame:
     """Mean of nine and its paired difference to the merge with the best mean: model, mean, to the best, paper."""
     best, printed, lines = evidence.best(MERGES), printed_scores()["avg"], []
-    for model in models:
-        own = evidence.contrast(average(model, BENCHMARKS))
-        gap = evidence.contrast(difference(model, best, BENCHMARKS))
+    for model in evidence.present(models):
+        own = evidence.contrast(average(model, evidence.benchmarks))
+        gap = evidence.contrast(difference(model, best, evidence.benchmarks))
         lines.append({
             "model": model, "mean of nine": interval(*own[:3]),
             f"minus {best}, paired": "the best here" if model == best else interval(*gap[:3]),

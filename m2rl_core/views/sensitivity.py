@@ -28,12 +28,14 @@ def readings(rows: pd.DataFrame, rng, resamples: int) -> pd.DataFrame:
     shift (paired difference to the own reading) with shift_low and shift_high, place (1 is best), n items.
     """
     found = stats.measure(rows, rng, resamples=resamples)
-    means = {name: found.contrast(average(name, BENCHMARKS)) for name in dict.fromkeys(rows["model"])}
+    asked = set(rows["benchmark"])
+    on = [b for b in (*BENCHMARKS, *sorted(asked - set(BENCHMARKS))) if b in asked]
+    means = {name: found.contrast(average(name, on)) for name in dict.fromkeys(rows["model"])}
     lines = []
     for name, mean in means.items():
         model, _, change = name.partition(" ")
         varied, _, value = change.partition("=")
-        shift = found.contrast(difference(name, model, BENCHMARKS)) if change else stats.Estimate(0.0, 0.0, 0.0, mean.n, 0.0)
+        shift = found.contrast(difference(name, model, on)) if change else stats.Estimate(0.0, 0.0, 0.0, mean.n, 0.0)
         better = sum(means[other].estimate > mean.estimate for other in MERGES if other != model)
         lines.append({"model": model, "varied": varied, "value": value, "mean": mean.estimate, "low": mean.low,
                       "high": mean.high, "shift": shift.estimate, "shift_low": shift.low, "shift_high": shift.high,

@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from m2rl_core import plots
-from m2rl_core.claims.evidence import EXPERT, FIGURE2, Evidence, first_seed
+from m2rl_core.claims.evidence import Evidence, first_seed
 from m2rl_core.metrics import skills, solved
 from m2rl_core.views.opening import interval, miniature
 
@@ -18,7 +18,13 @@ TURN = "<|im_end|>"
 
 def consistency(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
     """Fig. 5: `skills.consistency` on its five benchmarks, with the draws of the claims' rules."""
-    return skills.consistency(evidence.frame("first"), models, list(FIGURE2.values()), evidence.rng(), resamples=1000)
+    return skills.consistency(evidence.frame("first"), evidence.present(models), list(evidence.figure2.values()),
+                              evidence.rng(), resamples=1000, experts=_experts(evidence))
+
+
+def _experts(evidence: Evidence) -> list[str]:
+    there = list(evidence.experts.values())
+    return [*(name for name in skills.EXPERTS if name in there), *(name for name in there if name not in skills.EXPERTS)]
 
 
 def figure5(found: pd.DataFrame):
@@ -73,7 +79,8 @@ def _shared(known: pd.DataFrame) -> str:
 def apart(evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
     """Items that one side solves and the other does not, all five benchmarks: as `solved.apart`."""
     rows = evidence.frame("first")
-    return pd.concat([solved.apart(rows, b, m) for m in models for b in FIGURE2.values()], ignore_index=True)
+    return pd.concat([solved.apart(rows, b, m, _experts(evidence)) for m in evidence.present(models)
+                      for b in evidence.figure2.values()], ignore_index=True)
 
 
 def apart_counts(found: pd.DataFrame, evidence: Evidence, models: Sequence[str] = POLICIES) -> pd.DataFrame:
@@ -85,9 +92,9 @@ def apart_counts(found: pd.DataFrame, evidence: Evidence, models: Sequence[str] 
     """
     rows, count, rng = evidence.frame("first"), found.groupby(["benchmark", "model", "who"]).size(), evidence.rng()
     lines = []
-    for domain, benchmark in FIGURE2.items():
-        for model in models:
-            luck = solved.by_luck(rows, benchmark, model, EXPERT[domain], rng)
+    for domain, benchmark in evidence.figure2.items():
+        for model in evidence.present(models):
+            luck = solved.by_luck(rows, benchmark, model, evidence.experts[domain], rng, experts=_experts(evidence))
             lines.append({"benchmark": benchmark, "model": model, "alone": count.get((benchmark, model, "model only"), 0),
                           "experts": count.get((benchmark, model, "experts only"), 0), "half_alone": luck["alone"],
                           "half_experts": luck["experts"],

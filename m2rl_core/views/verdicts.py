@@ -14,9 +14,7 @@ from scipy.optimize import isotonic_regression
 from m2rl_core import claims, paper, plots
 from m2rl_core.claims import places
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
-from m2rl_core.domains import BENCHMARKS
 from m2rl_core.metrics.stats import average, difference
-from m2rl_core.study import JUDGED, MODELS
 from m2rl_core.views import gradients, scores
 from m2rl_core.views.grid import Link
 from m2rl_core.views.opening import interval
@@ -40,22 +38,22 @@ def evidence(run, *frames: str) -> Evidence:
         raise ValueError(f"unknown evidence {unknown[0]!r}; there is {', '.join(FRAMES)}")
     if "scores" in wanted:
         two = [name.removeprefix("eval-") for name in run.stages if name.startswith("eval-pair-")]
-        models = (*MODELS, *two) if "pairs" in wanted else MODELS
+        models = (*run.members.models, *two) if "pairs" in wanted else run.members.models
         found["scores"] = run.scores(models)
         found["prices"] = {model: run.seconds_a_rollout(model) for model in models}
-    if "along" in wanted:
+    if "along" in wanted and run.members.trained:
         found["along"] = scores.along_with_start(run.along(), run.scores(["sft"]))
-    if "costs" in wanted:
+    if "costs" in wanted and run.members.trained:
         found["costs"] = scores.costs(run)  # a claim of 3.2 rests on what rl-multi noted while it trained
         found["gradients"] = gradients.interference(run)
     for name in ("jaccard", "cosine"):
-        if name in wanted:
+        if name in wanted and "weights" in run.stages:
             found[name] = run.table("weights", f"{name}.parquet")
-    if "kl" in wanted:
+    if "kl" in wanted and "neighborhoods" in run.stages:
         found["kl"] = run.table("neighborhoods", "kl.parquet")
-    if "judged" in wanted:
-        found["judged"] = run.judged(JUDGED)
-    return Evidence(**found, seed=run.profile.seed)
+    if "judged" in wanted and run.members.judged:
+        found["judged"] = run.judged()
+    return Evidence(**found, benchmarks=run.profile.benchmarks, experts=run.members.experts, seed=run.profile.seed)
 
 
 def table(lines: Sequence[dict]) -> pd.DataFrame:
@@ -140,7 +138,7 @@ def quality_and_cost(found: Evidence, models: Iterable[str] = COMPARED) -> pd.Da
         share = scores.shares(e.frame("costs", "model", "hours"))
         extra = {"sft": 0.0, **dict.fromkeys(MERGES, 100.0), "mt-opd": 100 + share["mt-opd"]}
         for model in models:
-            mean = e.contrast(average(model, BENCHMARKS))
+            mean = e.contrast(average(model, found.benchmarks))
             lines.append({"source": source, "model": model, "cost": extra.get(model, share.get(model)),
                           "value": mean.estimate, "low": mean.low, "high": mean.high})
     return pd.DataFrame(lines)
@@ -202,8 +200,12 @@ def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model sc
 def mix_or_merge(found: Evidence) -> Markdown:
     """The answer of this run in words, by the rule of the claims: equal means inside +-2 points."""
     best = found.best(MERGES)
-    e = found.contrast(difference("rl-multi", best, BENCHMARKS))
-    distilled = found.contrast(difference("mt-opd", best, BENCHMARKS))
+    e = found.contrast(difference("rl-multi", best, found.benchmarks))
+    if found.costs is None:
+        return Markdown(f"`rl-multi` minus `{best}` (the merge with the best mean, picked on these same items, which favours "
+                        f"it): {interval(*e[:3])} points over {len(found.benchmarks)} benchmarks. Nothing was trained here, so "
+                        "no cost stands beside it.")
+    distilled = found.contrast(difference("mt-opd", best, found.benchmarks))
     share = scores.shares(found.frame("costs", "model", "hours"))
     cost = share["rl-multi"]
     if isnan(e.low):

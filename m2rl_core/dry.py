@@ -1,0 +1,343 @@
+"""A dry run: everything that a profile needs, looked for without a GPU and without making anything, each on one line.
+
+What is missing says how to mend it. A model or data set that the hub offers counts as there, to be downloaded; where the
+hub cannot be reached, the line names the files and the folder for them. Nothing here raises for what is missing.
+"""
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from m2rl_core import imports
+from m2rl_core.errors import StudyError
+from m2rl_core.notebook import left_out
+from m2rl_core.notebook import parameters as of_shape
+from m2rl_core.specs import ModelSpec
+from m2rl_core.study import NOT_IN
+
+SECONDS = 8  # for one answer of the hub or of a server
+HERE, FETCH, MISSING, NOTE = "here", "download", "MISSING", "note"
+LEAVES = ("base", "sft", "rl", "opd", "merge")  # kinds of stages that leave a model's weights
+REQUIRED = {"math": "math-verify", "if": "evalscope"}
+BFCL = "bfcl-eval"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that is needed: what, whether it is here, and where, or how to mend it."""
+
+    what: str
+    state: str
+    told: str
+
+
+def check(run) -> list[Line]:
+    """All lines of a profile's run."""
+    parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, notebooks, parts_left_out]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return [line for part in pool.map(lambda part: _guarded(part, run), parts) for line in part]
+
+
+def _guarded(part: Callable, run) -> list[Line]:
+    """The lines of one part; what goes wrong while one is looked for is a line, too."""
+    try:
+        return list(part(run))
+    except (StudyError, OSError, ValueError) as error:
+        return [Line(part.__name__.rstrip("_"), MISSING, _line(error))]
+
+
+def table(lines: list[Line], name: str) -> str:
+    """The lines, those that are missing last, and how many there are."""
+    order = sorted(lines, key=lambda line: line.state == MISSING)
+    width = max(len(line.what) for line in lines)
+    missing = sum(line.state == MISSING for line in lines)
+    return "\n".join([*(f"{line.state:8} {line.what:{width}}  {line.told}" for line in order),
+                      f"{name}: {missing} missing of {sum(line.state != NOTE for line in lines)}"
+                      + ("" if missing else "; `make reproduce` can begin")])
+
+
+# Models ------------------------------------------------------------------------------------------------
+
+def models(run) -> Iterator[Line]:
+    """Every model that is brought: found, of the right kind and shape, or how to get it."""
+    profile, configs = run.profile, {}
+    sources = {name: imports.source_of(profile, name) for name, stage in run.stages.items() if stage.kind == "import"}
+    with ThreadPoolExecutor(8) as pool:
+        asked = dict(zip(sources, pool.map(_asked, sources.values()), strict=True))
+    for name, source in sources.items():
+        found = imports.find(source)
+        if found is None:
+            yield Line(f"model {name}", *asked[name])
+            continue
+        try:
+            configs[name] = imports.check(found.folder, f"{name} ({source})")
+            anchor = imports.anchor_of(profile, name)
+            if anchor in configs:
+                imports.compare(configs[name], f"{name} ({source})", configs[anchor], f"{anchor} ({sources[anchor]})")
+        except StudyError as error:
+            yield Line(f"model {name}", MISSING, _line(error))
+            continue
+        size = sum(path.stat().st_size for path in imports.files(found.folder))
+        yield Line(f"model {name}", HERE, f"{found.folder}, {size / 2**30:.2f} GB, content {run.stages[name].key[:8]}")
+    for name, source in profile.imports.items():
+        if not source:
+            yield Line(f"model {name}", MISSING, f"import.{name} names nothing yet: a folder, or owner/name@revision of the hub; "
+                                                 "or remove the key, and it is not run")
+
+
+def _asked(source: str) -> tuple[str, str]:
+    """What the hub says of a model that is not here."""
+    name, revision = imports.split(source)
+    if imports.find(source):
+        return HERE, ""
+    if source.startswith("/"):
+        return MISSING, f"{source} holds no model: {imports.mend(source)}"
+    try:
+        told = _hub(f"/api/models/{name}/revision/{revision or 'main'}?blobs=true")
+        size = sum(entry.get("size") or 0 for entry in told["siblings"]) / 2**30
+        pin = "" if revision else f"; pin it: {name}@{told['sha']}"
+        return FETCH, f"{name} at {told['sha'][:12]}, {size:.1f} GB{pin}"
+    except (OSError, ValueError, KeyError) as error:
+        return MISSING, f"{source}: the hub does not give it ({_line(error)}): {imports.mend(source)}"
+
+
+def _hub(path: str) -> dict:
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        raise OSError("HF_HUB_OFFLINE is set")
+    token = os.environ.get("HF_TOKEN")
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path,
+                                     headers={"authorization": f"Bearer {token}"} if token else {})
+    with urllib.request.urlopen(request, timeout=SECONDS) as reply:
+        return json.load(reply)
+
+
+# Data --------------------------------------------------------------------------------------------------
+
+def data(run) -> Iterator[Line]:
+    """Every data set that training reads."""
+    profile = run.profile
+    if profile.rows == "miniature":
+        yield Line("training rows", HERE, "made on the spot (miniature)")
+        return
+    from m2rl_core.real import hub
+    kinds = {stage.kind for stage in run.stages.values()}
+    types = {line.type for line in profile.sft.blend}
+    five = any(domain not in profile.files for domain in profile.domain_names)
+    wanted = []
+    for source in hub.sources().values():
+        kind, _, what = source.use.partition(": ")
+        of_code = what == "questions of Code" and "Code" in types
+        if kind == "SFT" and "sft" in kinds and (what in types or of_code):
+            wanted.append(source)
+        if kind == "RL" and five and kinds & {"rl", "opd", "kl"}:
+            wanted.append(source)
+    yield from _sources(wanted)
+
+
+def benchmarks(run) -> Iterator[Line]:
+    """Every benchmark: its data set, and what its verifier needs."""
+    profile = run.profile
+    if profile.eval.rows == "miniature":
+        yield Line("benchmarks", HERE, f"{', '.join(profile.benchmarks)} (the nine's are miniatures)")
+        return
+    from m2rl_core.real import benchmarks as nine
+    from m2rl_core.real import hub
+    from m2rl_core.real.decontamination import FROM
+    names = [name for name in profile.benchmarks if name in nine.NINE]
+    by_wheel = [name for name in names if nine.NINE[name].make is None]
+    wanted = {FROM[name][0]: None for name in names if name not in by_wheel}
+    yield from _sources([hub.sources()[repo] for repo in wanted])
+    for name in by_wheel:
+        yield _package(f"benchmark {name}", BFCL, nine.NINE[name].needs)
+    for domain, package in REQUIRED.items():
+        if domain in profile.domains:
+            yield _package(f"verifier {domain}", package, "`make setup` installs it")
+
+
+def _package(what: str, package: str, mend: str) -> Line:
+    try:
+        return Line(what, HERE, f"{package} {importlib.metadata.version(package)}")
+    except importlib.metadata.PackageNotFoundError:
+        return Line(what, MISSING, f"the package {package} is not installed: {mend}")
+
+
+def _sources(sources) -> Iterator[Line]:
+    from m2rl_core.real import hub
+
+    def look(source) -> Line:
+        what = f"data {source.repo}"
+        try:
+            if hub.folder_of(source) is None:
+                _hub(f"/api/datasets/{source.repo}/revision/{source.revision or 'main'}")  # a short wait, not `hub`'s
+            found = hub.files(source)
+        except hub.HubError as error:
+            return Line(what, MISSING, _line(error))
+        except (OSError, ValueError) as error:
+            return Line(what, MISSING, f"{source.use}: the hub does not give it ({_line(error)}): {hub.mend(source)}")
+        by_hand = hub.folder_of(source)
+        pin = found[0].source.revision[:12]
+        if not by_hand and source.login and not _has_token():
+            return Line(what, MISSING, f"{source.use}: {source.login}, or set HF_TOKEN")
+        return Line(what, HERE if by_hand else FETCH,
+                    f"{source.use}: {len(found)} files {f'in {by_hand}' if by_hand else f'at {pin}'} (licence: {source.licence})")
+
+    with ThreadPoolExecutor(12) as pool:
+        yield from pool.map(look, sources)
+
+
+def _has_token() -> bool:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return bool(os.environ.get("HF_TOKEN")) or Path(os.environ.get("HF_TOKEN_PATH") or home / "token").is_file()
+
+
+def domains_(run) -> Iterator[Line]:
+    """Domains of one's own: the file loads, gives rows, verifies one, and trains on no test row."""
+    from m2rl_core.domains import own_file, rewards
+    profile = run.profile
+    for name, file in profile.files.items():
+        try:
+            home, wanted = own_file.Domain(name, file), profile.rl.rows[name]
+            rows = home.rows("test", profile.eval.items[name], profile.seed)
+            home.rows("rl", wanted, profile.seed)
+            if "sft" in run.stages and any(line.domain == name for line in profile.sft.blend):
+                home.rows("sft", 1, profile.seed)
+            (verdict,) = rewards(rows[:1], [["</think>\nIt is so."]])
+            shared = own_file.leaks(name, file, wanted, len(rows), profile.seed)
+        except StudyError as error:
+            yield Line(f"domain {name}", MISSING, _line(error))
+            continue
+        if verdict.failed:
+            yield Line(f"domain {name}", MISSING, f"{file}: verify cannot judge 'It is so.' on the first test row: {verdict.reason}")
+        elif shared:
+            yield Line(f"domain {name}", MISSING, f"{file}: {shared} test rows are training rows, too: give rows of 'test' that "
+                                                  "'rl' never gives")
+        else:
+            yield Line(f"domain {name}", HERE, f"{file}: {len(rows)} test rows, {wanted} to train on; verify answers")
+
+
+# Machine -----------------------------------------------------------------------------------------------
+
+def machine(run) -> Iterator[Line]:
+    """Engine, GPUs, sandbox, judge, Python packages."""
+    profile = run.profile
+    gpus = _gpus()
+    if profile.engine == "vllm":
+        from m2rl_core import vllm_engine
+        told = vllm_engine.version()
+        yield Line("engine vllm", MISSING if told == "not installed" else HERE, vllm_engine.MEND if told == "not installed" else told)
+    real = profile.rows == "real" or profile.eval.rows == "real"
+    if gpus or not real:
+        yield Line("GPUs", HERE, "; ".join(gpus) or "none, and none needed at this size")
+    else:
+        yield Line("GPUs", MISSING, "nvidia-smi shows none; the weight analysis (make reproduce NB=3.3) and merging need none, "
+                                    "all else at this size does: run on a machine with a CUDA GPU")
+    if "coding" in profile.domains or "agent" in profile.domains:
+        yield _sandbox(real)
+    if "hle" in profile.benchmarks and profile.eval.rows == "real":
+        yield _judge()
+
+
+def _gpus() -> list[str]:
+    try:
+        told = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True,
+                              text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return told.stdout.strip().splitlines() if told.returncode == 0 else []
+
+
+def _sandbox(real: bool) -> Line:
+    address = os.environ.get("M2RL_SANDBOX", "")
+    if address.startswith("http"):
+        return _reach("sandbox", address, "start SandboxFusion there, or unset M2RL_SANDBOX for bubblewrap")
+    from m2rl_core import sandbox
+    told = sandbox.probe()
+    weak = shutil.which("bwrap") is None or "nterpreter" in told
+    if real and weak:
+        return Line("sandbox", MISSING, f"{told}; real programs need `sudo apt-get install bubblewrap`, or M2RL_SANDBOX=http://host:port "
+                                        "of a SandboxFusion server")
+    return Line("sandbox", HERE, told)
+
+
+def _judge() -> Line:
+    address = os.environ.get("M2RL_JUDGE", "")
+    if not address:
+        return Line("judge of hle", MISSING, "M2RL_JUDGE=http://host:port/v1 and M2RL_JUDGE_MODEL name one; without it a rule gives a "
+                                             "lower bound")
+    from m2rl_core.domains import hle
+    hle.judge()  # raises where half of it is said
+    return _reach("judge of hle", address, "start the judge there, or unset M2RL_JUDGE for the lower bound")
+
+
+def _reach(what: str, address: str, mend: str) -> Line:
+    parts = urllib.parse.urlsplit(address)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname or "", port), SECONDS):
+            return Line(what, HERE, f"{address} answers")
+    except (OSError, ValueError) as error:
+        return Line(what, MISSING, f"{address} cannot be reached ({_line(error)}): {mend}")
+
+
+def disk(run) -> Iterator[Line]:
+    """Room for what is to be made: float32 weights of each model, and what training keeps to go on."""
+    root = next(path for path in (run.store.root, *run.store.root.parents) if path.exists())
+    if not os.access(root, os.W_OK):
+        yield Line("artifacts", MISSING, f"{root} cannot be written: set M2RL_ARTIFACTS to a folder that can")
+        return
+    count = parameters(run.profile)
+    made = [stage for name, stage in run.stages.items() if stage.kind in LEAVES and not run.has(name)]
+    if count is None:
+        yield Line("disk", NOTE, f"{shutil.disk_usage(root).free / 1e9:.0f} GB free in {root}; the model's size is not known yet")
+        return
+    needed = (4 * len(made) + 16 * bool({"base", "sft", "rl", "opd"} & {stage.kind for stage in made})) * count
+    free = shutil.disk_usage(root).free
+    told = f"{free / 1e9:,.1f} GB free in {root}, about {needed / 1e9:,.1f} GB needed for {len(made)} models of {count / 1e6:,.1f} M"
+    yield Line("disk", HERE if free > needed else MISSING, told + ("" if free > needed else
+               ": make room, or set M2RL_ARTIFACTS to a folder that has it"))
+
+
+def parameters(profile) -> int | None:
+    """Weights of one model: of a shape, of a config that is here, else by the number in its name; None where nothing tells."""
+    if isinstance(profile.model, ModelSpec):
+        return of_shape(profile.model)
+    sources = [imports.source_of(profile, "base")] if profile.model else [*filter(None, profile.imports.values())]
+    for source in sources:
+        if found := imports.find(source):
+            config = json.loads((found.folder / "config.json").read_text())
+            names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+                     "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "intermediate": "intermediate_size",
+                     "vocab": "vocab_size"}
+            if all(config.get(key) for key in names.values()):
+                return of_shape(ModelSpec(**{name: config[key] for name, key in names.items()}, context=0))
+    told = re.search(r"(\d+(?:\.\d+)?)B\b", sources[0]) if sources else None
+    return int(float(told[1]) * 1e9) if told else None
+
+
+def notebooks(run) -> Iterator[Line]:
+    """The notebooks, and their kernel."""
+    from m2rl_core import report
+    from m2rl_core.profile import repo_root
+    jobs = report.plan(repo_root() / "notebooks", run.profile.name)
+    yield Line("notebooks", HERE, f"{len(jobs)} runs of {len({job.source for job in jobs})} notebooks")
+
+
+def parts_left_out(run) -> Iterator[Line]:
+    """What of the paper's study this profile leaves out, said openly."""
+    if out := left_out(run):
+        yield Line("not run", NOTE, f"{', '.join(out)}: {NOT_IN} them, or what they need")
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
