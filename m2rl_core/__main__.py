@@ -96,9 +96,10 @@ def estimate(args) -> int:
     """what every stage and all together cost: time, tokens, disk, memory; GPU hours beside the paper's"""
     from m2rl_core.cost import bill, told
     run = _open(args)
-    if not args.gpu and bill.calibratable(run.profile) and bill.source(run).found is None:
+    given = bill.Given(args.gpu, args.gpus, args.sampling, args.training)
+    if given == bill.Given() and bill.calibratable(run.profile) and bill.source(run).found is None:
         print("no throughput of this profile on this machine yet: it is measured once, in seconds", file=sys.stderr)
-    print("\n".join(told.lines(run, bill.frame(run, args.gpu, args.gpus, measure=True))))
+    print("\n".join(told.lines(run, bill.frame(run, given, measure=True))))
     return 0
 
 
@@ -171,6 +172,8 @@ def parser() -> argparse.ArgumentParser:
         if function is estimate:
             command.add_argument("--gpu", default="", help="for GPUs of this make: h100, h200, h800, a100 (this machine)")
             command.add_argument("--gpus", type=int, default=0, help="for so many of them (as few as hold the model)")
+            for rate, what in (("sampling", "samples"), ("training", "trains on")):
+                command.add_argument(f"--{rate}", type=float, default=0.0, metavar="TOKENS/S", help=f"tokens a second that a GPU {what}")
         if function is report:
             command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:

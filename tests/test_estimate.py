@@ -14,7 +14,7 @@ from m2rl_core import judge
 from m2rl_core import policy as policies
 from m2rl_core import run as runs
 from m2rl_core.__main__ import main, notebook_stages
-from m2rl_core.cost import bill, calibrate, plan, told
+from m2rl_core.cost import bill, calibrate, lengths, plan, speed, told
 from m2rl_core.domains import DOMAINS, rewards, training_rows
 from m2rl_core.profile import load_profile
 from m2rl_core.run import open_run
@@ -179,7 +179,7 @@ def test_the_command_measures_once_and_says_all(tmp_path, monkeypatch, capsys, s
 def test_the_paper_s_own_profile_comes_near_table_2(tmp_path, monkeypatch, capsys):
     """On 32 H800, as the release says: every row within a factor of 1.5 of the printed one (a tenth of it is our own looks)."""
     monkeypatch.setenv("M2RL_ARTIFACTS", str(tmp_path))
-    found = bill.frame(open_run("paper", tmp_path), "h800", 32)
+    found = bill.frame(open_run("paper", tmp_path), bill.Given("h800", 32))
     table = bill.beside_paper(found)
     assert len(table) == 7 and (table["hours"] / table["GPU hours (paper)"]).between(1 / 1.5, 1.5).all()
     assert (found["low"] <= found["seconds"]).all() and (found["seconds"] <= found["high"]).all() and (found["high"] <= found["most"]).all()
@@ -191,16 +191,27 @@ def test_the_paper_s_own_profile_comes_near_table_2(tmp_path, monkeypatch, capsy
 
 def test_more_gpus_are_sooner_and_dearer(tmp_path):
     run = open_run("paper", tmp_path)
-    few, many = (bill.frame(run, "h100", n).set_index("stage").loc["rl-math"] for n in (8, 128))
+    few, many = (bill.frame(run, bill.Given("h100", n)).set_index("stage").loc["rl-math"] for n in (8, 128))
     assert many["seconds"] < few["seconds"] and many["seconds"] * 128 > few["seconds"] * 8
     assert math.isclose(few["tokens"], many["tokens"])
+
+
+def test_given_rates_are_reached(tmp_path):
+    """A user's own tokens a second: the model's share of a GPU is set so that a step has them; half the rate, twice the time."""
+    run = open_run("paper", tmp_path)
+    quick, slow = (bill.source(run, bill.Given("h100", 32, *rates)).cluster for rates in ((2000, 8000), (1000, 4000)))
+    work = speed.Work(2048, quick.prompt, lengths.quantiles(sum(quick.lengths.values()) / 5, 32768), 32768, 16)
+    assert speed.rates(quick.shape, quick.machine, 32, work, quick.efficiency) == pytest.approx((2000, 8000), rel=1e-3)
+    ratio = slow.call(plan.Call({"math": 2048}, learns=1.0)) / quick.call(plan.Call({"math": 2048}, learns=1.0))
+    assert ratio == pytest.approx(2, rel=0.02)
+    assert "given rates" in bill.source(run, bill.Given(sampling=1000)).label
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--gpu", "h10O"], "GPU=h10O: unknown machine; did you mean 'h100'?"),
     (["--gpu", "toaster"], "there are h100"),
     (["--gpu", "h100", "--gpus", "1", "--profile", "paper"], "GPUS=1 of h100 are too few"),
-    (["--gpu", "h100", "--gpus", "-3"], "GPUS=-3: at least one")])
+    (["--gpu", "h100", "--gpus", "-3"], "GPUS=-3: must be above 0")])
 def test_what_cannot_be_told_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("M2RL_ARTIFACTS", str(tmp_path))
     assert main(["estimate", *([] if "--profile" in arguments else ["--profile", "smoke"]), *arguments]) == 2

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
 
 from m2rl_core import imports, paper
-from m2rl_core.cost import memory, modelled, plan, shapes, speed, table2
+from m2rl_core.cost import lengths, memory, modelled, plan, shapes, speed, table2
 from m2rl_core.cost.machines import machine
 from m2rl_core.errors import StudyError
 from m2rl_core.specs import ModelSpec, Profile
@@ -60,11 +60,28 @@ def calibratable(profile: Profile) -> bool:
     return isinstance(profile.model, ModelSpec) and shapes.of_spec(profile.model).parameters <= SMALL
 
 
-def source(run, gpu: str = "", gpus: int = 0, measure: bool = False) -> Source:
+@dataclass(frozen=True)
+class Given:
+    """What the user says of the machines: a GPU's name, how many (0: as few as hold the model), and the tokens a second that
+    each samples and trains on (0: as the fit says). An empty name: this machine."""
+
+    gpu: str = ""
+    gpus: int = 0
+    sampling: float = 0.0
+    training: float = 0.0
+
+    def check(self) -> None:
+        """Raises StudyError for a number that cannot be."""
+        for name in ("gpus", "sampling", "training"):
+            if getattr(self, name) < 0:
+                raise StudyError(f"{name.upper()}={getattr(self, name):g}: must be above 0")
+
+
+def source(run, given: Given = Given(), measure: bool = False) -> Source:
     """Where this run's times are from; `measure` allows a calibration of seconds. Raises StudyError for an unknown GPU."""
+    given.check()
     profile = run.profile
-    if gpus < 0:
-        raise StudyError(f"GPUS={gpus}: at least one is needed")
+    gpu, gpus = given.gpu or (DEFAULT if given.sampling or given.training or given.gpus else ""), given.gpus
     if not gpu and calibratable(profile):
         from m2rl_core.cost import calibrate
         found = (calibrate.calibrate if measure else calibrate.cached)(profile, run.store.root)
@@ -80,7 +97,22 @@ def source(run, gpu: str = "", gpus: int = 0, measure: bool = False) -> Source:
     cluster = modelled.Cluster(
         shape, named, gpus, fit.efficiency, lengths_of(run, fit), rl.max_new_tokens, profile.base.batch_tokens if profile.base else 0,
         profile.sft.batch_size, min(table2.MEAN, profile.model.context / 2) if profile.model else table2.MEAN, max(1.0, prompt))
-    return Source(f"modelled for {gpus} x {named.name}", cluster=cluster)
+    label = f"modelled for {gpus} x {named.name}"
+    if given.sampling or given.training:
+        cluster, label = at_rates(cluster, given, profile), f"{label}, at the given rates"
+    return Source(label, cluster=cluster)
+
+
+def at_rates(cluster: modelled.Cluster, given: Given, profile: Profile) -> modelled.Cluster:
+    """The cluster at the efficiency that gives the user's tokens a second, in a step of the profile's mixed run."""
+    rl = profile.rl
+    spread = lengths.quantiles(sum(cluster.lengths.values()) / len(cluster.lengths), cluster.longest)
+    reference = speed.Work(rl.prompts * rl.group, cluster.prompt, spread, cluster.longest, rl.group)
+    found = speed.step(cluster.shape, cluster.machine, cluster.gpus, reference, cluster.efficiency)
+    if found.why:
+        raise StudyError(f"GPUS={cluster.gpus} of {cluster.machine.name} are too few: {found.why}; name more of them")
+    reached = speed.reaching(cluster.shape, cluster.machine, cluster.gpus, reference, cluster.efficiency, given.sampling, given.training)
+    return replace(cluster, efficiency=reached)
 
 
 def lengths_of(run, fit: table2.Fit | None = None) -> dict[str, float]:
@@ -99,11 +131,11 @@ def lengths_of(run, fit: table2.Fit | None = None) -> dict[str, float]:
     return found
 
 
-def frame(run, gpu: str = "", gpus: int = 0, measure: bool = False) -> pd.DataFrame:
+def frame(run, given: Given = Given(), measure: bool = False) -> pd.DataFrame:
     """One row a stage: work, tokens at most and as expected, seconds with range and bound, bytes, and where times are from."""
-    here = source(run, gpu, gpus, measure)
-    lengths = here.cluster.lengths if here.cluster else lengths_of(run)
-    costs = {name: _cost(run, here, stage, lengths) for name, stage in run.stages.items()}
+    here = source(run, given, measure)
+    known = here.cluster.lengths if here.cluster else lengths_of(run)
+    costs = {name: _cost(run, here, stage, known) for name, stage in run.stages.items()}
     taken = {name: run.expected_seconds(name) for name in run.stages} if not here.cluster else {}
     factors = corrections(run, costs, taken)
     shape = shape_of(run.profile) if here.found or here.cluster else None
@@ -117,18 +149,18 @@ def frame(run, gpu: str = "", gpus: int = 0, measure: bool = False) -> pd.DataFr
         cost = cost or plan.Cost(*[math.nan] * 4)
         parts = plan.parts(stage, run.profile.benchmarks)
         rows.append({
-            "stage": name, "kind": stage.kind, "done": done, **work(stage), "expected tokens": tokens_of(parts, lengths, here),
+            "stage": name, "kind": stage.kind, "done": done, **work(stage), "expected tokens": tokens_of(parts, known, here),
             "seconds": cost.seconds, "low": cost.low, "high": cost.high, "most": cost.most,
             "gpus": here.cluster.gpus if here.cluster else 0,
-            "disk": disk(stage, parts, shape, lengths, here), "memory": memory_of(run, stage, shape, here), "from": label})
+            "disk": disk(stage, parts, shape, known, here), "memory": memory_of(run, stage, shape, here), "from": label})
     found = pd.DataFrame(rows)
     return found.astype(dict.fromkeys(("seconds", "low", "high", "most", "disk", "memory"), float))
 
 
-def _cost(run, here: Source, stage: Stage, lengths: Mapping[str, float]) -> plan.Cost | None:
+def _cost(run, here: Source, stage: Stage, known: Mapping[str, float]) -> plan.Cost | None:
     own = run.profile.benchmarks
     if here.found:
-        return plan.calibrated(here.found, stage, run.profile.rl.max_new_tokens, own, lengths)
+        return plan.calibrated(here.found, stage, run.profile.rl.max_new_tokens, own, known)
     if here.cluster:
         few, many = (plan.parts(stage, own, share) for share in plan.LEARNS)
         return modelled.modelled(here.cluster, plan.parts(stage, own), few, many, table2.error())
@@ -144,21 +176,21 @@ def corrections(run, costs: Mapping[str, plan.Cost | None], taken: Mapping[str, 
     return {kind: median(found) for kind, found in ratios.items()}
 
 
-def tokens_of(parts: plan.Parts, lengths: Mapping[str, float], here: Source) -> float:
+def tokens_of(parts: plan.Parts, told: Mapping[str, float], here: Source) -> float:
     """Sampled tokens as expected; NaN where no length is known."""
-    known = {d: f["length"] for d, f in here.found["domains"].items()} | dict(lengths) if here.found else dict(lengths)
+    known = {d: f["length"] for d, f in here.found["domains"].items()} | dict(told) if here.found else dict(told)
     if not known:
         return math.nan
     return sum(call.times * n * (modelled.JUDGE_ANSWER if call.judge else known.get(domain, max(known.values())))
                for call in parts.calls for domain, n in call.rollouts.items())
 
 
-def disk(stage: Stage, parts: plan.Parts, shape: shapes.Shape | None, lengths: Mapping[str, float], here: Source) -> float:
+def disk(stage: Stage, parts: plan.Parts, shape: shapes.Shape | None, told: Mapping[str, float], here: Source) -> float:
     """Bytes that a finished stage keeps: a model in float32, or its answers as text; a sweep keeps no models."""
     if shape is None:
         return math.nan
     kept = FULL * shape.parameters if stage.kind in ("base", "sft", "rl", "opd", "merge", "import") else 0
-    return kept + (TEXT * tokens_of(parts, lengths, here) if stage.kind in ("eval", "judge", "sweep") else 0)
+    return kept + (TEXT * tokens_of(parts, told, here) if stage.kind in ("eval", "judge", "sweep") else 0)
 
 
 def memory_of(run, stage: Stage, shape: shapes.Shape | None, here: Source) -> float:

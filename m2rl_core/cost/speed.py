@@ -79,6 +79,22 @@ class Step:
         return self.sample + self.train + self.update
 
 
+def rates(shape: Shape, machine: Machine, gpus: int, work: Work, efficiency: Efficiency) -> tuple[float, float]:
+    """Tokens a second that each GPU samples and trains on in a step."""
+    found = step(shape, machine, gpus, work, efficiency)
+    return work.rollouts * work.mean / found.sample / gpus, work.rollouts * (work.mean + work.prompt / work.group) / found.train / gpus
+
+
+def reaching(shape: Shape, machine: Machine, gpus: int, work: Work, efficiency: Efficiency, sampling: float = 0.0,
+             training: float = 0.0) -> Efficiency:
+    """The efficiency at which a step has the given rates, tokens a second on each GPU (0: as it is)."""
+    for _ in range(30):  # each rate also hangs a little on the other's share
+        here = rates(shape, machine, gpus, work, efficiency)
+        efficiency = Efficiency(efficiency.train * (training / here[1] if training else 1.0),
+                                efficiency.decode * (sampling / here[0] if sampling else 1.0), efficiency.wire)
+    return efficiency
+
+
 def touched(shape: Shape, batch):
     """Weights that a decoding step of `batch` tokens reads: of experts those that at least one token is sent to."""
     if not shape.experts:
