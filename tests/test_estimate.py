@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -217,3 +219,11 @@ def test_what_cannot_be_told_is_one_line(arguments, said, tmp_path, monkeypatch,
     assert main(["estimate", *([] if "--profile" in arguments else ["--profile", "smoke"]), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1] and error[-1].startswith("error: ")
+
+
+def test_a_bill_is_read_without_torch(tmp_path):
+    """Catches two seconds of imports in every plan: only a calibration needs torch."""
+    code = ("import sys; from m2rl_core.run import open_run; from m2rl_core.views import scaling; scaling.scaled(); "
+            f"open_run('smoke', {str(tmp_path)!r}).estimate(); print('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

@@ -15,7 +15,7 @@ from statistics import median
 import pandas as pd
 
 from m2rl_core import imports, paper
-from m2rl_core.cost import lengths, memory, modelled, plan, shapes, speed, table2
+from m2rl_core.cost import kept, lengths, memory, modelled, plan, shapes, speed, table2
 from m2rl_core.cost.machines import machine
 from m2rl_core.errors import StudyError
 from m2rl_core.specs import ModelSpec, Profile
@@ -83,8 +83,10 @@ def source(run, given: Given = Given(), measure: bool = False) -> Source:
     profile = run.profile
     gpu, gpus = given.gpu or (DEFAULT if given.sampling or given.training or given.gpus else ""), given.gpus
     if not gpu and calibratable(profile):
-        from m2rl_core.cost import calibrate
-        found = (calibrate.calibrate if measure else calibrate.cached)(profile, run.store.root)
+        found = kept.cached(profile, run.store.root)
+        if found is None and measure:
+            from m2rl_core.cost import calibrate
+            found = calibrate.calibrate(profile, run.store.root)
         return Source("calibrated on this machine", found) if found else Source()
     if not gpu and not measure:
         return Source()

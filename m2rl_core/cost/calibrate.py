@@ -7,7 +7,6 @@ everything of the profile that it depends on.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 
 from m2rl_core import cpu, judge
 from m2rl_core import policy as policies
+from m2rl_core.cost.kept import VERSION, cached, file
 from m2rl_core.data import corpus
 from m2rl_core.domains import DOMAINS, Row, rewards, training_rows
 from m2rl_core.grpo import learner
@@ -28,7 +28,6 @@ from m2rl_core.rollout import Rollout, _Wave, encode_prompts, logprobs
 from m2rl_core.sft import encode_sft, masked_loss
 from m2rl_core.store import write_atomic
 
-VERSION = 1
 REPEATS = 2
 BUSY = 1.05  # wall time over processor time from which on somebody else is held to be at work
 DOCUMENTS, ROWS = 1500, 240  # that the tokenizer sees; of the SFT blend
@@ -179,25 +178,6 @@ def blend_rows(profile: Profile, count: int) -> list[Row]:
         rows += judge.training_rows(n, profile.seed) if line.domain == "judge" else training_rows(
             line.domain, "sft", n, profile.seed)
     return rows[::2] + rows[1::2]
-
-
-def key(profile: Profile) -> str:
-    """Eight hex digits of what a calibration depends on: this machine, the shape, the batch, the lengths, the threads."""
-    rl = profile.rl
-    parts = [VERSION, machine(), str(profile.model), profile.threads, profile.jobs, profile.base.batch_tokens, profile.sft.batch_size,
-             rl.prompts, rl.group, rl.max_new_tokens, rl.max_turns, rl.eval_items, rl.eval_k]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-
-
-def file(profile: Profile, store: Path) -> Path:
-    """Where the calibration of this machine for the profile stands."""
-    return store / f"throughput-{key(profile)}.json"
-
-
-def cached(profile: Profile, store: Path) -> dict | None:
-    """The calibration of this machine, if it was made."""
-    path = file(profile, store)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def calibrate(profile: Profile, store: Path, again: bool = False) -> dict:
