@@ -173,7 +173,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--gpu", default="", help="for GPUs of this make: h100, h200, h800, a100 (this machine)")
             command.add_argument("--gpus", type=int, default=0, help="for so many of them (as few as hold the model)")
             for rate, what in (("sampling", "samples"), ("training", "trains on")):
-                command.add_argument(f"--{rate}", type=float, default=0.0, metavar="TOKENS/S", help=f"tokens a second that a GPU {what}")
+                command.add_argument(f"--{rate}", type=float, default=0.0, metavar="TOKENS/S",
+                                     help=f"tokens a second that a GPU {what}")
         if function is report:
             command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:

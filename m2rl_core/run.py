@@ -153,7 +153,8 @@ class Run:
     def expected_seconds(self, name: str) -> float | None:
         """Measured seconds of the newest finished stage of that name in this profile; None if there is none.
 
-        Where that one had other settings, in proportion to the work. What was never made on its training seed takes as long as on the first.
+        Where that one had other settings, in proportion to the work. What was never made on its training seed takes as
+        long as on the first.
         """
         stage = find(self.stages, name)
         found = _measured(self.store.root, stage)

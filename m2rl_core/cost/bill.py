@@ -51,8 +51,9 @@ def shape_of(profile: Profile) -> shapes.Shape:
             return shapes.of_config(json.loads((place.folder / "config.json").read_text(encoding="utf-8")))
     if profile.name == "released" or any("M2RL" in source for source in named):
         return shapes.published()["Qwen3-4B"]  # section 3.2
-    raise StudyError(f"{profile.name}: the shape of {next(filter(None, named), 'its models')} is not known: it is neither on this "
-                     f"machine nor one of {', '.join(shapes.published())}; put it there first, or fetch it")
+    what = next(filter(None, named), "its models")
+    raise StudyError(f"{profile.name}: the shape of {what} is not known: it is neither on this machine nor one of "
+                     f"{', '.join(shapes.published())}; put it there first, or fetch it")
 
 
 def calibratable(profile: Profile) -> bool:
@@ -94,11 +95,13 @@ def source(run, given: Given = Given(), measure: bool = False) -> Source:
     rl, fit = profile.rl, table2.fit()
     tokens = max(speed.MICRO_TOKENS, rl.max_new_tokens + modelled.PROMPT)
     trains = any(stage.kind in ("sft", "rl", "opd") for stage in run.stages.values())
-    gpus = gpus or (speed.sharding(shape, named, 1024, tokens) if trains else memory.sharded_engine(shape, named, 1024)) or 1024
+    fewest = speed.sharding(shape, named, 1024, tokens) if trains else memory.sharded_engine(shape, named, 1024)
+    gpus = gpus or fewest or 1024
     prompt = min(modelled.PROMPT, profile.model.context - rl.max_new_tokens) if profile.model else modelled.PROMPT
+    row = min(table2.MEAN, profile.model.context / 2) if profile.model else table2.MEAN
     cluster = modelled.Cluster(
-        shape, named, gpus, fit.efficiency, lengths_of(run, fit), rl.max_new_tokens, profile.base.batch_tokens if profile.base else 0,
-        profile.sft.batch_size, min(table2.MEAN, profile.model.context / 2) if profile.model else table2.MEAN, max(1.0, prompt))
+        shape, named, gpus, fit.efficiency, lengths_of(run, fit), rl.max_new_tokens,
+        profile.base.batch_tokens if profile.base else 0, profile.sft.batch_size, row, max(1.0, prompt))
     label = f"modelled for {gpus} x {named.name}"
     if given.sampling or given.training:
         cluster, label = at_rates(cluster, given, profile), f"{label}, at the given rates"
@@ -113,12 +116,13 @@ def at_rates(cluster: modelled.Cluster, given: Given, profile: Profile) -> model
     found = speed.step(cluster.shape, cluster.machine, cluster.gpus, reference, cluster.efficiency)
     if found.why:
         raise StudyError(f"GPUS={cluster.gpus} of {cluster.machine.name} are too few: {found.why}; name more of them")
-    reached = speed.reaching(cluster.shape, cluster.machine, cluster.gpus, reference, cluster.efficiency, given.sampling, given.training)
+    reached = speed.reaching(cluster.shape, cluster.machine, cluster.gpus, reference, cluster.efficiency, given.sampling,
+                             given.training)
     return replace(cluster, efficiency=reached)
 
 
 def lengths_of(run, fit: table2.Fit | None = None) -> dict[str, float]:
-    """Mean tokens of an answer by domain: of finished training here, else those that Table 2 implies, else half of the longest.
+    """Mean tokens of an answer by domain: of finished training here, else what Table 2 implies, else half of the longest.
 
     Without `fit` only what was measured.
     """
@@ -199,7 +203,8 @@ def memory_of(run, stage: Stage, shape: shapes.Shape | None, here: Source) -> fl
     """Bytes at the peak: of this machine's memory, or of each GPU (training and sampling take turns there)."""
     if shape is None:
         return math.nan
-    trains, samples = stage.kind in ("base", "sft", "rl", "opd"), stage.kind not in ("base", "sft", "merge", "weights", "import")
+    trains = stage.kind in ("base", "sft", "rl", "opd")
+    samples = stage.kind not in ("base", "sft", "merge", "weights", "import")
     longest = run.profile.rl.max_new_tokens
     if here.cluster is None:
         tokens = min(plan.BATCH, run.profile.rl.prompts * run.profile.rl.group) * run.profile.model.context
@@ -223,7 +228,7 @@ def beside_paper(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def skippable(run, found: pd.DataFrame) -> pd.DataFrame:
-    """What could be left out: its stages and all that needs them, what they cost that is not spent yet, what is lost with them."""
+    """What could be left out: with all that needs it, what that saves of what is not spent yet, and what is lost."""
     seconds = found[~found["done"]].set_index("stage")["seconds"]
     lost_with = {}
     for label, names in choices(run).items():

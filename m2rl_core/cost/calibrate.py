@@ -85,7 +85,7 @@ def peak(threads: int) -> tuple[list[float], list[float]]:
 
 
 def of_domain(policy: Policy, profile: Profile, domain: str) -> dict:
-    """One domain: tokens of prompt and answer, seconds of sampling a whole batch and a small one, verifying, learning, scoring."""
+    """One domain: tokens of prompt and answer; seconds of sampling (a batch and a small one), verifying, learning, scoring."""
     spec, few = profile.rl, max(1, profile.rl.eval_items)
     rows = training_rows(domain, "sft", max(spec.prompts, few), profile.seed)
     threads = profile.threads_of("rl")

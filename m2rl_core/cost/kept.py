@@ -14,8 +14,8 @@ VERSION = 1  # raise it when `calibrate` measures something else; what was kept 
 def key(profile: Profile) -> str:
     """Eight hex digits of what a calibration depends on: this machine, the shape, the batch, the lengths, the threads."""
     rl = profile.rl
-    parts = [VERSION, machine(), str(profile.model), profile.threads, profile.jobs, profile.base.batch_tokens, profile.sft.batch_size,
-             rl.prompts, rl.group, rl.max_new_tokens, rl.max_turns, rl.eval_items, rl.eval_k]
+    parts = [VERSION, machine(), str(profile.model), profile.threads, profile.jobs, profile.base.batch_tokens,
+             profile.sft.batch_size, rl.prompts, rl.group, rl.max_new_tokens, rl.max_turns, rl.eval_items, rl.eval_k]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 

@@ -85,7 +85,7 @@ class Cluster:
 def modelled(cluster: Cluster, expected: Parts, fewest: Parts, most: Parts, error: float) -> Cost:
     """A stage's cost on a cluster; `error` is the factor by which the model missed the rows of Table 2 that it did not fit.
 
-    The range also holds lengths from half to one and a half times those that are taken; at most, every answer is at full length.
+    The range also holds lengths from half to one and a half times those that are taken; at most, all are at full length.
     """
     def at(factor: float, work: Parts) -> float:
         longer = {d: min(cluster.longest, factor * length) for d, length in cluster.lengths.items()}

@@ -66,7 +66,8 @@ def parts(stage: Stage, benchmarks: Mapping[str, str] = BENCHMARKS, learns: floa
     an advantage (None: as expected)."""
     s, kind = stage.settings, stage.kind
     if kind == "base":
-        return Parts(base_steps=s["steps"], updates=s["steps"], rows=_made(s["blend"]["lines"]), documents=s["documents"], saved=1)
+        rows, documents = _made(s["blend"]["lines"]), s["documents"]
+        return Parts(base_steps=s["steps"], updates=s["steps"], rows=rows, documents=documents, saved=1)
     if kind == "sft":
         return Parts(sft_steps=s["steps"], updates=s["steps"], rows=_made(s["blend"]), models=1, saved=1)
     if kind in ("rl", "opd"):
@@ -116,7 +117,8 @@ class Measured:
         total = sum(self.call(call) * call.times for call in work.calls)
         total += work.base_steps * self.pick(f["base_step"]) + work.sft_steps * self.pick(f["sft_step"])
         total += (work.updates - learnt) * self.pick(f["optimizer"])  # theirs are inside of their steps
-        total += work.rows * (f["row"] + (f["encode"] if work.sft_steps else 0)) + work.documents * (f["document"] + f["words"])
+        total += work.rows * (f["row"] + (f["encode"] if work.sft_steps else 0))
+        total += work.documents * (f["document"] + f["words"])
         return total + START * bool(work.calls or learnt) + COMPILED * work.compiled
 
     def call(self, call: Call) -> float:

@@ -98,7 +98,8 @@ def of_config(config: dict) -> Shape:
         hidden=config["hidden_size"], layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"], head_dim=config["head_dim"],
         intermediate=config["moe_intermediate_size" if experts else "intermediate_size"], vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings")), experts=experts, used=config.get("num_experts_per_tok", 0) if experts else 0)
+        tied=bool(config.get("tie_word_embeddings")), experts=experts,
+        used=config.get("num_experts_per_tok", 0) if experts else 0)
 
 
 @cache

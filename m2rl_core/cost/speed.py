@@ -82,7 +82,8 @@ class Step:
 def rates(shape: Shape, machine: Machine, gpus: int, work: Work, efficiency: Efficiency) -> tuple[float, float]:
     """Tokens a second that each GPU samples and trains on in a step."""
     found = step(shape, machine, gpus, work, efficiency)
-    return work.rollouts * work.mean / found.sample / gpus, work.rollouts * (work.mean + work.prompt / work.group) / found.train / gpus
+    sampled, trained = work.rollouts * work.mean, work.rollouts * (work.mean + work.prompt / work.group)
+    return sampled / found.sample / gpus, trained / found.train / gpus
 
 
 def reaching(shape: Shape, machine: Machine, gpus: int, work: Work, efficiency: Efficiency, sampling: float = 0.0,
@@ -157,7 +158,7 @@ def sharding(shape: Shape, machine: Machine, gpus: int, tokens: float) -> int | 
 
 
 def step(shape: Shape, machine: Machine, gpus: int, work: Work, efficiency: Efficiency) -> Step:
-    """One step of GRPO on `gpus` of these machines; where it does not fit, seconds are NaN and `why` says what is too large."""
+    """One step of GRPO on `gpus` of these machines; where it does not fit, seconds are NaN and `why` says why."""
     tokens = max(MICRO_TOKENS, work.longest + work.prompt)
     shard, ways = sharding(shape, machine, gpus, tokens), memory.sharded_engine(shape, machine, gpus)
     nan = float("nan")

@@ -33,15 +33,16 @@ def totals(run, found: pd.DataFrame) -> list[str]:
     jobs, gpus = run.profile.jobs, int(found["gpus"].max())
     sums = {name: timed[name].sum() for name in ("seconds", "low", "high", "most")}
     together = f", about {clock(wall(run, left))} on the wall as {jobs} are made at a time" if jobs > 1 else ""
-    told = [f"left: {len(left)} of {len(found)} stages, {clock(sums['seconds'])} of work (likely {span(sums['low'], sums['high'])}, "
-            f"at most {clock(sums['most'])}){together}"]
+    told = [f"left: {len(left)} of {len(found)} stages, {clock(sums['seconds'])} of work "
+            f"(likely {span(sums['low'], sums['high'])}, at most {clock(sums['most'])}){together}"]
     if len(timed) < len(left):
         told.append(f"      {len(left) - len(timed)} of them have no time yet")
     if gpus:
-        told.append(f"      {sums['seconds'] * gpus / 3600:,.0f} GPU hours on {gpus} GPUs (likely {sums['low'] * gpus / 3600:,.0f} to "
-                    f"{sums['high'] * gpus / 3600:,.0f})")
-    told.append(f"      {count(left['expected tokens'].sum())} sampled tokens as expected, {count(float(left['tokens'].sum()))} at most; "
-                f"{size(left['disk'].sum())} of disk when all is made; {size(left['memory'].max())} of memory at the peak"
+        hours, low, high = (sums[name] * gpus / 3600 for name in ("seconds", "low", "high"))
+        told.append(f"      {hours:,.0f} GPU hours on {gpus} GPUs (likely {low:,.0f} to {high:,.0f})")
+    told.append(f"      {count(left['expected tokens'].sum())} sampled tokens as expected, "
+                f"{count(float(left['tokens'].sum()))} at most; {size(left['disk'].sum())} of disk when all is made; "
+                f"{size(left['memory'].max())} of memory at the peak"
                 + (" on each GPU" if gpus else f" of one stage, {jobs} at a time"))
     return told
 
@@ -75,9 +76,11 @@ def left_out(run, found: pd.DataFrame) -> list[str]:
     """What could be left out and what it saves; each alone."""
     table = bill.skippable(run, found)
     table = table[table["saves"] > 0]
+    if table.empty:
+        return ["nothing is left that could be left out"]
     told = [f"{'without':18} {'saves':>9} {'share':>6} {'stages':>7}  notebooks that lose by it"]
-    return told + [f"{r['without']:18} {clock(r['saves']):>9} {100 * r['share']:>5.0f}% {r['stages']:>7}  {r['lost or poorer']}"
-                   for r in table.to_dict("records")] if len(table) else ["nothing is left that could be left out"]
+    return told + [f"{r['without']:18} {clock(r['saves']):>9} {100 * r['share']:>5.0f}% {r['stages']:>7}  "
+                   f"{r['lost or poorer']}" for r in table.to_dict("records")]
 
 
 def sure(run, found: pd.DataFrame) -> list[str]:
@@ -86,12 +89,15 @@ def sure(run, found: pd.DataFrame) -> list[str]:
     told = ["how sure: " + "; ".join(f"{n} stages {label}" for label, n in kinds.items())] if len(kinds) else []
     if found["gpus"].max():
         fit = table2.fit()
-        told.append(f"  {ERROR_SAID} {table2.error():.2f}; it reaches {100 * fit.efficiency.train:.0f} % of a GPU's operations in "
-                    f"training and {100 * fit.efficiency.decode:.0f} % of its bandwidth in sampling, as fitted")
-        told.append("  the likely range has answers from half to one and a half times as long as assumed, `at most` all at full length")
+        reached = fit.efficiency
+        told.append(f"  {ERROR_SAID} {table2.error():.2f}")
+        told.append(f"  fitted: {100 * reached.train:.0f} % of a GPU's operations in training, "
+                    f"{100 * reached.decode:.0f} % of its bandwidth in sampling")
+        told.append("  the likely range has answers from half to one and a half times as long as assumed; `at most`: all at "
+                    "full length")
     else:
-        told.append("  the likely range is that of the calibration's repetitions, of how many groups have an advantage, and a factor "
-                    "for what it leaves out; `at most`: every answer at full length")
+        told.append("  the likely range is that of the calibration's repetitions, of how many groups have an advantage, and a "
+                    "factor for what it leaves out; `at most`: every answer at full length")
     return told
 
 

@@ -1,4 +1,4 @@
-"""Appendix C: the cost model against the paper's Table 2 and against this run, and what it says of larger models and clusters."""
+"""Appendix C: the cost model beside Table 2 and this run, and what it says of larger models and clusters."""
 from __future__ import annotations
 
 import math
@@ -26,9 +26,10 @@ def fit_sentence() -> Markdown:
     fit, checked = table2.fit(), table2.check().query("use == 'check'")
     told = ", ".join(f"{DOMAIN_NAMES[d]} {length:,.0f}" for d, length in fit.lengths.items())
     missed = " and ".join(f"{row['row']} by {row['residual']:+.0f} %" for row in checked.to_dict("records"))
-    return Markdown(f"Fitted, for {table2.GPUS} {table2.GPU.upper()}: {100 * fit.efficiency.train:.0f} % of the operations a second that the "
-                    f"GPU could do in training and {100 * fit.efficiency.decode:.0f} % of its memory bandwidth in sampling; mean tokens of an "
-                    f"answer: {told}. The model misses {missed}: neither row was fitted.")
+    train, decode = 100 * fit.efficiency.train, 100 * fit.efficiency.decode
+    return Markdown(f"Fitted, for {table2.GPUS} {table2.GPU.upper()}: {train:.0f} % of the operations a second that the GPU "
+                    f"could do in training and {decode:.0f} % of its memory bandwidth in sampling; mean tokens of an answer: {told}. "
+                    f"The model misses {missed}: neither row was fitted.")
 
 
 def table2_shown() -> pd.DataFrame:
@@ -65,7 +66,7 @@ def own_check(run) -> pd.DataFrame:
     finished policies; empty where not all experts are.
     """
     experts, rows = run.members.experts, run.profile.rl.rows
-    names = [name for name in (*experts.values(), "rl-multi") if name in run.stages and run.has(name) and name in run.members.trained]
+    names = [name for name in (*experts.values(), "rl-multi") if name in run.members.trained and run.has(name)]
     if not set(experts.values()) <= set(names):
         return pd.DataFrame()
     found = {name: _rates(run, name) for name in names}
@@ -99,8 +100,9 @@ def own_sentence(found: pd.DataFrame) -> Markdown:
     if checked.empty:
         return Markdown("Not all experts and the mixed run are made here, so there is nothing to check.")
     paper = table2.check().set_index("row")["residual"]["rl-multi"]
-    return Markdown(f"A step of rl-multi is predicted at {checked['predicted'].iloc[0]:.2f} s from the experts' steps and took "
-                    f"{checked['seconds a step'].iloc[0]:.2f} s ({checked['residual (%)'].iloc[0]:+.0f} %; {paper:+.0f} % on Table 2).")
+    line = checked.iloc[0]
+    return Markdown(f"A step of rl-multi is predicted at {line['predicted']:.2f} s from the experts' steps and took "
+                    f"{line['seconds a step']:.2f} s ({line['residual (%)']:+.0f} %; {paper:+.0f} % on Table 2).")
 
 
 def work_of(model: str) -> speed.Work:
@@ -111,7 +113,7 @@ def work_of(model: str) -> speed.Work:
 
 
 def scaled(gpu: str = "h100") -> pd.DataFrame:
-    """A row for each model and number of GPUs: bytes on each GPU, seconds of a step and its parts, what bounds it, or why not."""
+    """A row for each model and number of GPUs: bytes a GPU, seconds of a step and its parts, what bounds it, or why not."""
     named, lines = machine(gpu), []
     for model, shape in published().items():
         for gpus in GPUS:
@@ -123,8 +125,10 @@ def _scaled(shape: Shape, named, gpus: int, work: speed.Work) -> dict:
     tokens = max(speed.MICRO_TOKENS, work.longest + work.prompt)
     found = speed.step(shape, named, gpus, work, table2.fit().efficiency)
     held, least = (memory.training(shape, n, tokens) for n in (found.shard or gpus, gpus))
-    return {"over all": least.total / 1e9, "there": (1 - memory.SPARE) * named.memory / 1e9, "sharded over": found.shard or gpus, "GB a GPU": held.total / 1e9, "optimizer": (held.master + held.moments + held.gradient) / 1e9,
-            "activations": held.activations / 1e9, "seconds": found.seconds, "sample": found.sample, "train": found.train,
+    return {"over all": least.total / 1e9, "there": (1 - memory.SPARE) * named.memory / 1e9,
+            "sharded over": found.shard or gpus, "GB a GPU": held.total / 1e9,
+            "optimizer": (held.master + held.moments + held.gradient) / 1e9, "activations": held.activations / 1e9,
+            "seconds": found.seconds, "sample": found.sample, "train": found.train,
             "update": found.update, "bound": found.bound, "why": found.why,
             "GPU hours a step": found.seconds * gpus / 3600}
 
@@ -167,7 +171,8 @@ def memory_chart(found: pd.DataFrame, gpu: str = "H100"):
     colour = alt.Color("model:N", scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())), title=None)
     layers = [base.mark_line(point=True).encode(x, y, colour),
               base.mark_rule(color="#a3170f", strokeDash=[4, 3]).encode(alt.Y("there:Q"))]
-    return plots.finish(alt.layer(*layers).properties(width=430, height=240), "Memory in training, state sharded over all GPUs",
+    return plots.finish(alt.layer(*layers).properties(width=430, height=240),
+                        "Memory in training, state sharded over all GPUs",
                         "lower is better; dashed: what can be had; what is left at the right are activations and one layer")
 
 
@@ -181,9 +186,11 @@ def scaling_sentence(found: pd.DataFrame) -> Markdown:
             continue
         fewest, best = there.iloc[0], there.loc[there["GPU hours a step"].idxmin()]
         last = there.iloc[-1]
-        told.append(f"* `{model}` needs {fewest['sharded over']} GPUs or more to train; a step is cheapest on {best['GPUs']} of the numbers below "
-                    f"({best['GPU hours a step']:,.1f} GPU hours). On {last['GPUs']} it takes {clock(last['seconds'])} and "
-                    f"{last['GPU hours a step'] / best['GPU hours a step']:.1f} times as many GPU hours; {last['bound']} bounds it.")
+        times = last["GPU hours a step"] / best["GPU hours a step"]
+        told.append(f"* `{model}` needs {fewest['sharded over']} GPUs or more to train; a step is cheapest on {best['GPUs']} "
+                    f"of the numbers below ({best['GPU hours a step']:,.1f} GPU hours). On {last['GPUs']} it takes "
+                    f"{clock(last['seconds'])} and "
+                    f"{times:.1f} times as many GPU hours; {last['bound']} bounds it.")
     return Markdown("\n".join(told))
 
 
@@ -194,5 +201,6 @@ def own_shape(run) -> str:
     except StudyError as error:  # brought, and not here yet
         return str(error)
     kind = "trained from scratch" if isinstance(run.profile.model, ModelSpec) else "published"
-    return (f"This profile's model ({kind}) has {shape.parameters:,} parameters, takes {shape.forward(1, 1) / 1e6:,.1f} million operations "
-            f"for a token and {shape.key_values(4):,} bytes for its keys and values.")
+    return (f"This profile's model ({kind}) has {shape.parameters:,} parameters, takes "
+            f"{shape.forward(1, 1) / 1e6:,.1f} million operations for a token and "
+            f"{shape.key_values(4):,} bytes for its keys and values.")
