@@ -114,6 +114,7 @@ def _over(under: dict, over: dict, where: str, path: Path, files: Files) -> dict
             if key not in found:
                 raise ProfileError(f"{files.path}: {place}: ~ removes a key, but there is none{_nearest(key, found)}")
             del found[key]
+            files[place] = path
             continue
         other = found.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
@@ -180,7 +181,7 @@ def _build(cls, content: Any, where: str, files: Files):
         if key in content:
             values[field.name] = _convert(hints[field.name], content[key], prefix + key, files)
         elif field.default is field.default_factory is dataclasses.MISSING:
-            raise ProfileError(f"{files.of(where)}: {prefix}{key}: missing; this key is needed")
+            raise ProfileError(f"{files.of(prefix + key)}: {prefix}{key}: missing; this key is needed")
     return cls(**values)
 
 

@@ -1,4 +1,5 @@
 """Profiles: every file of params/ reads; each mistake gives one line with file, place and nearest name."""
+import re
 import subprocess
 import sys
 
@@ -146,3 +147,95 @@ def test_no_torch_until_something_is_built():
             "m2rl_core.site, m2rl_core.publish, m2rl_core.progress, m2rl_core.notebook, m2rl_core.__main__; "
             "sys.exit('torch' in sys.modules or 'vllm' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root()).returncode == 0
+
+
+# -- overlays
+
+@pytest.fixture
+def overlay(tmp_path):
+    """A function that writes a profile `mine` over smoke (or over what `extends` says) and returns the file."""
+    def write(name="mine", **content):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"extends": str(repo_root() / "params" / "smoke.yaml")} | content))
+        return path
+    return write
+
+
+def test_an_overlay_changes_what_it_says_and_nothing_else(overlay):
+    """Faults: a group that replaces the other's whole; a change that is lost; a stage made again for nothing."""
+    smoke, mine = load_profile("smoke"), load_profile(overlay(rl={"lr": 3e-4}, about="mine", analysis={"etas": [0.1]}))
+    assert (mine.rl.lr, mine.rl.group, mine.about, mine.analysis.etas) == (3e-4, smoke.rl.group, "mine", (0.1,))
+    changed = {name for name, stage in study(mine).items() if stage.key != study(smoke)[name].key}
+    assert "rl-math" in changed and not {"base", "sft"} & changed
+
+
+def test_an_overlay_of_an_overlay_in_its_own_folder(overlay):
+    overlay("first", rl={"lr": 1.0, "kl": 0.5})
+    assert (found := load_profile(overlay("second", extends="first", rl={"lr": 2.0})).rl).lr == 2.0 and found.kl == 0.5
+
+
+def test_a_key_is_removed_and_a_model_said_the_other_way(overlay):
+    mine = load_profile(overlay(model={"source": "a/b", "context": 400}, base=None))
+    assert mine.model.source == "a/b" and mine.base is None
+    assert "rl.nothing: ~ removes a key, but there is none" in message(overlay(rl={"nothing": None}))
+    assert "rl.lr: missing" in message(overlay(rl={"lr": None}))
+
+
+def test_mistakes_name_the_file_that_holds_them(overlay):
+    """Fault: an error in the profile underneath that is put down to the overlay."""
+    under = overlay("under", rl={"stepz": 3})
+    with pytest.raises(ProfileError, match="under.yaml: rl.stepz: unknown key; did you mean 'steps'"):
+        load_profile(overlay("over", extends="under", rl={"lr": 1.0}))
+    under.unlink()
+    assert "rl.lr: expected float, found 'fast'" in message(overlay(rl={"lr": "fast"}))
+
+
+def test_what_cannot_be_extended(overlay, tmp_path):
+    assert "extends: unknown profile 'smok'" in message(overlay(extends="smok"))
+    assert "extends: expected a profile's name or file, found 3" in message(overlay(extends=3))
+    overlay("other", extends="mine")
+    mine = overlay(extends="other")
+    with pytest.raises(ProfileError, match="extends: mine -> other -> mine is a circle"):
+        load_profile(mine)
+
+
+# -- the paper's profiles
+
+def test_the_papers_profile_says_what_the_paper_says():
+    """Catches a slip of the pen in params/paper.yaml: it is held against the paper's own tables and settings."""
+    from m2rl_core import paper
+    from m2rl_core.real.rl_blend import PAPER
+    p, table2 = load_profile("paper"), paper.table(2)
+    for domain in p.domains:
+        assert tuple(table2.loc[f"rl-{domain}", ["batch_size", "rollouts", "steps"]]) == (p.rl.prompts, p.rl.group, p.rl.steps)
+    assert table2.loc["rl-multi", "steps"] == p.rl.multi_steps and p.rl.rows == PAPER
+    assert tuple(table2.loc["mt-opd", ["batch_size", "rollouts", "steps"]]) == (p.opd.prompts, p.opd.group, p.opd.steps)
+    table1 = paper.table(1)
+    assert p.sft.rows == table1.loc["Total", "samples"] and p.sft.steps == p.sft.rows // p.sft.batch_size
+    for line in p.sft.blend:
+        times = int(line.sampling.split()[1]) if line.sampling.startswith("repeat") else 1
+        printed = table1.loc[line.type]
+        assert line.sampling == printed["sampling"] and abs(line.pool * times - printed["samples"]) < times
+        assert abs(100 * line.share - printed["proportion"]) < 0.011
+    stated = {(one["stage"], one["name"]): one["stated"] for one in paper.settings().to_dict("records")}
+    for (stage, name), value in {
+            ("sft", "learning rate"): p.sft.lr, ("sft", "batch size"): p.sft.batch_size, ("rl", "temperature"): p.rl.temperature,
+            ("sft", "weight decay"): p.sft.weight_decay, ("rl", "weight decay"): p.rl.weight_decay,
+            ("opd", "learning rate"): p.opd.lr, ("merge", "DARE mask ratio"): p.merge.drop_rate,
+            ("analysis", "changed-weight threshold eta"): p.analysis.eta}.items():
+        assert float(stated[stage, name]) == value, name
+    assert round(p.sft.warmup / p.sft.steps, 3) == float(stated["sft", "warm-up share"]) == 0.1
+
+
+def test_every_value_of_the_papers_profile_has_its_source():
+    """Catches a value that nobody can check."""
+    lines = (repo_root() / "params" / "paper.yaml").read_text().splitlines()
+    values = [line for line in lines if re.match(r"\s+\w+: \S", line) and "- {" not in line]
+    assert len(values) > 50 and not [line for line in values if "#" not in line and "items:" not in line]
+
+
+def test_the_released_code_departs_where_the_facts_say():
+    paper, code = load_profile("paper"), load_profile("paper-released-code")
+    assert (code.merge.drop_rate, code.rl.multi_steps, code.opd.steps, code.rl.is_correction) == (0.2, 2000, 400, "tis")
+    assert code.sft.steps == 2 * paper.sft.steps and code.data.rules["math"] == "deepscaler"
+    assert (code.rl.lr, code.sft.blend, code.eval) == (paper.rl.lr, paper.sft.blend, paper.eval)

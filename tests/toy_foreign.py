@@ -21,10 +21,11 @@ def words():
 
 def checkpoint(folder: Path, seed: int = 0, near: Path | None = None, shard: str = "5GB", **changes) -> Path:
     """A Qwen3 of random weights in `folder`; with `near`, that one's weights, a third of them moved a little."""
-    config = Qwen3Config(
-        vocab_size=len(words()), hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=384, tie_word_embeddings=True, rope_theta=10000.0,
-        eos_token_id=words().eos_token_id, pad_token_id=words().pad_token_id, bos_token_id=None, **changes)
+    config = Qwen3Config(**{
+        "vocab_size": len(words()), "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 384,
+        "tie_word_embeddings": True, "rope_theta": 10000.0, "eos_token_id": words().eos_token_id,
+        "pad_token_id": words().pad_token_id, "bos_token_id": None} | changes)
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     if near is not None:
