@@ -4,6 +4,10 @@ MODELS ?=
 NB ?=
 DRY ?=
 PAIRS ?= 5
+GPU ?=
+GPUS ?=
+SAMPLING ?=
+TRAINING ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 export OMP_NUM_THREADS ?= 2
@@ -76,8 +80,9 @@ why: setup ## why a notebook or a stage would run again (NB=3.3 or NB=rl-math)
 	@test -n "$(NB)" || { echo "usage: make why NB=3.3   (a notebook or a stage)"; exit 2; }
 	$(M2RL) why "$(NB)" --profile "$(PROFILE)"
 
-estimate: setup ## what PROFILE costs: steps, rollouts, tokens and measured seconds
-	$(M2RL) estimate --profile "$(PROFILE)"
+estimate: setup ## what PROFILE costs here (or on GPUS=8 of GPU=h100): time, tokens, disk, memory, GPU hours
+	$(M2RL) estimate --profile "$(PROFILE)" $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--gpus "$(GPUS)") \
+		$(if $(SAMPLING),--sampling "$(SAMPLING)") $(if $(TRAINING),--training "$(TRAINING)")
 
 bench: setup $(if $(filter analysis,$(NB)),,$(PEERS)/.ready) $(if $(filter engine,$(NB)),vllm) ## measure against other tools (NB=merge, engine or analysis, PAIRS=5; goes on where it stopped)
 	@test "$(NB)" = merge -o "$(NB)" = engine -o "$(NB)" = analysis || { echo "usage: make bench NB=merge PAIRS=5   (or NB=engine, NB=analysis)"; exit 2; }

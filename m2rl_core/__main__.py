@@ -93,19 +93,13 @@ def why(args) -> int:
 
 
 def estimate(args) -> int:
-    """steps, rollouts, tokens and seconds of every stage"""
+    """what every stage and all together cost: time, tokens, disk, memory; GPU hours beside the paper's"""
+    from m2rl_core.cost import bill, told
     run = _open(args)
-    frame = run.estimate()
-    print(f"{'stage':28} {'done':5} {'steps':>7} {'rollouts':>9} {'tokens <=':>13} {'time':>9}  from")
-    for row in frame.itertuples(index=False):
-        time = duration(row.seconds) if row.seconds == row.seconds else "?"
-        print(f"{row.stage:28} {'yes' if row.done else 'no':5} {row.steps:>7,} {row.rollouts:>9,} {row.tokens:>13,} "
-              f"{time:>9}  {row[-1]}")
-    left = frame[~frame.done]
-    unknown = int(left.seconds.isna().sum())
-    print(f"left: {duration(left.seconds.sum())} for the {len(left) - unknown} unmade stages with a measured time; "
-          f"{unknown} stages were never timed on this machine"
-          + (f"; {run.profile.jobs} are made at a time" if run.profile.jobs > 1 else ""))
+    given = bill.Given(args.gpu, args.gpus, args.sampling, args.training)
+    if given == bill.Given() and bill.calibratable(run.profile) and bill.source(run).found is None:
+        print("no throughput of this profile on this machine yet: it is measured once, in seconds", file=sys.stderr)
+    print("\n".join(told.lines(run, bill.frame(run, given, measure=True))))
     return 0
 
 
@@ -132,6 +126,9 @@ def clean(args) -> int:
     return 0
 
 
+CHAPTERS = ("0", "1", "2", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6", "4", "A", "B", "C")
+
+
 def notebook_stages(here: Run, name: str) -> list[str]:
     """The stages whose names stand in a notebook's chapter of the study; raises UnknownStage for no such notebook."""
     from m2rl_core import study
@@ -145,7 +142,7 @@ def notebook_stages(here: Run, name: str) -> list[str]:
         "3.3": ["weights"], "3.5": models,
         "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
         "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
-        "A": [*here.members.trained], "B": [],
+        "A": [*here.members.trained], "B": [], "C": [],
     }
     chapter = name.split("_")[0]
     if chapter not in chapters:
@@ -172,6 +169,12 @@ def parser() -> argparse.ArgumentParser:
         if function in (run, why, rebuild):
             command.add_argument("name", help="a stage, such as rl-math" + {
                 run: ", or all", why: ", or a notebook, such as 3.3", rebuild: ""}[function])
+        if function is estimate:
+            command.add_argument("--gpu", default="", help="for GPUs of this make: h100, h200, h800, a100 (this machine)")
+            command.add_argument("--gpus", type=int, default=0, help="for so many of them (as few as hold the model)")
+            for rate, what in (("sampling", "samples"), ("training", "trains on")):
+                command.add_argument(f"--{rate}", type=float, default=0.0, metavar="TOKENS/S",
+                                     help=f"tokens a second that a GPU {what}")
         if function is report:
             command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:

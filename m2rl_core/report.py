@@ -29,7 +29,7 @@ from m2rl_core.study import EXPERTS, TRAINED, Members
 TRAIN = "3.2_train"  # executed once for each policy
 NOTEBOOKS = ("0_plan", "1_introduction", "2_related_work", "3.1_preliminary", TRAIN, "3.2_experiments",
              "3.3_weight_shift", "3.4_policy_neighborhoods", "3.5_same_skills", "3.6_self_verification",
-             "4_conclusion", "A_training_details", "B_benchmarks")
+             "4_conclusion", "A_training_details", "B_benchmarks", "C_scaling")
 POLICIES = tuple(f"{TRAIN}.{model}" for model in TRAINED)
 EXPERT_RUNS = tuple(f"{TRAIN}.{model}" for model in EXPERTS)
 NEEDS = {  # what must not have failed in this run for a notebook to be worth its time
@@ -45,8 +45,8 @@ NEEDS = {  # what must not have failed in this run for a notebook to be worth it
     "A_training_details": POLICIES,
 }
 
-# What only has to be over: the plan shows the store before this run, the benchmarks after it.
-BEFORE = {"3.1_preliminary": ("0_plan",), "B_benchmarks": ("4_conclusion", "A_training_details")}
+# What only has to be over: the plan shows the store before this run, the benchmarks and the scaling after it.
+BEFORE = {"3.1_preliminary": ("0_plan",), **dict.fromkeys(("B_benchmarks", "C_scaling"), ("4_conclusion", "A_training_details"))}
 FIRST = (f"{TRAIN}.rl-agent", f"{TRAIN}.rl-multi")  # the longest are begun first of those that may run
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel that ends well is interrupted first, and would call it an error
 

@@ -160,37 +160,24 @@ class Run:
     def expected_seconds(self, name: str) -> float | None:
         """Measured seconds of the newest finished stage of that name in this profile; None if there is none.
 
-        What was never made on its training seed takes as long as on the first.
+        Where that one had other settings, in proportion to the work. What was never made on its training seed takes as
+        long as on the first.
         """
         stage = find(self.stages, name)
         found = _measured(self.store.root, stage)
-        return found[0] if found else None
+        if not found:
+            return None
+        then, now = (done["tokens"] or done["steps"] for done in (found[1], work(stage)))
+        return found[0] * now / then if then and now else found[0]
 
     def estimate(self) -> pd.DataFrame:
-        """One row a stage: done, steps, rollouts, tokens (at most), seconds and where these were measured.
+        """One row a stage: done, steps, rollouts, tokens (at most), seconds and where these are from; see `cost.bill.frame`.
 
-        Times of another profile are scaled by the most tokens a stage may sample and say so; a stage that was
-        never timed anywhere has no seconds (NaN).
+        Measures nothing: what was neither made nor can be told from this machine's calibration (`make estimate` makes
+        it) has no seconds (NaN).
         """
-        import pandas as pd
-        rows = []
-        for name, stage in self.stages.items():
-            seconds, source = self.expected_seconds(name), "measured here"
-            if seconds is None:
-                seconds, source = self._scaled(stage)
-            rows.append({"stage": name, "kind": stage.kind, "done": self.has(name), **work(stage),
-                         "seconds": seconds, "from": source})
-        frame = pd.DataFrame(rows)
-        frame["seconds"] = frame["seconds"].astype(float)
-        return frame
-
-    def _scaled(self, stage: Stage) -> tuple[float | None, str]:
-        size = _amount(stage.kind, work(stage))
-        for folder in sorted(path for path in self.root.glob("*") if path != self.store.root and path.is_dir()):
-            found = _measured(folder, stage)
-            if found and size and _amount(stage.kind, found[1]):
-                return found[0] * size / _amount(stage.kind, found[1]), f"scaled from {folder.name}, another model"
-        return None, "not measured yet"
+        from m2rl_core.cost import bill
+        return bill.frame(self)
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -315,10 +302,6 @@ def _measured(folder: Path, stage: Stage) -> tuple[float, dict] | None:
         if past.settings.keys() == stage.settings.keys():
             return old["seconds"], work(past)
     return None
-
-
-def _amount(kind: str, done: dict) -> int:
-    return done["tokens"] or done["steps"]
 
 
 class _Spent:

@@ -4,6 +4,7 @@ import pytest
 from test_views import rows, spent
 
 from m2rl_core.claims.evidence import EXPERT, MERGES, Evidence
+from m2rl_core.domains import BENCHMARKS
 from m2rl_core.views import decision
 
 EXPERTS = tuple(EXPERT.values())
@@ -50,7 +51,7 @@ def test_intervals_are_shared_and_the_columns_follow_from_them():
     assert ((frame["gap_high"] < 0) == frame["lower"]).all() and ((frame["gap_low"] > -2) == frame["comparable"]).all()
     assert frame["chosen"].sum() == 1
     single = evidence({"rl-multi": 0.8, "merge-ties": 0.7}, n=40)
-    alone = single.contrast(decision.difference("merge-ties", "rl-multi", decision.BENCHMARKS))
+    alone = single.contrast(decision.difference("merge-ties", "rl-multi", BENCHMARKS))
     tie = frame[frame["model"] == "merge-ties"].iloc[0]
     assert tie["gap"] == pytest.approx(-10) and tie["gap_high"] - tie["gap_low"] > alone.high - alone.low
 

@@ -207,7 +207,7 @@ def test_the_site_is_whole_and_offline(outcome):
 def test_plan_covers_every_policy_in_order(tmp_path):
     jobs = plan(suite(tmp_path / "notebooks"), "smoke")
     assert [job.name for job in jobs[4:11]] == [f"3.2_train.{model}" for model in TRAINED]
-    assert len(jobs) == 19 and jobs[4].parameters == {"profile": "smoke", "model": "rl-math"}
+    assert len(jobs) == 20 and jobs[4].parameters == {"profile": "smoke", "model": "rl-math"}
 
 
 def test_a_part_of_the_plan(tmp_path):

@@ -247,6 +247,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert main(["why", "3.3", "--profile", "smoke"]) == 0
     assert "weights: never made" in capsys.readouterr().out
     assert main(["estimate", "--profile", "smoke"]) == 0
-    assert "not measured yet" in capsys.readouterr().out
+    told = {line.split()[0]: line for line in reversed(capsys.readouterr().out.splitlines()) if line}
+    assert told["sft"].endswith("measured here") and told["rl-math"].endswith("calibrated on this machine")
     assert main(["clean", "--profile", "smoke"]) == 0
     assert {path.name for path in (tmp_path / "smoke").iterdir()} == {".lock", ".lock-1", ".lock-claim"}

@@ -44,8 +44,8 @@ def used(profile) -> dict[tuple[str, str], object]:
             "code verifier": "all unit tests, in a sandbox",
             "agent environment": (f"{'small workplace' if profile.rows == 'miniature' else 'workplace assistant of NeMo-Gym'}, "
                                   f"at most {rl.max_turns} turns"),
-            **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows[domain] for domain in DOMAINS
-               if domain in rl.rows}},
+            **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows.get(domain, "not in this study")
+               for domain in DOMAINS}},
         "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
                   "TIES density": f"{merge.density:g} over all weights of an expert together",
                   "scale of the merged task vector": merge.scale},

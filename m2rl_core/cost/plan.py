@@ -1,0 +1,166 @@
+"""What a stage does, in units that can be timed or modelled, and its seconds by a calibration of this machine.
+
+A stage is made of calls of the sampler (so many rollouts of each domain), steps of next-token training, updates of the
+optimizer, models read and written. `modelled` gives the same parts their time on named GPUs.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from statistics import mean, median
+
+from m2rl_core.domains import BENCHMARKS
+from m2rl_core.study import JUDGED_BENCHMARKS, Stage
+
+BATCH = 256  # rollouts in flight (rollout.BATCH, which would import torch)
+JEFFREYS = 0.5  # both parameters of the Beta that rates of success are taken from: many tasks always or never succeed
+LEARNS = (0.1, 0.9)  # the share of groups with an advantage, at least and at most
+MODEL_ERROR = 1.5  # the factor that a calibrated estimate is held to, besides the spread of its measurements
+START, COMPILED = 1.5, 5.0  # seconds: a builder is imported and its inputs loaded; the weight analysis compiles its kernels
+SCORED = 1 / 3  # of a forward and a backward pass
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the sampler, made `times` over: rollouts of each domain, sampled and verified.
+
+    A share `learns` of them has a gradient, `scored` other models score them all; `judge`: a short answer, none of a domain's.
+    """
+
+    rollouts: dict[str, float]
+    times: float = 1.0
+    learns: float = 0.0
+    scored: float = 0.0
+    judge: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A stage's work: calls, steps of base and SFT, updates, models read and written, rows and documents made."""
+
+    calls: tuple[Call, ...] = ()
+    base_steps: int = 0
+    sft_steps: int = 0
+    updates: int = 0
+    models: int = 0
+    saved: int = 0
+    rows: int = 0
+    documents: int = 0
+    compiled: bool = False
+
+
+def mixed_share(group: int) -> float:
+    """The expected share of groups in which some rollouts are right and some wrong: only these have an advantage.
+
+    Rates of success are taken as Beta(1/2, 1/2), so all agree with probability 2 B(G + 1/2, 1/2) / B(1/2, 1/2).
+    """
+    same = 2.0
+    for i in range(group):  # the ratio of the Beta functions, factor by factor
+        same *= (i + JEFFREYS) / (i + 2 * JEFFREYS)
+    return 1 - same
+
+
+def parts(stage: Stage, benchmarks: Mapping[str, str] = BENCHMARKS, learns: float | None = None) -> Parts:
+    """What a stage does, from its settings; `benchmarks` maps each to its domain, `learns` is the share of groups that have
+    an advantage (None: as expected)."""
+    s, kind = stage.settings, stage.kind
+    if kind == "base":
+        rows, documents = _made(s["blend"]["lines"]), s["documents"]
+        return Parts(base_steps=s["steps"], updates=s["steps"], rows=rows, documents=documents, saved=1)
+    if kind == "sft":
+        return Parts(sft_steps=s["steps"], updates=s["steps"], rows=_made(s["blend"]), models=1, saved=1)
+    if kind in ("rl", "opd"):
+        opd, count, seen = kind == "opd", s["prompts"] * s["group"], s["along"]
+        has = 1.0 if opd or s.get("kl") or s.get("entropy") else mixed_share(s["group"]) if learns is None else learns
+        step = Call({domain: count * n / sum(s["rows"].values()) for domain, n in s["rows"].items()}, s["steps"], has,
+                    1.0 if opd or s.get("kl") else 0.0)
+        looks = -(-s["steps"] // seen["eval_every"])
+        along = [Call({domain: seen["eval_items"] * seen["eval_k"]}, looks) for domain in benchmarks.values()]
+        return Parts((step, *along), updates=s["steps"], models=len(stage.needs), saved=1)
+    if kind == "eval":
+        on = s.get("benchmarks", s["items"])
+        return Parts(tuple(Call({benchmarks[b]: s["items"][b] * s["k"].get(b, 1)}) for b in on), models=1)
+    if kind == "sweep":
+        calls = [Call({benchmarks[b]: s["items"] * s["k"]}) for v in s["variants"]
+                 for b in v.get("benchmarks", s.get("on", benchmarks))]
+        return Parts(tuple(calls), models=len(stage.needs) + len(s["variants"]), saved=len(s["variants"]))
+    if kind == "judge":
+        asked = s["items"] * s["k"] * len(s.get("benchmarks", JUDGED_BENCHMARKS))
+        return Parts((Call({"judge": asked}, 2, judge=True),), models=1)  # by outcome and by process
+    if kind == "kl":
+        others = len(stage.needs) - len(s["rows"]) + 1
+        return Parts(tuple(Call({d: s["prompts"] * s["samples"]}, len(s["rows"]), scored=1.5 * others) for d in s["rows"]),
+                     models=len(stage.needs))
+    return Parts(models=len(stage.needs), saved=int(kind in ("merge", "import")), compiled=kind == "weights")
+
+
+def _made(blend: list[dict]) -> int:
+    """Different rows that are made for a blend: those of its pools, some of which are repeated."""
+    return sum(line["pool"] for line in blend)
+
+
+class Measured:
+    """Seconds by a calibration of this machine (`calibrate.measure`).
+
+    `lengths` is what is known of the answers' mean tokens by domain, `stretch` makes all of them longer, `pick` chooses
+    among repetitions.
+    """
+
+    def __init__(self, found: dict, lengths: Mapping[str, float] | None = None, stretch: float = 1.0,
+                 pick: Callable[[list[float]], float] = median):
+        self.found, self.lengths, self.stretch, self.pick = found, lengths or {}, stretch, pick
+
+    def seconds(self, work: Parts) -> float:
+        """Seconds of a stage's parts, one after the other."""
+        f, learnt = self.found, work.base_steps + work.sft_steps
+        total = sum(self.call(call) * call.times for call in work.calls)
+        total += work.base_steps * self.pick(f["base_step"]) + work.sft_steps * self.pick(f["sft_step"])
+        total += (work.updates - learnt) * self.pick(f["optimizer"])  # theirs are inside of their steps
+        total += work.rows * (f["row"] + (f["encode"] if work.sft_steps else 0))
+        total += work.documents * (f["document"] + f["words"])
+        return total + START * bool(work.calls or learnt) + COMPILED * work.compiled
+
+    def call(self, call: Call) -> float:
+        """Seconds of one call: a part that the longest answers take, however many there are, and a part for each rollout."""
+        if call.judge:
+            return sum(call.rollouts.values()) * self.pick(self.found["judge"])
+        waves, first, rest = max(1.0, sum(call.rollouts.values()) / BATCH), [], 0.0
+        for domain, n in call.rollouts.items():
+            d, longer = self._domain(domain)
+            whole, few, span = self.pick(d["sample"]), self.pick(d["sample_few"]), d["rollouts"] - d["few"]
+            each = max(0.0, (whole - few) / span) if span > 0 else whole / d["rollouts"]
+            first.append(max(0.0, few - each * d["few"]) * longer)
+            learning = (call.learns + SCORED * call.scored) * self.pick(d["update"]) * longer
+            rest += n * (each * longer + (self.pick(d["verify"]) + learning) / d["rollouts"])
+        return max(first) * waves + rest
+
+    def _domain(self, name: str) -> tuple[dict, float]:
+        """The measurements of a domain, and how many times as long as there its answers are; one's own is like the longest."""
+        measured = self.found["domains"]
+        d = measured.get(name) or max(measured.values(), key=lambda d: d["length"])
+        return d, self.stretch * self.lengths.get(name, d["length"]) / d["length"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds as expected, in their likely range, and at most: every answer at full length."""
+
+    seconds: float
+    low: float
+    high: float
+    most: float
+
+    def times(self, factor: float) -> Cost:
+        return Cost(*(factor * value for value in (self.seconds, self.low, self.high, self.most)))
+
+
+def calibrated(found: dict, stage: Stage, longest: int, benchmarks: Mapping[str, str] = BENCHMARKS,
+               lengths: Mapping[str, float] | None = None) -> Cost:
+    """A stage's cost on this machine; the range is that of the repetitions, of how many groups learn, and of `MODEL_ERROR`."""
+    low, high = (Measured(found, lengths, pick=pick).seconds(parts(stage, benchmarks, learns))
+                 for pick, learns in zip((min, max), LEARNS, strict=True))
+    stretch = max(1.0, longest / mean(d["length"] for d in found["domains"].values()))
+    most = Measured(found, lengths, stretch, max).seconds(parts(stage, benchmarks, 1.0))
+    high *= sqrt(MODEL_ERROR)
+    return Cost(Measured(found, lengths).seconds(parts(stage, benchmarks)), low / sqrt(MODEL_ERROR), high, max(most, high))
