@@ -1,4 +1,4 @@
-"""`python -m m2rl_core data sft|rl|check|sources`: the paper's own data, made, checked and listed."""
+"""`python -m m2rl_core data sft|rl|check|sources|export`: the paper's own data, made, checked, listed and handed on."""
 from __future__ import annotations
 
 import argparse
@@ -50,6 +50,17 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     four = commands.add_parser("sources", help="every data set: commit, licence, files, what it needs", allow_abbrev=False)
     four.set_defaults(function=sources)
+    five = commands.add_parser("export", help="our RL rows as the training file of slime, verl or TRL", allow_abbrev=False)
+    five.set_defaults(function=export)
+    five.add_argument("--for", dest="trainer", choices=("slime", "verl", "trl"), required=True)
+    five.add_argument("out", type=Path, metavar="FOLDER")
+    source = five.add_mutually_exclusive_group()
+    source.add_argument("--profile", default="tiny", help="whose rows: a name of params/ or a YAML file (tiny)")
+    source.add_argument("--blend", type=Path, metavar="FOLDER", help="what `rl` made, in place of a profile's rows")
+    five.add_argument("--domains", default="", help="some of the five, with commas (all)")
+    five.add_argument("--model", type=Path, metavar="FOLDER", help="verl and TRL: whose chat template writes a row's tools")
+    five.add_argument("--turns", choices=("one", "all"), default="one",
+                      help="all: also rows whose environment replies, for a trainer with a tool loop for them (one)")
     return top
 
 
@@ -101,6 +112,11 @@ def sources(args) -> None:
               + (f"; {source.login}" if source.login else ""))
         where = hub.folder_of(source)
         print(f"  files: {', '.join(source.splits.values())}; {f'by hand in {where}' if where else 'from the hub'}")
+
+
+def export(args) -> None:
+    from m2rl_core.adapters import export as exports
+    exports.main(args, print)
 
 
 def _reasons(counts: dict[str, int]) -> None:
