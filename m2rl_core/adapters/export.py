@@ -94,7 +94,7 @@ def flags(trainer: str, out: Path) -> str:
 def _messages(row: Row) -> list[dict]:
     for message in row.messages:
         if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            raise StudyError(f"{row.id}: a message with {', '.join(sorted(message))}; only role and content, a text, can travel")
+            raise StudyError(f"{row.id}: a message with {', '.join(sorted(message))}: only role and content, a text, travel")
     return [{"role": message["role"], "content": message["content"]} for message in row.messages]
 
 
@@ -179,7 +179,8 @@ def main(args, say: Callable[[str], None]) -> None:
     told = export(args.trainer, _rows(args, names), args.out, tokenizer, args.turns == "all")
     for name in names:
         left = told["left out, with replies"].get(name, 0)
-        say(f"{name:8} {told['rows'].get(name, 0):>7,} rows" + (f" ({left:,} left out: they need a tool loop)" if left else ""))
+        rows = told["rows"].get(name, 0)
+        say(f"{name:8} {rows:>7,} rows" + (f" ({left:,} left out: they need a tool loop)" if left else ""))
     say(f"{args.out / told['file']}: written; add to the trainer's own command:\n  {told['flags']}")
 
 
