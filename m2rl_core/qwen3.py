@@ -34,8 +34,9 @@ class Shape:
     @staticmethod
     def of(config) -> Shape:
         rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default" or getattr(config, "use_sliding_window", False):
-            what = "a sliding window" if config.use_sliding_window else f"rope of type {rope['rope_type']}"
+        kind = rope.get("rope_type", "default")
+        if kind != "default" or getattr(config, "use_sliding_window", False):
+            what = "a sliding window" if kind == "default" else f"rope of type {kind}"
             raise StudyError(f"a model with {what}: the torch engine has full attention and plain rope only")
         theta = rope.get("rope_theta") or getattr(config, "rope_theta")
         return Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -266,6 +267,16 @@ def test_verls_and_trls_files_give_our_prompts_and_rows(policy, rows, tmp_path, 
             assert line["reward_model"] == {"style": "rule", "ground_truth": row.id}
 
 
+def test_a_row_comes_back_with_its_tools_in_their_order(policy, rows):
+    """Fault: keys sorted on the way; equal as rows, but a chat template then writes other text into the prompt."""
+    assert any(told(policy, row) != told(policy, sorted_tools(row)) for row in rows)
+    assert [told(policy, Row.from_json(row.to_json())) for row in rows] == [told(policy, row) for row in rows]
+
+
+def sorted_tools(row):
+    return Row(**{**row.__dict__, "tools": tuple(json.loads(json.dumps(row.tools, sort_keys=True)))})
+
+
 def test_a_system_turn_of_ones_own_keeps_its_text_beside_the_tools(words):
     """Fault: the row's own system message lost, or said twice, where tools are written into it."""
     class Template:
@@ -299,6 +310,14 @@ def test_the_command_says_what_it_wrote_and_what_to_type(tmp_path, capsys, polic
         assert set(report["rows"]) == {"if", "agent"} and "left out: they need a tool loop" in text
         assert report["flags"] in text and str(out if trainer == "trl" else out / file) in text
         assert f"m2rl_core.adapters.{trainer}" in text
+
+
+def test_the_readme_has_the_flags_that_the_command_prints():
+    """Fault: a user types a flag that was renamed here, or that the file written does not have."""
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    for trainer in exports.TRAINERS:
+        for flag in exports.flags(trainer, Path(f"data/{trainer}")).split():
+            assert flag in text, flag
 
 
 @pytest.mark.parametrize(("arguments", "line"), [
