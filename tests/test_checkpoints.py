@@ -93,7 +93,7 @@ def slimes(folder):
 
 
 def verls(folder):
-    """volcengine/verl, model_merger: transformers' save_pretrained of a bfloat16 model, which then has one end marker."""
+    """verl-project/verl, model_merger: transformers' save_pretrained of a bfloat16 model, which then has one end marker."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder, max_shard_size="40KB")

@@ -30,7 +30,7 @@ def _slime(row: Row, number: int, messages: list[dict]) -> dict:
 
 
 def _verl(row: Row, number: int, messages: list[dict]) -> dict:
-    """volcengine/verl: verl/utils/dataset/rl_dataset.py and the reward managers' fields; data_source names its metrics."""
+    """verl-project/verl: verl/utils/dataset/rl_dataset.py and the reward managers' fields; data_source names its metrics."""
     return {"data_source": f"m2rl/{row.domain}", "prompt": messages, "ability": row.domain,
             "reward_model": {"style": "rule", "ground_truth": row.id}, "extra_info": {"index": number, KEY: row.to_json()}}
 
@@ -42,13 +42,16 @@ def _trl(row: Row, number: int, messages: list[dict]) -> dict:
 
 TRAINERS = {"slime": ("train.jsonl", _slime), "verl": ("train.parquet", _verl), "trl": ("train.parquet", _trl)}
 # What a user types; each trainer's own settings (model, GPUs, lengths) follow. Sources of the flags: slime/utils/arguments.py
-# and slime/utils/data.py; verl/trainer/config/{data/legacy_data,reward/reward}.yaml; trl/scripts/grpo.py and utils.py.
+# and slime/utils/data.py; verl/trainer/config/ppo_trainer.yaml, data/legacy_data.yaml and reward/reward.yaml there;
+# trl/scripts/grpo.py and utils.py.
 FLAGS = {
     "slime": ("--prompt-data {file} --input-key prompt --label-key label --tool-key tools --metadata-key metadata "
               "--apply-chat-template --rollout-shuffle --custom-rm-path m2rl_core.adapters.slime.reward"),
     "verl": ("data.train_files={file} data.prompt_key=prompt data.reward_fn_key=data_source "
              "reward.custom_reward_function.path=pkg://m2rl_core.adapters.verl "
-             "reward.custom_reward_function.name=compute_score"),
+             "reward.custom_reward_function.name=compute_score "
+             # its own validation has no benchmark of ours, but wants a file
+             "data.val_files={file} trainer.val_before_train=False trainer.test_freq=-1"),
     "trl": "--dataset_name {folder} --reward_funcs m2rl_core.adapters.trl.reward",
 }
 

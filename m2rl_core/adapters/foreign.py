@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# The converters, as they are called today: THUDM/slime: tools/convert_torch_dist_to_hf.py; volcengine/verl:
+# The converters, as they are called today: THUDM/slime: tools/convert_torch_dist_to_hf.py; verl-project/verl:
 # verl/model_merger/base_model_merger.py (`parse_args`); huggingface/peft: `merge_and_unload`.
 MEGATRON = ("a Megatron checkpoint, as slime saves it: convert one iteration by slime's `python "
             "tools/convert_torch_dist_to_hf.py --input-dir ITER --output-dir OUT --origin-hf-dir THE_MODEL_IT_BEGAN_WITH`")
