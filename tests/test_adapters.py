@@ -290,10 +290,12 @@ def test_a_system_turn_of_ones_own_keeps_its_text_beside_the_tools(words):
     messages = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"})
     found = exports.with_tools(Row("1", "agent", "", "", messages, {}, ({"name": "f"},)), Template())
     assert found == [{"role": "system", "content": 'Be kind.\n\n# Tools\n[{"name": "f"}]'}, messages[1]]
-    words.chat_template, kept = "{{ messages[-1].content }}{% if tools %} with tools{% endif %}", words.chat_template
+    kept = words.chat_template
     try:
-        with pytest.raises(StudyError, match="writes tools elsewhere than into a system turn"):
-            exports.with_tools(Row("1", "agent", "", "", messages, {}, ({"name": "f"},)), words)
+        for head in ("", "<|im_start|>system\nBe kind.<|im_end|>\n"):  # no system turn, and one without the tools
+            words.chat_template = head + "{{ messages[-1].content }}{% if tools %} with tools{% endif %}"
+            with pytest.raises(StudyError, match="writes tools elsewhere than into a system turn"):
+                exports.with_tools(Row("1", "agent", "", "", messages, {}, ({"name": "f"},)), words)
     finally:
         words.chat_template = kept
 

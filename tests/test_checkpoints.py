@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from m2rl_core import policy as policies
+from m2rl_core.adapters import checkpoints
 from m2rl_core.adapters.checkpoints import check, take
 from m2rl_core.adapters.reading import EMBED, HEAD
 from m2rl_core.attention import Causal
@@ -134,7 +135,8 @@ def no_tokenizer(folder):
 
 
 def other_template(folder):
-    """TRL saves the template that it trained with."""
+    """TRL saves the template that it trained with; older tools save added tokens apart."""
+    (folder / "added_tokens.json").write_text('{"<other>": 9}')
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
@@ -212,6 +214,7 @@ def test_the_same_prompts_and_end_markers_as_the_anchor(form, anchor, expert, tm
     chat = [{"role": "user", "content": "What is 3 + 4?"}]
     assert policies.encode_prompt(policies.load(taken), chat) == policies.encode_prompt(policies.load(anchor), chat)
     assert json.loads((taken / "generation_config.json").read_text())["eos_token_id"] in ([0, 2], [2, 0])
+    assert not (taken / "added_tokens.json").exists()  # a tokenizer is never of two makes
     fields = json.loads((taken / CONFIG).read_text())
     assert fields["vocab_size"] == policies.load(anchor).config.vocab_size and fields["tie_word_embeddings"]
 
@@ -233,6 +236,20 @@ def test_an_untied_model_keeps_its_head_and_loses_the_padding_of_both(policy, ot
     weights(expert, lambda t: t.pop(HEAD))
     with pytest.raises(StudyError, match="lm_head.weight is missing, and the anchor does not tie it"):
         check(expert, anchor)
+
+
+def test_the_command_says_what_a_folder_is_and_writes_what_serves(anchor, expert, tmp_path, capsys):
+    """Faults: a folder said to serve that was not looked at; a traceback for a wrong one."""
+    padded(expert)
+    assert checkpoints.main([str(expert), "--anchor", str(anchor)]) == 0
+    text = capsys.readouterr().out
+    assert "padded as Megatron does" in text and "--out OUT writes a folder that serves" in text
+    assert checkpoints.main([str(expert), "--anchor", str(anchor), "--out", str(tmp_path / "out")]) == 0
+    assert f"{tmp_path / 'out'}: written" in capsys.readouterr().out and check(tmp_path / "out", anchor).as_is
+    assert checkpoints.main([str(tmp_path / "out"), "--anchor", str(anchor)]) == 0
+    assert "serves as it is" in capsys.readouterr().out
+    assert checkpoints.main([str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: no such folder: give a local one, downloaded before\n"
 
 
 def test_large_files_are_linked_and_not_copied(anchor, expert, tmp_path):

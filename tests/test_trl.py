@@ -57,7 +57,8 @@ def test_trl_trains_on_our_rewards(run):
     _, rows, [(held, _, _, said, found)], metrics, _ = run
     assert len(found) == 8 * GROUP and sorted({row.id for row in held}) == sorted(row.id for row in rows)
     wanted = [v.score for v in rewards(held, [[message["content"] for message in talk] for talk in said])]
-    assert found == wanted and all(score == 1 for row, score in zip(held[::GROUP], found[::GROUP]) if not scoring.many_turns(row))
+    firsts = zip(held[::GROUP], found[::GROUP], strict=True)
+    assert found == wanted and all(score == 1 for row, score in firsts if not scoring.many_turns(row))
     assert all(len({row.id for row in held[i:i + GROUP]}) == 1 for i in range(0, len(held), GROUP))
     assert metrics["rewards/reward/mean"] == pytest.approx(sum(found) / len(found))
     assert metrics["verifier_failed"] == 0 and metrics["grad_norm"] > 0

@@ -4,13 +4,16 @@ What slime's converter, verl's model merger and TRL's `save_model` leave differs
 rows that pad the vocabulary, an output embedding that is stored twice, end markers, and the tokenizer, which may be missing.
 `check` compares a folder with the anchor (the SFT model that it was trained from) by headers and configs alone; what has
 another function than the anchor's is refused in one line, and `take` writes the rest in the anchor's form.
+`python -m m2rl_core.adapters.checkpoints FOLDER --anchor SFT [--out OUT]` does either.
 """
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,3 +111,31 @@ def take(checked: Checked, out: Path) -> Path:
     fields = json_of(checked.folder / "config.json") | dict(checked.config)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")  # last: without it there is no model
     return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Says what is in a folder and what has to be changed; with --out, writes it. 2 after one line for what is refused."""
+    parser = argparse.ArgumentParser("python -m m2rl_core.adapters.checkpoints", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="what another trainer saved, in Hugging Face form")
+    parser.add_argument("--anchor", type=Path, help="the model that it was trained from; without, its own config is the measure")
+    parser.add_argument("--out", type=Path, help="a folder to write where the checkpoint's own does not serve")
+    args = parser.parse_args(argv)
+    try:
+        found = check(args.folder, args.anchor)
+        print(f"{found.folder}: {found.parameters:,} parameters, {found.dtype}, {found.bytes / 1e9:.2f} GB")
+        for remark in found.remarks:
+            print(f"  {remark}")
+        if found.as_is:
+            print("it serves as it is")
+        elif args.out:
+            print(f"{take(found, args.out)}: written")
+        else:
+            print("--out OUT writes a folder that serves")
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
