@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Says what is in a folder and what has to be changed; with --out, writes it. 2 after one line for what is refused."""
     parser = argparse.ArgumentParser("python -m m2rl_core.adapters.checkpoints", allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="what another trainer saved, in Hugging Face form")
-    parser.add_argument("--anchor", type=Path, help="the model that it was trained from; without, its own config is the measure")
+    parser.add_argument("--anchor", type=Path, help="the model that it was trained from; else its own config is the measure")
     parser.add_argument("--out", type=Path, help="a folder to write where the checkpoint's own does not serve")
     args = parser.parse_args(argv)
     try:

@@ -3,8 +3,8 @@
 verl 0.9.1 calls `compute_score(data_source=, solution_str=, ground_truth=, extra_info=, ...)` from a pool of threads, one
 answer a call, and takes a number or a dict whose "score" is the reward and whose keys become columns of the batch
 (verl-project/verl: verl/experimental/reward_loop/reward_manager/naive.py; how the function is found:
-verl/trainer/ppo/reward.py, and `load_module` in verl/utils/import_utils.py). The older batch manager (verl/workers/reward_manager/batch.py) calls with
-lists, as `compute_scores` takes them. `solution_str` is decoded without special tokens.
+verl/trainer/ppo/reward.py, and `load_module` in verl/utils/import_utils.py). The older batch manager calls with lists
+(verl/workers/reward_manager/batch.py), as `compute_scores` takes them. `solution_str` comes without special tokens.
 """
 from __future__ import annotations
 
