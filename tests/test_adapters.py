@@ -322,11 +322,27 @@ def test_the_readme_has_the_flags_that_the_command_prints():
             assert flag in text, flag
 
 
+def test_a_blends_rows_are_verified_by_the_rule_that_was_asked_for(tmp_path):
+    """Faults: a training by another rule than the study's; a rule that reaches another domain's rows."""
+    for domain in domains.DOMAINS:
+        rows = domains.training_rows(domain, "rl", 2, 4)
+        (tmp_path / f"{domain}.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    assert cli.main(["export", "--for", "slime", str(tmp_path / "out"), "--blend", str(tmp_path), "--turns", "all",
+                     "--rule", "math=last_box", "--rule", "science=first_letter"]) == 0
+    found = [scoring.row_of(json.loads(line)["metadata"], "")
+             for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert len(found) == 10
+    assert {row.domain: row.truth.get("rule") for row in found} == {
+        "math": "last_box", "coding": None, "science": "first_letter", "if": None, "agent": None}
+
+
 @pytest.mark.parametrize(("arguments", "line"), [
     (["--for", "verl"], "has tools, which verl and TRL write into no prompt: --model FOLDER"),
     (["--for", "slime", "--domains", "maths"], "--domains maths: the domains are math"),
     (["--for", "slime", "--profile", "smok"], "did you mean 'smoke'"),
     (["--for", "trl", "--blend", "nowhere"], "data rl --out nowhere"),
+    (["--for", "slime", "--rule", "math=lastbox"], "math has every_box, last_box, deepscaler"),
+    (["--for", "slime", "--rule", "agent=strict"], "agent has no rules"),
 ])
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, capsys, arguments, line):
     """Faults: a traceback; a file half written that a trainer would take."""

@@ -13,10 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from m2rl_core.adapters.scoring import KEY, many_turns
-from m2rl_core.domains import Row
+from m2rl_core.domains import MODULES, Row, module
 from m2rl_core.errors import StudyError
 from m2rl_core.store import write_atomic
 
@@ -170,32 +171,54 @@ def _parquet(path: Path, made: Iterator[tuple[dict, int]]) -> None:
 
 def main(args, say: Callable[[str], None]) -> None:
     """The command `data export`, its arguments parsed (see `real.cli`)."""
-    from m2rl_core.domains import DOMAINS
-    names = tuple(name.strip() for name in args.domains.split(",") if name.strip()) or DOMAINS
-    for name in names:
-        if name not in DOMAINS:
-            raise StudyError(f"--domains {name}: the domains are {', '.join(DOMAINS)}")
+    names, rows = _rows(args, tuple(name.strip() for name in args.domains.split(",") if name.strip()))
+    rules = _rules(args.rule)
     tokenizer = None
     if args.model:
         from m2rl_core.policy import load_tokenizer
         tokenizer = load_tokenizer(args.model)
-    told = export(args.trainer, _rows(args, names), args.out, tokenizer, args.turns == "all")
+    rows = (replace(row, truth=row.truth | rules.get(row.domain, {})) for row in rows)
+    told = export(args.trainer, rows, args.out, tokenizer, args.turns == "all")
     for name in names:
-        left = told["left out, with replies"].get(name, 0)
-        rows = told["rows"].get(name, 0)
-        say(f"{name:8} {rows:>7,} rows" + (f" ({left:,} left out: they need a tool loop)" if left else ""))
+        made, left = told["rows"].get(name, 0), told["left out, with replies"].get(name, 0)
+        say(f"{name:8} {made:>7,} rows" + (f" ({left:,} left out: they need a tool loop)" if left else ""))
     say(f"{args.out / told['file']}: written; add to the trainer's own command:\n  {told['flags']}")
 
 
-def _rows(args, names: tuple[str, ...]) -> Iterable[Row]:
-    """The rows of a profile, as its experts see them, or those of a blend that `data rl` made."""
+def _rows(args, asked: tuple[str, ...]) -> tuple[tuple[str, ...], Iterable[Row]]:
+    """(domains, their rows): those of a profile, as its experts see them, or of a blend that `data rl` made."""
+    from m2rl_core.domains import DOMAINS
     if args.blend:
         from m2rl_core.real import rl_blend
-        return (row for name in names for row in rl_blend.rows(args.blend, name))
+        names = _known(asked, DOMAINS)
+        return names, (row for name in names for row in rl_blend.rows(args.blend, name))
     from m2rl_core.data import rl_rows
     from m2rl_core.profile import ProfileError, load_profile
     try:
         profile = load_profile(args.profile)
     except ProfileError as error:
         raise StudyError(str(error)) from error
-    return rl_rows(profile.rl, names, profile.seed)
+    if getattr(profile, "rows", "miniature") == "real":
+        raise StudyError(f"{profile.name} trains on real rows: make them by `data rl`, and give --blend FOLDER")
+    names = _known(asked, tuple(profile.rl.rows))
+    return names, rl_rows(profile.rl, names, profile.seed)
+
+
+def _known(asked: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in asked:
+        if name not in names:
+            raise StudyError(f"--domains {name}: the domains are {', '.join(names)}")
+    return asked or names
+
+
+def _rules(texts: Sequence[str]) -> dict[str, dict]:
+    """What `--rule math=last_box` adds to the truth of a domain's rows."""
+    found = {}
+    for text in texts:
+        name, _, rule = text.partition("=")
+        rules = getattr(module(name), "RULES", ()) if name in MODULES else ()
+        if rule not in rules:
+            raise StudyError(f"--rule {text}: expected DOMAIN=RULE, such as math=last_box; {name} has "
+                             f"{', '.join(rules) or 'no rules'}")
+        found[name] = {"rule": rule}
+    return found

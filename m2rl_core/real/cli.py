@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--profile", default="tiny", help="whose rows: a name of params/ or a YAML file (tiny)")
     source.add_argument("--blend", type=Path, metavar="FOLDER", help="what `rl` made, in place of a profile's rows")
     five.add_argument("--domains", default="", help="some of the five, with commas (all)")
+    five.add_argument("--rule", action="append", default=[], metavar="DOMAIN=RULE",
+                      help="how a domain is verified, where not by its first rule: math=last_box")
     five.add_argument("--model", type=Path, metavar="FOLDER", help="verl and TRL: whose chat template writes a row's tools")
     five.add_argument("--turns", choices=("one", "all"), default="one",
                       help="all: also rows whose environment replies, for a trainer with a tool loop for them (one)")
