@@ -44,12 +44,6 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
         command.add_argument("--first", type=int, default=0, metavar="N", help="a trial: only N lines of every file")
         command.add_argument("--skip-wrong", action="store_true", help="leave rows of the wrong schema out, and count them")
-    three = commands.add_parser("check", help="the nine benchmarks' prompts in training prompts", allow_abbrev=False)
-    three.set_defaults(function=check)
-    three.add_argument("folder", type=Path, nargs="+", help="what `sft` or `rl` made")
-    three.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    four = commands.add_parser("sources", help="every data set: commit, licence, files, what it needs", allow_abbrev=False)
-    four.set_defaults(function=sources)
     five = commands.add_parser("export", help="our RL rows as the training file of slime, verl or TRL", allow_abbrev=False)
     five.set_defaults(function=export)
     five.add_argument("--for", dest="trainer", choices=("slime", "verl", "trl"), required=True)
@@ -63,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     five.add_argument("--model", type=Path, metavar="FOLDER", help="verl and TRL: whose chat template writes a row's tools")
     five.add_argument("--turns", choices=("one", "all"), default="one",
                       help="all: also rows whose environment replies, for a trainer with a tool loop for them (one)")
+    three = commands.add_parser("check", help="the nine benchmarks' prompts in training prompts", allow_abbrev=False)
+    three.set_defaults(function=check)
+    three.add_argument("folder", type=Path, nargs="+", help="what `sft` or `rl` made")
+    three.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    four = commands.add_parser("sources", help="every data set: commit, licence, files, what it needs", allow_abbrev=False)
+    four.set_defaults(function=sources)
     return top
 
 
@@ -84,6 +84,11 @@ def rl(args) -> None:
     _reasons(told["dropped"])
     _reasons(told["remarks"])
     print(f"{args.out}: finished, see report.json")
+
+
+def export(args) -> None:
+    from m2rl_core.adapters import export as exports
+    exports.main(args, print)
 
 
 def check(args) -> None:
@@ -114,11 +119,6 @@ def sources(args) -> None:
               + (f"; {source.login}" if source.login else ""))
         where = hub.folder_of(source)
         print(f"  files: {', '.join(source.splits.values())}; {f'by hand in {where}' if where else 'from the hub'}")
-
-
-def export(args) -> None:
-    from m2rl_core.adapters import export as exports
-    exports.main(args, print)
 
 
 def _reasons(counts: dict[str, int]) -> None:
