@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 import toy_policy
+import trl
 
 from m2rl_core import policy as policies
 from m2rl_core.adapters import export, scoring
@@ -12,7 +13,6 @@ from m2rl_core.adapters.checkpoints import check, take
 from m2rl_core.domains import DOMAINS, module, rewards, training_rows
 from m2rl_core.rollout import sample
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
 GROUP, NEW = 4, 24
 PROMPTS = dict.fromkeys(DOMAINS, 1) | {"agent": 4}  # all of them in one step
 
