@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2rl_core.errors import StudyError
+
 Weights = dict[str, Tensor]
 CHUNK = 2**24  # logits that are held at once
 
@@ -32,6 +34,10 @@ class Shape:
     @staticmethod
     def of(config) -> Shape:
         rope = getattr(config, "rope_parameters", None) or {}
+        kind = rope.get("rope_type", "default")
+        if kind != "default" or getattr(config, "use_sliding_window", False):
+            what = "a sliding window" if kind == "default" else f"rope of type {kind}"
+            raise StudyError(f"a model with {what}: the torch engine has full attention and plain rope only")
         theta = rope.get("rope_theta") or getattr(config, "rope_theta")
         return Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
                      config.head_dim, config.rms_norm_eps, float(theta))

@@ -658,7 +658,8 @@ def test_the_readmes_commands_are_those_that_there_are():
     """Fault: an option of the README that the command refuses."""
     page = (Path(main.__file__).parent.parent / "README.md").read_text()
     shown = re.findall(r"m2rl_core data (.*?)(?: +#.*)?$", page, re.M)
-    assert [cli.parser().parse_args(line.split()).command for line in shown] == ["sources", "sft", "rl", "check"]
+    assert [cli.parser().parse_args(line.split()).command for line in shown] == [
+        "sources", "sft", "rl", "check", "export", "export", "export"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -49,7 +49,7 @@ class Row:
     turns: tuple[dict, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self))  # not sorted: chat templates write a tool's keys in their order
 
     @staticmethod
     def from_json(text: str) -> Row:

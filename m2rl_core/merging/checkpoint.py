@@ -7,7 +7,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -35,10 +35,13 @@ FLUSH_BYTES = 1 << 26  # sent to the disk at once, in the background, so that li
 class Checkpoint(Mapping):
     """The tensors of a folder by name, torch's, each read when asked for; `meta` has every (code, shape) at once."""
 
-    def __init__(self, folder: Path | str):
-        """ValueError for a folder without safetensors, a missing shard or a file that is cut short."""
+    def __init__(self, folder: Path | str, files: Sequence[Path] = ()):
+        """`files`: some of the folder's, in place of all its weights.
+
+        ValueError for a folder without safetensors, a missing shard or a file that is cut short.
+        """
         self.folder = Path(folder)
-        self.files = weight_files(self.folder)
+        self.files = list(files) or weight_files(self.folder)
         self._home: dict[str, Path] = {}
         self.meta: dict[str, Meta] = {}
         for path in self.files:

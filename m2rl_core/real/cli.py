@@ -1,4 +1,4 @@
-"""`python -m m2rl_core data sft|rl|check|sources`: the paper's own data, made, checked and listed."""
+"""`python -m m2rl_core data sft|rl|check|sources|export`: the paper's own data, made, checked, listed and handed on."""
 from __future__ import annotations
 
 import argparse
@@ -45,6 +45,19 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
         command.add_argument("--first", type=int, default=0, metavar="N", help="a trial: only N lines of every file")
         command.add_argument("--skip-wrong", action="store_true", help="leave rows of the wrong schema out, and count them")
+    five = commands.add_parser("export", help="our RL rows as the training file of slime, verl or TRL", allow_abbrev=False)
+    five.set_defaults(function=export)
+    five.add_argument("--for", dest="trainer", choices=("slime", "verl", "trl"), required=True)
+    five.add_argument("out", type=Path, metavar="FOLDER")
+    source = five.add_mutually_exclusive_group()
+    source.add_argument("--profile", default="tiny", help="whose rows: a name of params/ or a YAML file (tiny)")
+    source.add_argument("--blend", type=Path, metavar="FOLDER", help="what `rl` made, in place of a profile's rows")
+    five.add_argument("--domains", default="", help="some of the five, with commas (all)")
+    five.add_argument("--rule", action="append", default=[], metavar="DOMAIN=RULE",
+                      help="how a domain is verified, where not by its first rule: math=last_box")
+    five.add_argument("--model", type=Path, metavar="FOLDER", help="verl and TRL: whose chat template writes a row's tools")
+    five.add_argument("--turns", choices=("one", "all"), default="one",
+                      help="all: also rows whose environment replies, for a trainer with a tool loop for them (one)")
     three = commands.add_parser("check", help="the nine benchmarks' prompts in training prompts", allow_abbrev=False)
     three.set_defaults(function=check)
     three.add_argument("folder", type=Path, nargs="+", help="what `sft` or `rl` made")
@@ -73,6 +86,11 @@ def rl(args) -> None:
     _reasons(told["dropped"])
     _reasons(told["remarks"])
     print(f"{args.out}: finished, see report.json")
+
+
+def export(args) -> None:
+    from m2rl_core.adapters import export as exports
+    exports.main(args, print)
 
 
 def check(args) -> None:
