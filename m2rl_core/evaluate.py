@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from m2rl_core import policy as policies
+from m2rl_core import ranks
 from m2rl_core.domains import BENCHMARKS, Row, Verdict, benchmark_rows, generator, prepare, rewards
 from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.policy import Policy
@@ -36,7 +37,7 @@ def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[st
         rng = torch.Generator().manual_seed(generator(seed, "evaluate", benchmark).randrange(2**62))
         rollouts = engine.sample(policy, rows, k[benchmark], generator=rng, temperature=spec.temperature,
                                  max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
-        verdicts = rewards([r.row for r in rollouts], [r.turns for r in rollouts])
+        verdicts = ranks.spread(rewards, [r.row for r in rollouts], [r.turns for r in rollouts])
         parts.append(frame(model, benchmark, rollouts, verdicts, k[benchmark]))
     return pd.concat(parts, ignore_index=True)
 

@@ -6,6 +6,7 @@ so nothing here imports torch.
 """
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rl_core import progress, publish
+from m2rl_core import progress, publish, ranks
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
@@ -31,6 +32,9 @@ BUILDERS = {
     "weights": "m2rl_core.metrics.weights:build", "kl": "m2rl_core.metrics.divergence:build",
     "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build",
 }
+
+
+TOGETHER = ("base", "sft", "rl", "opd", "eval")  # kinds that all ranks of a launch make; the others are rank 0's
 
 
 class MissingArtifact(LookupError):
@@ -83,8 +87,13 @@ class Run:
 
     def need(self, name: str) -> Path:
         """The finished folder; makes it and whatever it lacks first. Raises DiskFull, CorruptArtifact."""
-        for part in self.missing(name):
-            self._make(self.stages[part])
+        for part in ranks.agree(self.missing(name)):
+            if ranks.first():
+                with ranks.alone() if self.stages[part].kind not in TOGETHER else contextlib.nullcontext():
+                    self._make(self.stages[part])
+            elif self.stages[part].kind in TOGETHER:
+                self._help(self.stages[part])
+            ranks.agree(part)
         return self.path(name)
 
     def need_seeds(self, model: str) -> list[Path]:
@@ -104,8 +113,10 @@ class Run:
     def rebuild(self, name: str) -> Path:
         """Make a stage again; the old folder is moved to set-aside/, not removed."""
         stage = find(self.stages, name)
-        with self.store.lock_all(f"{name} (set aside)", progress.say):
-            self.store.set_aside(stage)
+        if ranks.first():
+            with self.store.lock_all(f"{name} (set aside)", progress.say):
+                self.store.set_aside(stage)
+        ranks.agree(name)
         return self.need(name)
 
     def seed(self, name: str) -> int:
@@ -114,19 +125,13 @@ class Run:
 
     def _make(self, stage: Stage) -> None:
         with self.store.lock(stage.name, progress.say):
-            if self.store.is_complete(stage):  # another process made it while this one waited
+            if ranks.agree(self.store.is_complete(stage)):  # another process made it while this one waited
                 return self.store.sweep(stage)
-            inputs = {first(name): self.path(name) for name in stage.needs}
+            inputs = self._inputs(stage)
             out = self.store.begin(stage)
             spent = _Spent(out / STATE / "seconds")
             shown = progress.Progress(stage.name, spent.tick)
-            module, function = BUILDERS[stage.kind].split(":")
-            build = getattr(importlib.import_module(module), function)
-            if "torch" in sys.modules:
-                from m2rl_core import cpu
-                cpu.settle(self.profile.threads_of(stage.kind))
-            context = BuilderContext(self.profile, stage, inputs, out, out / STATE, shown, shown.log,
-                                     self.seed(stage.name))
+            build, context = self._ready(stage, inputs, out, shown)
             try:
                 build(context)
                 facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
@@ -140,6 +145,25 @@ class Run:
                 raise DiskFull(f"{stage.name}: no space left in {self.root}; make room and start again: "
                                "it goes on from its last checkpoint") from error
             shown.close()
+
+    def _help(self, stage: Stage) -> None:
+        """What a rank other than the first does for a stage: the same, but what it writes is for nobody."""
+        if not ranks.agree(None):
+            build, context = self._ready(stage, self._inputs(stage), ranks.scratch(), progress.Silent(stage.name))
+            build(context)
+
+    def _inputs(self, stage: Stage) -> dict[str, Path]:
+        return {first(name): self.path(name) for name in stage.needs}
+
+    def _ready(self, stage: Stage, inputs: dict[str, Path], out: Path,
+               shown: progress.Progress) -> tuple[Callable, BuilderContext]:
+        """A stage's builder, and what it gets."""
+        module, function = BUILDERS[stage.kind].split(":")
+        build = getattr(importlib.import_module(module), function)
+        if "torch" in sys.modules:
+            from m2rl_core import cpu
+            cpu.settle(max(1, self.profile.threads_of(stage.kind) // ranks.here()))
+        return build, BuilderContext(self.profile, stage, inputs, out, out / STATE, shown, shown.log, self.seed(stage.name))
 
     # Cost -----------------------------------------------------------------------------------------
 
