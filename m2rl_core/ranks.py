@@ -293,16 +293,13 @@ def tell(error: Exception) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return
     store, gone = _world().store, getattr(error, "gone", [])
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):  # nobody keeps the store any more: better two lines than none
         if not gone:
             store.set(f"why/{rank()}", str(error))
             store.set(f"noticed/{rank()}", "")
-        if rank() != min(set(range(size())) - set(gone)):
-            until = time.monotonic() + 2 * ROLL_CALL
-            while time.monotonic() < until:
-                if store.check(["told"]):
-                    return
-                time.sleep(0.1)
-        elif not store.check(["told"]):
-            store.set("told", "")
+        until = time.monotonic() + (0.0 if rank() == min(set(range(size())) - set(gone)) else ROLL_CALL)
+        while time.monotonic() < until and not store.check(["told"]):
+            time.sleep(0.1)
+        if store.add("told", 1) > 1:
+            return
     print(f"error: {error}" if not rank() or gone else f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)

@@ -224,8 +224,9 @@ def small(tmp_path_factory) -> Path:
     content = yaml.safe_load((HOME / "params" / "smoke.yaml").read_text())
     content |= {"threads": 2, "jobs": 1}
     content["base"] |= {"documents": 60, "steps": 2}
-    content["sft"] |= {"steps": 2, "warmup": 0}
-    content["rl"] |= {"steps": 2, "prompts": 3}
+    content["sft"] |= {"rows": 60, "steps": 2, "warmup": 0, "blend": [
+        {"type": "Math", "domain": "math", "share": 1.0, "pool": 60, "sampling": "random sampling"}]}
+    content["rl"] |= {"steps": 2, "prompts": 3, "eval_every": 2, "eval_items": 1}
     content["eval"]["items"] = dict.fromkeys(content["eval"]["items"], 1)
     path = tmp_path_factory.mktemp("profile") / "small.yaml"
     path.write_text(yaml.safe_dump(content))
