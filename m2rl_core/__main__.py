@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if ranks.size() > 1 and args.function not in (run, rebuild):
-            raise StudyError(f"{args.command} is for one process, but {ranks.size()} were launched; run and rebuild take several")
+            raise StudyError(f"{args.command} is for one process, but {ranks.size()} were launched; run and rebuild take "
+                             "several")
         return args.function(args)
     except EXPECTED as error:
         ranks.tell(error)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from m2rl_core import ranks, rollout
+from m2rl_core.errors import StudyError
 from m2rl_core.specs import Profile
 from m2rl_core.vllm_engine import VllmEngine
 
@@ -66,6 +67,10 @@ TORCH = TorchEngine()
 
 
 def open_engine(profile: Profile) -> Engine:
-    """The profile's engine; vLLM's process starts with the first call that needs it."""
-    engine = TORCH if profile.engine == "torch" else VllmEngine(profile.threads, profile.gpu_memory)
-    return SharedEngine(engine) if ranks.launched() else engine
+    """The profile's engine; vLLM's process starts with the first call that needs it. StudyError for vLLM on several ranks."""
+    if ranks.launched():
+        if profile.engine != "torch":
+            raise StudyError(f"engine: {profile.engine} is for one process; on {ranks.size()} each rank samples by "
+                             "engine: torch")
+        return SharedEngine(TORCH)
+    return TORCH if profile.engine == "torch" else VllmEngine(profile.threads, profile.gpu_memory)

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2rl_core import progress, publish, ranks
+from m2rl_core.errors import StudyError
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
@@ -153,6 +155,10 @@ class Run:
             build(context)
 
     def _inputs(self, stage: Stage) -> dict[str, Path]:
+        for name in stage.needs if not ranks.first() else ():
+            if not self.has(name):
+                raise StudyError(f"rank {ranks.rank()} on {socket.gethostname()} does not see {name} in {self.store.root}, "
+                                 "which rank 0 does: let M2RL_ARTIFACTS be a folder that all machines share")
         return {first(name): self.path(name) for name in stage.needs}
 
     def _ready(self, stage: Stage, inputs: dict[str, Path], out: Path,

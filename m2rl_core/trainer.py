@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from m2rl_core import ranks, sharded
+from m2rl_core import parts, ranks, sharded
 from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy, save
 
@@ -120,10 +120,10 @@ def _checkpoint(policy, optimizer, state, step, metrics, timing):
     if ranks.first():
         shutil.rmtree(fresh, ignore_errors=True)
     if isinstance(policy, sharded.Sharded):
-        sharded.write_parts(policy, optimizer, fresh)
+        parts.write(policy, optimizer, fresh)
     if not ranks.first():
         return
-    if not sharded.is_parts(fresh):
+    if not parts.is_parts(fresh):
         save(policy, fresh)
         torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
     write_lines(fresh / "metrics.jsonl", metrics)
@@ -140,5 +140,5 @@ def _resume(policy, optimizer, state) -> tuple[int, list[dict], list[dict]]:
     if not complete:
         return 0, [], []
     newest = complete[-1]
-    sharded.restore(policy, optimizer, newest)
+    parts.restore(policy, optimizer, newest)
     return int(newest.name.split("-")[1]), read_lines(newest / "metrics.jsonl"), read_lines(newest / "timing.jsonl")

@@ -1,6 +1,7 @@
 """One model on several processes: the same trajectory, the same gradient from parts, and what happens when one is lost."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,9 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 from m2rl_core import policy as policies
-from m2rl_core import ranks, sharded
+from m2rl_core import engines, ranks, sharded
 from m2rl_core.domains import DOMAINS
 from m2rl_core.errors import StudyError
+from m2rl_core.profile import load_profile
+from m2rl_core.run import open_run
 from m2rl_core.trainer import read_lines
 
 HOME = Path(__file__).parent.parent
@@ -155,7 +158,7 @@ def test_a_killed_run_goes_on_with_other_processes(root, tmp_path, before, after
 
 
 @pytest.mark.parametrize(("moment", "seconds", "wanted"), [
-    ("hang 2 1", "12", r"error: rank 1 of 2 \(process \d+ on .*\) did not answer within 12 s \(M2RL_RANK_TIMEOUT\); all ranks "),
+    ("hang 2 1", "12", r"error: rank 1 of 2 \(process \d+ on .*\) did not answer within 12 s \(M2RL_RANK_TIMEOUT\); all"),
     ("raise 2 1", "60", r"error: rank 1(:| of 2 .* has ended:) no room on this rank's disk"),
     ("die 2 0", "60", r"error: rank 0 of 2 \(process \d+ on .*\) has ended; all ranks stop, what was made is kept")])
 def test_all_stop_with_one_line_that_names_who_is_lost(root, tmp_path, moment, seconds, wanted):
@@ -197,7 +200,8 @@ def test_each_config_file_means_what_it_says(monkeypatch, name, size, plan):
 
 def test_every_config_file_is_tested():
     """Fault: a file that nobody has read since accelerate changed."""
-    tested = {mark.args[1][i][0] for mark in test_each_config_file_means_what_it_says.pytestmark for i in range(len(mark.args[1]))}
+    (mark,) = test_each_config_file_means_what_it_says.pytestmark
+    tested = {name for name, *_ in mark.args[1]}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
 
 
@@ -244,7 +248,8 @@ def test_accelerate_launch_makes_a_stage_in_the_store(small, tmp_path):
                          env=environment(M2RL_ARTIFACTS=str(tmp_path / "one")), capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
     mine, its = (sorted((tmp_path / kind).rglob("manifest.json")) for kind in ("one", "many"))
-    assert [p.relative_to(tmp_path / "one") for p in mine] == [p.relative_to(tmp_path / "many") for p in its] and len(mine) == 3
+    assert [p.relative_to(tmp_path / "one") for p in mine] == [p.relative_to(tmp_path / "many") for p in its]
+    assert len(mine) == 3
     for a, b in zip(mine, its, strict=True):
         assert json.loads(a.read_text())["digests"].keys() == json.loads(b.read_text())["digests"].keys()
         x, y = (load_file(p.parent / "model.safetensors") for p in (a, b))
@@ -257,3 +262,32 @@ def test_a_command_for_one_process_is_refused_for_two(tmp_path):
                           text=True, timeout=60, env=environment(RANK="0", WORLD_SIZE="2", M2RL_ARTIFACTS=str(tmp_path)))
     assert done.returncode == 2
     assert done.stderr == "error: status is for one process, but 2 were launched; run and rebuild take several\n"
+
+
+def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
+    """Fault: the second machine is told to make what the first has made already."""
+    run = open_run("smoke", tmp_path)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StudyError, match="^rank 1 on .* does not see sft in .*/smoke, which rank 0 does: let M2RL_ART"):
+        run._inputs(run.stages["rl-math"])
+
+
+def test_vllm_on_several_ranks_is_refused(monkeypatch):
+    """Fault: as many vLLM processes as ranks, all on the first GPU, with the same draws."""
+    profile = dataclasses.replace(load_profile("smoke"), engine="vllm")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StudyError, match="^engine: vllm is for one process; on 2 each rank samples by engine: torch$"):
+        engines.open_engine(profile)
+
+
+def test_a_launch_of_one_is_no_launch(monkeypatch):
+    """Fault: `torchrun --nproc-per-node 1` computes in another way than plain Python; FSDP on one GPU is left out."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert not ranks.launched()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert ranks.launched() and ranks.size() == 1
+    with ranks.alone():
+        assert not ranks.launched()
