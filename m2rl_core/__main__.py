@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from m2rl_core import ranks
 from m2rl_core import report as runner
 from m2rl_core.errors import StudyError
 from m2rl_core.profile import ProfileError, repo_root
@@ -60,7 +61,9 @@ def run(args) -> int:
     """make a stage, and first what it needs"""
     here = _open(args)
     for name in list(here.stages) if args.name == "all" else [args.name]:
-        print(f"{name}: {here.need(name)}")
+        path = here.need(name)
+        if ranks.first():
+            print(f"{name}: {path}")
     return 0
 
 
@@ -208,9 +211,12 @@ def main(argv: list[str] | None = None) -> int:
         return cli.main(argv[1:])
     args = parser().parse_args(argv)
     try:
+        if ranks.size() > 1 and args.function not in (run, rebuild):
+            raise StudyError(f"{args.command} is for one process, but {ranks.size()} were launched; run and rebuild take "
+                             "several")
         return args.function(args)
     except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        ranks.tell(error)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -6,6 +6,7 @@ import time
 import torch
 from torch import Tensor
 
+from m2rl_core import ranks
 from m2rl_core.domains import Row, Verdict, environments, prepare, rewards
 from m2rl_core.engines import TORCH, Engine
 from m2rl_core.policy import Policy
@@ -14,13 +15,16 @@ from m2rl_core.rollout import Rollout
 
 def collect(policy: Policy, rows: list[Row], spec, seed: int,
             engine: Engine = TORCH) -> tuple[list[Rollout], list[Verdict], Tensor, dict]:
-    """`spec.group` rollouts of each row with their verdicts, the scores (P, G), and the seconds that both took."""
+    """`spec.group` rollouts of each row with their verdicts, the scores (P, G), and the seconds that both took.
+
+    Of several processes each samples and verifies its share, and all have the whole batch.
+    """
     start = time.perf_counter()
     prepare(rows)
     rollouts = engine.sample(policy, rows, spec.group, generator=torch.Generator().manual_seed(seed),
                              temperature=spec.temperature, max_new_tokens=spec.max_new_tokens, max_turns=spec.max_turns)
     sampled = time.perf_counter()
-    verdicts = environments.verdicts(rollouts, rewards)
+    verdicts = environments.verdicts(rollouts, lambda *lists: ranks.spread(rewards, *lists))
     scores = torch.tensor([v.score for v in verdicts]).view(-1, spec.group)
     return rollouts, verdicts, scores, {"seconds_sample": sampled - start, "seconds_verify": time.perf_counter() - sampled}
 

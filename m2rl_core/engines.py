@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from m2rl_core import rollout
+import torch
+
+from m2rl_core import ranks, rollout
+from m2rl_core.errors import StudyError
 from m2rl_core.specs import Profile
 from m2rl_core.vllm_engine import VllmEngine
 
@@ -38,11 +41,37 @@ class TorchEngine:
         pass
 
 
+class SharedEngine:
+    """An engine on each of several processes: every one samples its share of the rows, and all have all rollouts."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.logprobs = engine, engine.logprobs
+
+    def sample(self, policy, rows, n, *, generator, max_new_tokens, **settings) -> list[rollout.Rollout]:
+        """As `rollout.sample`, with the same draws: the numbers of the rows before this share are passed over."""
+        begin, end = ranks.bounds(len(rows))
+        for _ in range(begin):
+            torch.rand(n, max_new_tokens, generator=generator)
+        own = self.engine.sample(policy.whole(), rows[begin:end], n, generator=generator, max_new_tokens=max_new_tokens,
+                                 **settings)
+        return [found for part in ranks.gather(own) for found in part]
+
+    def __enter__(self) -> SharedEngine:
+        self.engine.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.engine.__exit__(*error)
+
+
 TORCH = TorchEngine()
 
 
 def open_engine(profile: Profile) -> Engine:
-    """The profile's engine; vLLM's process starts with the first call that needs it."""
-    if profile.engine == "torch":
-        return TORCH
-    return VllmEngine(profile.threads, profile.gpu_memory)
+    """The profile's engine; vLLM's process starts with the first call that needs it. StudyError for vLLM on several ranks."""
+    if ranks.launched():
+        if profile.engine != "torch":
+            raise StudyError(f"engine: {profile.engine} is for one process; on {ranks.size()} each rank samples by "
+                             "engine: torch")
+        return SharedEngine(TORCH)
+    return TORCH if profile.engine == "torch" else VllmEngine(profile.threads, profile.gpu_memory)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from m2rl_core import policy as policies
+from m2rl_core import ranks
 from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, environments, generator, prepare, rewards
 from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.errors import StudyError
@@ -61,13 +62,15 @@ def evaluate(policy: Policy, model: str, items: dict[str, list[Row]], k: dict[st
     parts, chunks = [], [chunk for name, rows in items.items() for chunk in _chunks(name, rows, k[name], spec.rows)]
     for name, rows in chunks:
         kept = keep and keep / f"rows-{'-'.join(map(str, name))}.parquet"
-        if not (kept and kept.is_file()):
+        found = ranks.agree(pd.read_parquet(kept) if kept and kept.is_file() else None)
+        if found is None:
             rng = torch.Generator().manual_seed(generator(seed, "evaluate", *name).randrange(2**62))
             found = _measure(policy, model, name[0], rows, k[name[0]], spec, rng, engine)
             if kept:
                 found.to_parquet(kept.with_suffix(".new"), index=False)
                 kept.with_suffix(".new").rename(kept)
-        parts.append(pd.read_parquet(kept) if kept else found)
+                found = pd.read_parquet(kept)
+        parts.append(found)
         if told:
             told(len(parts), len(chunks))
     return pd.concat(parts, ignore_index=True)
@@ -95,7 +98,7 @@ def _measure(policy, model, benchmark, rows, k, spec, rng, engine) -> pd.DataFra
         long = {row.id: length for row, length in zip(rows, lengths, strict=True) if length > room}
         fits = [row for row in rows if row.id not in long]
     rollouts = engine.sample(policy, fits, k, generator=rng, **asked) if fits else []
-    verdicts = environments.verdicts(rollouts, rewards)
+    verdicts = environments.verdicts(rollouts, lambda *lists: ranks.spread(rewards, *lists))
     if long:
         done = iter(zip(rollouts, verdicts, strict=True))
         pairs = [(Rollout(row, [], truncated=True), Verdict(0.0, f"a prompt of {long[row.id]} tokens, but {room} fit"))

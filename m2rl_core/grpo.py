@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from m2rl_core import policy as policies
+from m2rl_core import ranks
 from m2rl_core.collect import collect, summary
 from m2rl_core.data import batch_of, training_prompts
 from m2rl_core.engines import open_engine
@@ -21,6 +22,7 @@ from m2rl_core.metrics.interference import Interference
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import token_logprobs
 from m2rl_core.rollout import Rollout, logprobs, micro_batches, response_hidden
+from m2rl_core.sharded import beside, place
 from m2rl_core.study import first
 from m2rl_core.trainer import Optimization, fit
 
@@ -35,9 +37,7 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
     """
     sums, off = dict.fromkeys(("loss", "kept", "entropy", "mismatch_mean", *(("kl",) if loss.kl else ())), 0.0), 0.0
     count = sum(r.length for r in rollouts)
-    if not rollouts:
-        return sums | {"kept": 1.0, "mismatch": off}
-    for batch in micro_batches(rollouts):
+    for batch in policy.in_step(micro_batches(rollouts)):
         part = [rollouts[i] for i in batch]
         hidden, tokens, owner = response_hidden(policy, part)
         logp, entropy = token_logprobs(policy.weights, hidden, tokens, loss.temperature, entropy_grad=loss.entropy > 0)
@@ -59,12 +59,14 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
         gap = (logp.detach() - sampler).abs()
         sums["mismatch_mean"] += float(gap.sum())
         off = max(off, float(gap.max()))
+    if not rollouts:
+        return sums | {"kept": 1.0, "mismatch": off}
     return sums | {name: sums[name] / count for name in ("kept", "entropy", "mismatch_mean")} | {"mismatch": off}
 
 
 def learner(policy: Policy, rollouts: list[Rollout], advantage: Tensor, loss: Loss, longest: int,
             reference: Policy | None = None) -> tuple[list[Rollout], Callable[[list[Rollout]], dict]]:
-    """(the rollouts of a batch that have a gradient, `backward` for any part of them); advantage (P, G)."""
+    """(the rollouts of a batch that have a gradient, `backward` for any part of them, on all ranks); advantage (P, G)."""
     of = dict(zip(map(id, rollouts), advantage.flatten().tolist(), strict=True))
     totals = Totals.of(rollouts, longest)
 
@@ -72,7 +74,10 @@ def learner(policy: Policy, rollouts: list[Rollout], advantage: Tensor, loss: Lo
         return torch.tensor([of[id(r)] for r in part]).to(logp)[owner]
 
     def update(part: list[Rollout]) -> dict:
-        return backward(policy, part, each, loss, totals, reference)
+        own = ranks.share(part)  # all of it, unless several processes work on this model
+        stats = ranks.joined(backward(policy, own, each, loss, totals, reference), own)
+        policy.add_up()
+        return stats
 
     # groups without an advantage add nothing to the gradient, unless there is another term
     return [r for r in rollouts if of[id(r)] != 0 or loss.kl or loss.entropy], update
@@ -83,10 +88,10 @@ def build(ctx) -> None:
     spec, seed = ctx.profile.rl, ctx.profile.seed
     name = first(ctx.stage.name).removeprefix("rl-")
     domains = ctx.profile.domain_names if name == "multi" else (name,)
-    policy = policies.load(ctx.inputs["sft"])
+    policy = place(policies.load(ctx.inputs["sft"]))
     rows = training_prompts(ctx, domains, policy.tokenizer)
     loss = Loss.of(spec)
-    reference = policies.load(ctx.inputs["sft"]) if spec.kl else None
+    reference = beside(policies.load(ctx.inputs["sft"])) if spec.kl else None
     engine = open_engine(ctx.profile)
     watch, interference = Watch(ctx, spec, engine), Interference(ctx, spec.interference_every, domains)
 

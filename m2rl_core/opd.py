@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from m2rl_core import policy as policies
+from m2rl_core import ranks
 from m2rl_core.collect import collect, summary
 from m2rl_core.data import batch_of, training_prompts
 from m2rl_core.engines import open_engine
@@ -24,6 +25,7 @@ from m2rl_core.metrics.every import Every
 from m2rl_core.policy import Policy
 from m2rl_core.qwen3 import token_logprobs
 from m2rl_core.rollout import Rollout, micro_batches, response_hidden
+from m2rl_core.sharded import beside, place
 from m2rl_core.teachers import Teachers, by_domain
 from m2rl_core.trainer import Optimization, fit
 
@@ -33,8 +35,9 @@ def backward_full(student: Policy, teachers: Mapping[str, Policy], rollouts: lis
     """Accumulate the gradient of the mean per-token reverse KL over the vocabulary."""
     loss_sum = 0.0
     for domain, routed in by_domain(rollouts).items():
-        for batch in micro_batches(routed):
-            part = [routed[i] for i in batch]
+        own = ranks.share(routed)
+        for batch in student.in_step(micro_batches(own)):
+            part = [own[i] for i in batch]
             with torch.no_grad():
                 teacher_hidden, _, _ = response_hidden(teachers[domain], part)
             hidden, _, owner = response_hidden(student, part)
@@ -42,6 +45,7 @@ def backward_full(student: Policy, teachers: Mapping[str, Policy], rollouts: lis
             found = reduced(kl, torch.ones_like(owner, dtype=torch.bool), owner, loss.loss, totals)
             found.backward()
             loss_sum += float(found.detach())
+    loss_sum = ranks.total(loss_sum)
     return {"loss": loss_sum, "kept": 1.0, "reverse_kl": loss_sum}
 
 
@@ -57,12 +61,13 @@ def backward_sampled(student: Policy, teachers: Mapping[str, Policy], rollouts: 
                 found = token_logprobs(teacher.weights, hidden, tokens, loss.temperature)[0] - logp.detach()
             gaps.append(found)
             return found
-        for key, value in backward(student, routed, gap, loss, totals).items():
+        own = ranks.share(routed)
+        for key, value in ranks.joined(backward(student, own, gap, loss, totals), own).items():
             if key == "mismatch":
                 sums[key] = max(sums.get(key, 0.0), value)
             else:  # the loss is a sum over sequences already; the others are means
                 sums[key] = sums.get(key, 0.0) + value * (1 if key == "loss" else len(routed) / len(rollouts))
-    return {**sums, "reverse_kl": -float(torch.cat(gaps).mean())}
+    return {**sums, "reverse_kl": -ranks.mean(gaps)}
 
 
 UPDATES = {"sampled": backward_sampled, "full": backward_full}
@@ -71,9 +76,10 @@ UPDATES = {"sampled": backward_sampled, "full": backward_full}
 def build(ctx) -> None:
     """Distil the experts into the SFT model on the mix of all domains' RL rows."""
     spec = ctx.profile.opd
-    student = policies.load(ctx.inputs["sft"])
+    student = place(policies.load(ctx.inputs["sft"]))
     taught = tuple(domain for domain in ctx.profile.domain_names if f"rl-{domain}" in ctx.inputs)
-    teachers = Teachers(policies.load(ctx.inputs["sft"]), ((d, policies.load(ctx.inputs[f"rl-{d}"])) for d in taught))
+    teachers = Teachers(beside(policies.load(ctx.inputs["sft"])),
+                        ((d, beside(policies.load(ctx.inputs[f"rl-{d}"]))) for d in taught))
     whole, kept = teachers.size()
     ctx.log(f"{len(teachers)} teachers: {kept / 1e6:,.1f} MB beside the {whole / 1e6:,.1f} MB of one model")
     rows = training_prompts(ctx, taught, student.tokenizer)
@@ -82,7 +88,9 @@ def build(ctx) -> None:
     loss = Loss.of(spec, loss="grpo")
 
     def update(form: str, part: list[Rollout]) -> dict:
-        return UPDATES[form](student, teachers, part, loss, Totals.of(part, spec.max_new_tokens))
+        stats = UPDATES[form](student, teachers, part, loss, Totals.of(part, spec.max_new_tokens))
+        student.add_up()
+        return stats
     estimators = {form: partial(update, form) for form in UPDATES}
 
     def objective(step: int) -> dict:

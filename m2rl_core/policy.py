@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from m2rl_core.errors import StudyError
-from m2rl_core.qwen3 import Shape, Weights
+from m2rl_core.qwen3 import Shape, Weights, hidden_states, prepare
 from m2rl_core.slim import without
 
 with without("transformers.models.auto.modeling_auto"):  # all model classes: two seconds, for the config's docstring
@@ -77,6 +77,27 @@ class Policy:
     def requires_grad(self) -> list[torch.Tensor]:
         """The weights as leaves to train, in the order of their names."""
         return [self.weights[name].requires_grad_(True) for name in sorted(self.weights)]
+
+    # What one model on several processes does otherwise (see `sharded`)
+
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
+        """`hidden_states` with the present weights, to learn from."""
+        return hidden_states(prepare(self.weights, self.shape), tokens, positions, attend)
+
+    def in_step(self, batches: list) -> Iterable:
+        """The micro-batches of this process, each to be run forward and backward."""
+        return batches
+
+    def add_up(self) -> None:
+        """Make the gradient of this process's share the sum over all; there is but one."""
+
+    def gradients(self) -> Weights:
+        """The gradient that a backward pass left, whole: {name: gradient} of the weights that have one."""
+        return {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+
+    def whole(self, exact: bool = False) -> Policy:
+        """The policy in this process alone, to sample from; `exact` for the weights as they are trained and saved."""
+        return self
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:

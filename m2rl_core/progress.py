@@ -88,6 +88,19 @@ class Progress:
             say(f"{self.name} · made in {duration(self.seconds)}")
 
 
+class Silent(Progress):
+    """Of a process that works beside the one which shows how far they are."""
+
+    def step(self, step: int, total: int, **numbers: float) -> None:
+        pass
+
+    def log(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _Bar:
     """One cell output that is written over."""
 

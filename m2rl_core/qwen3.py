@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,19 +63,23 @@ class Model(NamedTuple):
     norm: Tensor  # (D,)
 
 
+LAYER = ("input_layernorm", "post_attention_layernorm", *(f"self_attn.{n}_proj" for n in "qkvo"),
+         "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # its weights' names
+
+
+def joined(own: Weights, shape: Shape) -> Layer:
+    """A layer from its weights, by the names of `LAYER`."""
+    return Layer(
+        torch.cat([own[f"self_attn.{n}_proj"] for n in "qkv"]) * own["input_layernorm"],
+        torch.cat((own["self_attn.q_norm"].expand(shape.heads, -1), own["self_attn.k_norm"].expand(shape.kv_heads, -1))),
+        own["self_attn.o_proj"],
+        torch.cat((own["mlp.gate_proj"], own["mlp.up_proj"])) * own["post_attention_layernorm"],
+        own["mlp.down_proj"])
+
+
 def prepare(w: Weights, shape: Shape) -> Model:
     """Join the matrices of each layer: a copy of the weights, to be made again when they have changed."""
-    layers = []
-    for i in range(shape.layers):
-        own = {name: w[f"model.layers.{i}.{name}.weight"] for name in (
-            "input_layernorm", "post_attention_layernorm", *(f"self_attn.{n}_proj" for n in "qkvo"),
-            "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
-        layers.append(Layer(
-            torch.cat([own[f"self_attn.{n}_proj"] for n in "qkv"]) * own["input_layernorm"],
-            torch.cat((own["self_attn.q_norm"].expand(shape.heads, -1), own["self_attn.k_norm"].expand(shape.kv_heads, -1))),
-            own["self_attn.o_proj"],
-            torch.cat((own["mlp.gate_proj"], own["mlp.up_proj"])) * own["post_attention_layernorm"],
-            own["mlp.down_proj"]))
+    layers = [joined({name: w[f"model.layers.{i}.{name}.weight"] for name in LAYER}, shape) for i in range(shape.layers)]
     return Model(shape, w["model.embed_tokens.weight"], layers, w["model.norm.weight"])
 
 
@@ -156,17 +161,21 @@ def hidden_states(model: Model, tokens: Tensor, positions: Tensor,
 
     `attend(layer, q, k, v)` gives what each token gathers, (N, H d), from q (N, H, d) and k, v (N, KVH, d).
     """
-    shape = model.shape
-    heads = shape.heads, shape.kv_heads
     x = F.embedding(tokens, model.embed)  # (N, D)
-    cos, sin = rope(positions, shape, x.dtype)
+    cos, sin = rope(positions, model.shape, x.dtype)
     for i, layer in enumerate(model.layers):
-        qkv = F.linear(normalize(x, shape.eps), layer.qkv).view(len(x), -1, shape.head_dim)
-        qk, v = qkv.split((sum(heads), shape.kv_heads), dim=1)
-        q, k = rotate(normalize(qk, shape.eps) * layer.qk_norm, cos, sin).split(heads, dim=1)
-        x = x + F.linear(attend(i, q, k, v), layer.out)
-        x = x + F.linear(swiglu(F.linear(normalize(x, shape.eps), layer.gate_up)), layer.down)
-    return normalize(x, shape.eps) * model.norm
+        x = through(layer, model.shape, x, cos, sin, partial(attend, i))
+    return normalize(x, model.shape.eps) * model.norm
+
+
+def through(layer: Layer, shape: Shape, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """What a layer makes of its input (N, D); `attend` is that of `hidden_states`, of this layer."""
+    heads = shape.heads, shape.kv_heads
+    qkv = F.linear(normalize(x, shape.eps), layer.qkv).view(len(x), -1, shape.head_dim)
+    qk, v = qkv.split((sum(heads), shape.kv_heads), dim=1)
+    q, k = rotate(normalize(qk, shape.eps) * layer.qk_norm, cos, sin).split(heads, dim=1)
+    x = x + F.linear(attend(q, k, v), layer.out)
+    return x + F.linear(swiglu(F.linear(normalize(x, shape.eps), layer.gate_up)), layer.down)
 
 
 def head(w: Weights) -> Tensor:

@@ -269,7 +269,7 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
     owner = torch.arange(len(groups), device=device).repeat_interleave(torch.tensor([len(g) for g in groups], device=device))
     attend = Grouped(plens.tolist(), ilens.tolist(), owner.tolist(), device)
     positions = torch.cat((places(plens), places(ilens) + plens[owner].repeat_interleave(ilens)))
-    hidden = hidden_states(prepare(policy.weights, policy.shape), torch.cat((prompts, inputs)), positions, attend)
+    hidden = policy.hidden(torch.cat((prompts, inputs)), positions, attend)
     tokens, lens = flat([r.tokens for r in rollouts], device)
     sampled = torch.tensor([s for r in rollouts for s in r.sampled], dtype=torch.bool, device=device)
     of, place = torch.arange(len(rollouts), device=device).repeat_interleave(lens), places(lens)

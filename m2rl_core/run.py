@@ -6,17 +6,20 @@ so nothing here imports torch.
 """
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rl_core import domains, imports, progress, publish
+from m2rl_core import domains, imports, progress, publish, ranks
+from m2rl_core.errors import StudyError
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
@@ -34,6 +37,7 @@ BUILDERS = {
 
 
 NOT_RUN = "not_run.json"  # beside the rows of an evaluation that went on without a benchmark
+TOGETHER = ("base", "sft", "rl", "opd", "eval")  # kinds that all ranks of a launch make; the others are rank 0's
 
 
 class MissingArtifact(LookupError):
@@ -92,13 +96,20 @@ class Run:
 
     def need(self, name: str) -> Path:
         """The finished folder; makes it and whatever it lacks first. Raises DiskFull, CorruptArtifact."""
-        away = [part for part in self.missing(name) if self.stages[part].settings.get("found") is False]
+        away = ranks.agree([part for part in self.missing(name) if self.stages[part].settings.get("found") is False])
         for part in away:  # a model's key is its content's: what needs it has no key before it is here
-            imports.fetch(imports.source_of(self.profile, part))
+            if ranks.first():
+                imports.fetch(imports.source_of(self.profile, part))
+            ranks.agree(part)
         if away:
             self.stages = study(self.profile)
-        for part in self.missing(name):
-            self._make(self.stages[part])
+        for part in ranks.agree(self.missing(name)):
+            if ranks.first():
+                with ranks.alone() if self.stages[part].kind not in TOGETHER else contextlib.nullcontext():
+                    self._make(self.stages[part])
+            elif self.stages[part].kind in TOGETHER:
+                self._help(self.stages[part])
+            ranks.agree(part)
         return self.path(name)
 
     def need_seeds(self, model: str) -> list[Path]:
@@ -118,8 +129,10 @@ class Run:
     def rebuild(self, name: str) -> Path:
         """Make a stage again; the old folder is moved to set-aside/, not removed."""
         stage = find(self.stages, name)
-        with self.store.lock_all(f"{name} (set aside)", progress.say):
-            self.store.set_aside(stage)
+        if ranks.first():
+            with self.store.lock_all(f"{name} (set aside)", progress.say):
+                self.store.set_aside(stage)
+        ranks.agree(name)
         return self.need(name)
 
     def seed(self, name: str) -> int:
@@ -128,19 +141,13 @@ class Run:
 
     def _make(self, stage: Stage) -> None:
         with self.store.lock(stage.name, progress.say):
-            if self.store.is_complete(stage):  # another process made it while this one waited
+            if ranks.agree(self.store.is_complete(stage)):  # another process made it while this one waited
                 return self.store.sweep(stage)
-            inputs = {first(name): self.path(name) for name in stage.needs}
+            inputs = self._inputs(stage)
             out = self.store.begin(stage)
             spent = _Spent(out / STATE / "seconds")
             shown = progress.Progress(stage.name, spent.tick)
-            module, function = BUILDERS[stage.kind].split(":")
-            build = getattr(importlib.import_module(module), function)
-            if "torch" in sys.modules:
-                from m2rl_core import cpu
-                cpu.settle(self.profile.threads_of(stage.kind))
-            context = BuilderContext(self.profile, stage, inputs, out, out / STATE, shown, shown.log,
-                                     self.seed(stage.name))
+            build, context = self._ready(stage, inputs, out, shown)
             try:
                 build(context)
                 facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
@@ -154,6 +161,29 @@ class Run:
                 raise DiskFull(f"{stage.name}: no space left in {self.root}; make room and start again: "
                                "it goes on from its last checkpoint") from error
             shown.close()
+
+    def _help(self, stage: Stage) -> None:
+        """What a rank other than the first does for a stage: the same, but what it writes is for nobody."""
+        if not ranks.agree(None):
+            build, context = self._ready(stage, self._inputs(stage), ranks.scratch(), progress.Silent(stage.name))
+            build(context)
+
+    def _inputs(self, stage: Stage) -> dict[str, Path]:
+        for name in stage.needs if not ranks.first() else ():
+            if not self.has(name):
+                raise StudyError(f"rank {ranks.rank()} on {socket.gethostname()} does not see {name} in {self.store.root}, "
+                                 "which rank 0 does: let M2RL_ARTIFACTS be a folder that all machines share")
+        return {first(name): self.path(name) for name in stage.needs}
+
+    def _ready(self, stage: Stage, inputs: dict[str, Path], out: Path,
+               shown: progress.Progress) -> tuple[Callable, BuilderContext]:
+        """A stage's builder, and what it gets."""
+        module, function = BUILDERS[stage.kind].split(":")
+        build = getattr(importlib.import_module(module), function)
+        if "torch" in sys.modules:
+            from m2rl_core import cpu
+            cpu.settle(max(1, self.profile.threads_of(stage.kind) // ranks.here()))
+        return build, BuilderContext(self.profile, stage, inputs, out, out / STATE, shown, shown.log, self.seed(stage.name))
 
     # Cost -----------------------------------------------------------------------------------------
 

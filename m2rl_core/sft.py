@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from m2rl_core import policy as policies
+from m2rl_core import ranks
 from m2rl_core.attention import Causal
 from m2rl_core.data import RealSft, batch_of, corpus, sft_blend
 from m2rl_core.domains import Row
 from m2rl_core.policy import Policy, encode_prompt
-from m2rl_core.qwen3 import head, hidden_states, prepare
+from m2rl_core.qwen3 import head
 from m2rl_core.rollout import flat, places, tool_reply
+from m2rl_core.sharded import place
 from m2rl_core.trainer import Optimization, fit, warmup_cosine, write_lines
 
 MICRO_TOKENS = 4096  # tokens of one forward and backward pass
@@ -45,20 +47,29 @@ def masked_loss(policy: Policy, rows: list[tuple[list[int], list[bool]]]) -> tup
     The mean is over the whole batch whatever the micro-batches are. Returns the loss and the token count.
     """
     total = sum(sum(learn[1:]) for _, learn in rows)
-    rows, loss_sum = sorted(rows, key=lambda r: len(r[0])), 0.0
-    while rows:
-        take = max(1, min(len(rows), MICRO_TOKENS // len(rows[-1][0])))
-        part, rows = rows[-take:], rows[:-take]
+    loss_sum = 0.0
+    for part in policy.in_step(micro_batches(ranks.share_rows(rows))):
         tokens, lengths = flat([ids[:-1] for ids, _ in part], policy.device)
         attend = Causal(lengths.tolist(), policy.device)
-        hidden = hidden_states(prepare(policy.weights, policy.shape), tokens, places(lengths), attend)
+        hidden = policy.hidden(tokens, places(lengths), attend)
         learn = torch.tensor([flag for _, flags in part for flag in flags[1:]], device=policy.device)
         targets = flat([ids[1:] for ids, _ in part], policy.device)[0][learn]
         logits = F.linear(hidden[learn], head(policy.weights)).float()
         loss = F.cross_entropy(logits, targets, reduction="sum") / total
         loss.backward()
         loss_sum += float(loss.detach())
-    return loss_sum, total
+    policy.add_up()
+    return ranks.total(loss_sum), total
+
+
+def micro_batches(rows: list[tuple[list[int], list[bool]]]) -> list[list[tuple[list[int], list[bool]]]]:
+    """The rows in batches of at most `MICRO_TOKENS` tokens or one row, the longest first."""
+    rows, batches = sorted(rows, key=lambda r: len(r[0])), []
+    while rows:
+        take = max(1, min(len(rows), MICRO_TOKENS // len(rows[-1][0])))
+        batches.append(rows[-take:])
+        rows = rows[:-take]
+    return batches
 
 
 def build_base(ctx) -> None:
@@ -67,7 +78,7 @@ def build_base(ctx) -> None:
     texts = corpus(spec.documents, ctx.profile.seed)
     chat = [text for _, row in sft_blend(ctx.profile.sft, ctx.profile.seed)[:4000] for text in _texts(row)]
     tokenizer = policies.train_tokenizer(texts + chat, ctx.profile.model.vocab)
-    policy = policies.build(ctx.profile.model, tokenizer, torch.Generator().manual_seed(ctx.seed))
+    policy = place(policies.build(ctx.profile.model, tokenizer, torch.Generator().manual_seed(ctx.seed)))
     width = 128
     stream = [i for text in texts for i in [*tokenizer.encode(text, add_special_tokens=False), policy.stop_ids[1]]]
     blocks = [stream[i:i + width + 1] for i in range(0, len(stream) - width, width)]
@@ -84,7 +95,7 @@ def build_base(ctx) -> None:
 def build_sft(ctx) -> None:
     """Fine-tune `base` on the blend; `blend.jsonl` lists what was drawn, type by type."""
     spec = ctx.profile.sft
-    policy = policies.load(ctx.inputs["base"])
+    policy = place(policies.load(ctx.inputs["base"]))
     if ctx.profile.rows == "real":
         rows = RealSft(ctx, policy.tokenizer, policy.config.max_position_embeddings)
         write_lines(ctx.out / "blend.jsonl", rows.told)

@@ -1,7 +1,8 @@
 """The one loop that SFT, GRPO and distillation share: step, record, checkpoint, resume.
 
 An objective is a function of the step number alone that leaves gradients on the weights and returns what to
-record, so a killed run goes on from its last checkpoint and ends with the bytes of an unbroken one.
+record, so a killed run goes on from its last checkpoint and ends with the bytes of an unbroken one. On several
+processes (see `ranks`) every one of them takes the step, and the first writes.
 """
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from m2rl_core import parts, ranks, sharded
 from m2rl_core.errors import StudyError
-from m2rl_core.policy import Policy, load_weights, save
+from m2rl_core.policy import Policy, save
 
 SHOWN = ("reward", "loss", "verifier_failures")  # in the line of a step, where they are recorded
 
@@ -61,7 +63,8 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
     """
     parameters = policy.requires_grad()
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
-    done, metrics, timing = _resume(policy, optimizer, state)
+    shared = ranks.agree(state)  # the first process's, for checkpoints; what others write is for nobody
+    done, metrics, timing = _resume(policy, optimizer, shared)
     if done == 0 and observe is not None:
         observe(0, policy)
     for step in range(done, settings.steps):
@@ -70,7 +73,7 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
             group["lr"] = settings.lr * settings.schedule(step)
         optimizer.zero_grad(set_to_none=True)
         record = objective(step)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], settings.grad_clip)
+        norm = sharded.full(torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], settings.grad_clip))
         if not math.isfinite(record["loss"]) or not torch.isfinite(norm):
             batch = state / "diverged.jsonl"
             if keep_batch is not None:
@@ -88,12 +91,14 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
         if observe is not None:
             observe(step + 1, policy)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-            _checkpoint(policy, optimizer, state, step + 1, metrics, timing)
+            _checkpoint(policy, optimizer, shared, step + 1, metrics, timing)
     for parameter in parameters:
         parameter.requires_grad_(False)
     write_lines(out / "metrics.jsonl", metrics)
     write_lines(out / "timing.jsonl", timing)
-    save(policy, out)
+    whole = policy.whole(exact=True)
+    if ranks.first():
+        save(whole, out)
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -112,9 +117,15 @@ def _rounded(value):
 def _checkpoint(policy, optimizer, state, step, metrics, timing):
     """Write everything beside the live state, then swap by one rename."""
     fresh = state / f"step-{step:06d}.partial"
-    shutil.rmtree(fresh, ignore_errors=True)
-    save(policy, fresh)
-    torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
+    if ranks.first():
+        shutil.rmtree(fresh, ignore_errors=True)
+    if isinstance(policy, sharded.Sharded):
+        parts.write(policy, optimizer, fresh)
+    if not ranks.first():
+        return
+    if not parts.is_parts(fresh):
+        save(policy, fresh)
+        torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
     write_lines(fresh / "metrics.jsonl", metrics)
     write_lines(fresh / "timing.jsonl", timing)
     os.replace(fresh, state / f"step-{step:06d}")
@@ -125,12 +136,9 @@ def _checkpoint(policy, optimizer, state, step, metrics, timing):
 
 def _resume(policy, optimizer, state) -> tuple[int, list[dict], list[dict]]:
     """Load the newest complete checkpoint, if any, into policy and optimizer."""
-    complete = sorted(p for p in state.glob("step-*") if p.suffix != ".partial")
+    complete = ranks.agree(sorted(p for p in state.glob("step-*") if p.suffix != ".partial"))
     if not complete:
         return 0, [], []
     newest = complete[-1]
-    with torch.no_grad():
-        for name, tensor in load_weights(newest).items():
-            policy.weights[name].copy_(tensor)
-    optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
+    parts.restore(policy, optimizer, newest)
     return int(newest.name.split("-")[1]), read_lines(newest / "metrics.jsonl"), read_lines(newest / "timing.jsonl")

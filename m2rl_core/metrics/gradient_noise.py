@@ -45,7 +45,7 @@ def measure(policy: Policy, parts: Sequence[list[Rollout]],
             backward(part)
             key = f"seconds_{name}"
             seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
-            found[name] = {n: w.grad for n, w in policy.weights.items() if w.grad is not None}
+            found[name] = policy.gradients()
         for weight in sorted(found["sampled"]):
             for name, gradient in _both(found, weight):
                 _add(squares, policy, name, weight, gradient)

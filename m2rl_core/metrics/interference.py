@@ -48,7 +48,7 @@ def measure(policy: Policy, rollouts: Sequence[Rollout], domains: Iterable[str],
         part = [r for r in rollouts if r.row.domain == domain]
         if part:
             backward(part)
-        gradients[domain] = {n: w.grad.clone() for n, w in policy.weights.items() if w.grad is not None}
+        gradients[domain] = policy.gradients()
     clear(policy)
     return cosines(gradients, policy.shape.layers)
 
