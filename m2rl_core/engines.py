@@ -45,4 +45,5 @@ def open_engine(profile: Profile) -> Engine:
     """The profile's engine; vLLM's process starts with the first call that needs it."""
     if profile.engine == "torch":
         return TORCH
-    return VllmEngine(profile.threads, profile.gpu_memory)
+    return VllmEngine(
+        profile.threads, profile.gpu_memory, replicas=profile.vllm.replicas, tensor_parallel=profile.vllm.tensor_parallel)
