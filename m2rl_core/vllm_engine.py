@@ -223,7 +223,7 @@ class _Process:
             with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
                 self.process = subprocess.Popen(
                     [str(python), "-P", str(WORKER), str(theirs.fileno()), str(self.folder)],
-                    pass_fds=(theirs.fileno(), memory.file), env=_environment(python, threads, gpus),
+                    pass_fds=(theirs.fileno(), memory.file), env=_environment(python, threads, gpus, settings["tensor_parallel"]),
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         except OSError as error:
             shutil.rmtree(self.folder)
@@ -297,12 +297,15 @@ def _gpus(wanted: int, each: int) -> list[str]:
     return [",".join(here[at:at + each]) for at in range(0, wanted, each)]
 
 
-def _environment(python: Path, threads: int, gpus: str = "") -> dict[str, str]:
+def _environment(python: Path, threads: int, gpus: str, parts: int) -> dict[str, str]:
     """The worker's environment: one process for everything, no network, and the OpenMP that vLLM advises on a CPU."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = gpus
+    elif parts > 1:  # each part of a model has cores of its own; vLLM would want a NUMA node for each
+        cores = sorted(os.sched_getaffinity(0))
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, cores[i::parts])) for i in range(parts)))
     openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it
     if openmp.exists() and python != Path(sys.executable):
         env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))

@@ -343,6 +343,17 @@ def test_replicas_share_the_rows_and_the_weights(engine, toy, toy_rows, capsys):
     assert capsys.readouterr().out.count("started once more") == 1 and not pair.processes
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each part of the model needs a core")
+def test_a_model_in_two_parts_takes_new_weights_in_both(toy, toy_rows):
+    """Catches weights that only the first process of a parallel model gets, or whole ones where it holds a part."""
+    moved = toy_policy.clone(toy)
+    with VllmEngine(threads=2, tensor_parallel=2) as parts:
+        assert mismatch(moved, draw(parts, moved, toy_rows[:2])) < NEAR
+        for w in moved.weights.values():
+            w.mul_(1.1)
+        assert mismatch(moved, draw(parts, moved, toy_rows[:2])) < NEAR
+
+
 def test_gpus_are_dealt_out_and_too_few_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
