@@ -68,10 +68,13 @@ TORCH = TorchEngine()
 
 
 def open_engine(profile: Profile) -> Engine:
-    """The profile's engine; vLLM's process starts with the first call that needs it. StudyError for vLLM on several ranks."""
+    """The profile's engine; vLLM's processes start with the first call that needs it. StudyError for vLLM on several ranks."""
     if ranks.launched():
         if profile.engine != "torch":
             raise StudyError(f"engine: {profile.engine} is for one process; on {ranks.size()} each rank samples by "
                              "engine: torch")
         return SharedEngine(TORCH)
-    return TORCH if profile.engine == "torch" else VllmEngine(profile.threads, profile.gpu_memory)
+    if profile.engine == "torch":
+        return TORCH
+    return VllmEngine(profile.threads, profile.gpu_memory, replicas=profile.vllm.replicas,
+                      tensor_parallel=profile.vllm.tensor_parallel)

@@ -262,6 +262,9 @@ def _check(profile: Profile, files: Files) -> None:
         fail("rl.group", "GRPO compares the rollouts of a group: at least 2 are needed")
     if profile.jobs < 1:
         fail("jobs", f"{profile.jobs}: at least one stage must be made at a time")
+    for name, number in dataclasses.asdict(profile.vllm).items():
+        if number < 1:
+            fail(f"vllm.{name}", f"{number}: at least one GPU computes")
     if not 0 < profile.gpu_memory < 1:
         fail("gpu_memory", f"{profile.gpu_memory} is not in (0, 1): vLLM and the trainer share the GPU")
     if not 0 < profile.merge.density <= 1:

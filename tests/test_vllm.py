@@ -58,8 +58,8 @@ def engine():
 @pytest.fixture
 def loads(engine, monkeypatch):
     """How often weights were sent while a test ran; a list that grows."""
-    seen, load = [], vllm_engine._Process.load
-    monkeypatch.setattr(vllm_engine._Process, "load", lambda self, policy: (seen.append(policy), load(self, policy)))
+    seen, fill = [], vllm_engine._Memory.fill
+    monkeypatch.setattr(vllm_engine._Memory, "fill", lambda self, policy: (seen.append(policy), fill(self, policy)))
     return seen
 
 
@@ -229,7 +229,7 @@ def test_profiles_choose_the_engine():
     assert engines.open_engine(SMOKE) is engines.TORCH
     opened = engines.open_engine(dataclasses.replace(SMOKE, engine="vllm", threads=3, gpu_memory=0.7))
     assert isinstance(opened, VllmEngine) and (opened.threads, opened.gpu_memory) == (3, 0.7)
-    assert opened.process is None  # nothing starts before something is asked
+    assert not opened.processes  # nothing starts before something is asked
 
 
 def test_grpo_steps_with_new_weights_each(engine, toy, tmp_path, monkeypatch, loads):
@@ -312,19 +312,55 @@ def test_a_model_that_vllm_cannot_run_is_one_line(words, toy_rows):
 def test_it_is_started_again_once(engine, toy, toy_rows, capsys):
     """Faults: a death that ends the run, or loses the weights; a second one that is hidden for ever."""
     wanted = draw(engine, toy, toy_rows, n=8, max_new_tokens=120)
-    first = engine.process
+    first = engine.processes[0]
     killed = threading.Timer(0.2, os.kill, (first.process.pid, signal.SIGKILL))
     killed.start()
     found = draw(engine, toy, toy_rows, n=8, max_new_tokens=120)  # takes longer than that
-    assert engine.process is not first and engine.died
+    assert engine.processes[0] is not first and engine.died
     assert [r.tokens for r in found] == [r.tokens for r in wanted] and mismatch(toy, found) < NEAR
     assert capsys.readouterr().out.count("started once more") == 1
-    folder = engine.process.folder
-    os.kill(engine.process.process.pid, signal.SIGKILL)
+    folder = engine.processes[0].folder
+    os.kill(engine.processes[0].process.pid, signal.SIGKILL)
     with pytest.raises(StudyError, match="vLLM died twice") as caught:
         draw(engine, toy, toy_rows)
-    assert "\n" not in str(caught.value) and engine.process is None
+    assert "\n" not in str(caught.value) and not engine.processes
     assert not folder.exists() and not first.folder.exists()
+
+
+def test_replicas_share_the_rows_and_the_weights(engine, toy, toy_rows, capsys):
+    """Catches answers in the order of processes, weights that only one has, and a death that the other does not survive."""
+    with VllmEngine(threads=2, replicas=2) as pair:
+        both = draw(pair, toy, toy_rows[:3], n=3)
+        assert [r.row.id for r in both] == [row.id for row in toy_rows[:3] for _ in range(3)]
+        assert [r.tokens for r in both] == [r.tokens for r in draw(engine, toy, toy_rows[:3], n=3)]
+        assert mismatch(toy, both) < NEAR and len({process.process.pid for process in pair.processes}) == 2
+        moved = toy_policy.clone(toy)
+        for w in moved.weights.values():
+            w.mul_(1.1)
+        assert mismatch(moved, draw(pair, moved, toy_rows[:3], n=3)) < NEAR
+        os.kill(pair.processes[1].process.pid, signal.SIGKILL)
+        assert mismatch(moved, draw(pair, moved, toy_rows[:1], n=3)) < NEAR and pair.died
+    assert capsys.readouterr().out.count("started once more") == 1 and not pair.processes
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each part of the model needs a core")
+def test_a_model_in_two_parts_takes_new_weights_in_both(toy, toy_rows):
+    """Catches weights that only the first process of a parallel model gets, or whole ones where it holds a part."""
+    moved = toy_policy.clone(toy)
+    with VllmEngine(threads=2, tensor_parallel=2) as parts:
+        assert mismatch(moved, draw(parts, moved, toy_rows[:2])) < NEAR
+        for w in moved.weights.values():
+            w.mul_(1.1)
+        assert mismatch(moved, draw(parts, moved, toy_rows[:2])) < NEAR
+
+
+def test_gpus_are_dealt_out_and_too_few_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    assert vllm_engine._gpus(4, 2) == ["3,5", "6,7"] and vllm_engine._gpus(1, 1) == []
+    with pytest.raises(StudyError, match="is 8 GPUs, but 4 are here"):
+        vllm_engine._gpus(8, 2)
 
 
 def test_it_does_not_outlive_its_parent(words, tmp_path):
