@@ -164,9 +164,9 @@ def _serve(line: Connection) -> None:
 def _loaded(module: str) -> Callable:
     """The verifier of a module after its `load`, if it has one; memory is limited from then on."""
     _limit_memory(None)
-    if module.endswith(".py"):  # a domain of one's own
+    if ".py?" in module:  # a domain of one's own: its file and that file's digest
         from m2rl_core.domains import own_file
-        verify = own_file.verifier(module)
+        verify = own_file.verifier(module.rpartition("?")[0])
         _limit_memory(MEMORY)
         return verify
     found = importlib.import_module(module)
