@@ -30,7 +30,7 @@ SECONDS = 8  # for one answer of the hub or of a server
 HERE, FETCH, MISSING, NOTE = "here", "download", "MISSING", "note"
 LEAVES = ("base", "sft", "rl", "opd", "merge")  # kinds of stages that leave a model's weights
 REQUIRED = {"math": "math-verify", "if": "evalscope"}
-BFCL = "bfcl-eval"
+BFCL, BFCL_VERSION = "bfcl-eval", "2025.8.6.2"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def benchmarks(run) -> Iterator[Line]:
     wanted = {FROM[name][0]: None for name in names if name not in by_wheel}
     yield from _sources([hub.sources()[repo] for repo in wanted])
     for name in by_wheel:
-        yield _package(f"benchmark {name}", BFCL, nine.NINE[name].needs)
+        yield _package(f"benchmark {name}", BFCL, f"pip install --no-deps {BFCL}=={BFCL_VERSION}; it needs {nine.NINE[name].needs}")
     for domain, package in REQUIRED.items():
         if domain in profile.domains:
             yield _package(f"verifier {domain}", package, "`make setup` installs it")
@@ -275,7 +275,7 @@ def _sandbox(real: bool) -> Line:
 def _judge() -> Line:
     address = os.environ.get("M2RL_JUDGE", "")
     if not address:
-        return Line("judge of hle", MISSING, "M2RL_JUDGE=http://host:port/v1 and M2RL_JUDGE_MODEL name one; without it a rule gives a "
+        return Line("judge of hle", MISSING, "set M2RL_JUDGE=http://host:port/v1 and M2RL_JUDGE_MODEL; without a judge a rule gives a "
                                              "lower bound")
     from m2rl_core.domains import hle
     hle.judge()  # raises where half of it is said

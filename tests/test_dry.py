@@ -1,5 +1,6 @@
 """The dry run: what is there, what is missing, and how to mend it; nothing is made and nothing raised."""
 import json
+import shutil
 import socket
 import time
 from dataclasses import replace
@@ -74,6 +75,7 @@ def test_models_that_are_here_are_checked(tmp_path):
     found = lines(str(path), tmp_path / "art")
     assert found["model rl-math"].state == dry.HERE and imports.content_digest(brought["rl-math"])[:8] in found["model rl-math"].told
     assert found["domain units"].state == dry.HERE and "of 0.0 M" in found["disk"].told
+    shutil.rmtree(brought["rl-math"])
     toy_foreign.checkpoint(brought["rl-math"], 4, num_hidden_layers=1)
     (brought["rl-units"] / "chat_template.jinja").unlink()
     found = lines(str(path), tmp_path / "art")

@@ -34,41 +34,58 @@ class Domain:
     """What `domains.module` gives for a domain of one's own; `__name__` is what the worker loads."""
 
     def __init__(self, name: str, file: str):
-        self.name, self.__name__ = name, file
+        self.name, self.file = name, file
+        self.__name__ = f"{file}?{digest(file)}"  # a file that was edited is another module
+
+    def __eq__(self, other) -> bool:  # the rows of one domain are verified as one batch
+        return isinstance(other, Domain) and self.__name__ == other.__name__
+
+    def __hash__(self) -> int:
+        return hash(self.__name__)
 
     def rows(self, split: str, n: int, seed: int) -> list[Row]:
         """`n` rows of "sft", "rl" or "test" as the study's own; DomainError for what is no row, or a test row twice."""
-        return list(_rows(self.name, self.__name__, split, n, seed))
+        return list(_rows(self.name, self.file, split, n, seed, digest(self.file)))
 
     def load(self) -> None:
-        load(self.__name__)
+        load(self.file)
 
     @property
     def verify(self):
-        return verifier(self.__name__)
+        return verifier(self.file)
 
     @property
     def environment(self):
         """What makes an episode of a row; AttributeError where the file has no environment."""
-        make = load(self.__name__).environment
+        make = load(self.file).environment
         return lambda row: make(row.truth["row"])
 
     @property
     def STEP_SECONDS(self) -> float:
-        return load(self.__name__).STEP_SECONDS
+        return load(self.file).STEP_SECONDS
+
+
+def digest(file: str) -> str:
+    """Of the file as it is now; DomainError where there is none."""
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise DomainError(f"{file} cannot be read ({error.strerror}); `domains` of the profile names it") from error
+
+
+def load(file: str):
+    """The module in a file, with its two functions; DomainError for one that cannot be imported or lacks them."""
+    return _load(file, digest(file))
 
 
 @functools.lru_cache(maxsize=8)
-def load(file: str):
-    """The module in a file, with its two functions; DomainError for one that cannot be imported or lacks them."""
+def _load(file: str, _digest: str):
     name = f"m2rl_own_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except FileNotFoundError as error:
-        raise DomainError(f"{file}: no such file; `domains` of the profile names it") from error
     except Exception as error:  # whatever somebody's file raises
         line = getattr(error, "lineno", None) or _line(error, file)
         raise DomainError(f"{file}, line {line}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
@@ -109,7 +126,7 @@ def _verdict(given) -> Verdict:
 
 
 @functools.lru_cache(maxsize=32)
-def _rows(name: str, file: str, split: str, n: int, seed: int) -> tuple[Row, ...]:
+def _rows(name: str, file: str, split: str, n: int, seed: int, _digest: str) -> tuple[Row, ...]:
     try:
         given = list(load(file).rows(split, n, seed))
     except DomainError:
@@ -152,8 +169,8 @@ def _row(name: str, file: str, split: str, i: int, given) -> Row:
 
 def leaks(name: str, file: str, n_rl: int, n_test: int, seed: int) -> int:
     """How many test rows have a training row's prompt."""
-    seen = {row.fingerprint for row in _rows(name, file, "rl", n_rl, seed)}
-    return sum(row.fingerprint in seen for row in _rows(name, file, "test", n_test, seed))
+    seen = {row.fingerprint for row in _rows(name, file, "rl", n_rl, seed, digest(file))}
+    return sum(row.fingerprint in seen for row in _rows(name, file, "test", n_test, seed, digest(file)))
 
 
 def _line(error: BaseException, file: str) -> int | str:

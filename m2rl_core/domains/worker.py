@@ -165,9 +165,9 @@ def _serve(line: Connection) -> None:
 def loaded(name: str):
     """The module of a name, or a domain of one's own for a file's, after its `load`; memory is limited from then on."""
     limit_memory(None)
-    if name.endswith(".py"):
+    if ".py?" in name:  # a domain of one's own: its file and that file's digest
         from m2rl_core.domains import own_file
-        found = own_file.Domain(name, name)
+        found = own_file.Domain(name, name.rpartition("?")[0])
     else:
         found = importlib.import_module(name)
     getattr(found, "load", lambda: None)()
