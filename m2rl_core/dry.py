@@ -92,7 +92,7 @@ def models(run) -> Iterator[Line]:
         yield Line(f"model {name}", HERE, f"{found.folder}, {size / 2**30:.2f} GB, content {run.stages[name].key[:8]}")
     for name, source in profile.imports.items():
         if not source:
-            yield Line(f"model {name}", MISSING, f"import.{name} names nothing yet: a folder, or owner/name@revision of the hub; "
+            yield Line(f"model {name}", MISSING, f"import.{name} names nothing yet: a folder, or owner/name@revision; "
                                                  "or remove the key, and it is not run")
 
 
@@ -159,7 +159,8 @@ def benchmarks(run) -> Iterator[Line]:
     wanted = {FROM[name][0]: None for name in names if name not in by_wheel}
     yield from _sources([hub.sources()[repo] for repo in wanted])
     for name in by_wheel:
-        yield _package(f"benchmark {name}", BFCL, f"pip install --no-deps {BFCL}=={BFCL_VERSION}; it needs {nine.NINE[name].needs}")
+        yield _package(f"benchmark {name}", BFCL,
+                       f"pip install --no-deps {BFCL}=={BFCL_VERSION}; it needs {nine.NINE[name].needs}")
     for domain, package in REQUIRED.items():
         if domain in profile.domains:
             yield _package(f"verifier {domain}", package, "`make setup` installs it")
@@ -190,7 +191,8 @@ def _sources(sources) -> Iterator[Line]:
         if not by_hand and source.login and not _has_token():
             return Line(what, MISSING, f"{source.use}: {source.login}, or set HF_TOKEN")
         return Line(what, HERE if by_hand else FETCH,
-                    f"{source.use}: {len(found)} files {f'in {by_hand}' if by_hand else f'at {pin}'} (licence: {source.licence})")
+                    f"{source.use}: {len(found)} files {f'in {by_hand}' if by_hand else f'at {pin}'} "
+                    f"(licence: {source.licence})")
 
     with ThreadPoolExecutor(12) as pool:
         yield from pool.map(look, sources)
@@ -218,10 +220,11 @@ def domains_(run) -> Iterator[Line]:
             yield Line(f"domain {name}", MISSING, _line(error))
             continue
         if verdict.failed:
-            yield Line(f"domain {name}", MISSING, f"{file}: verify cannot judge 'It is so.' on the first test row: {verdict.reason}")
+            yield Line(f"domain {name}", MISSING,
+                       f"{file}: verify cannot judge 'It is so.' on the first test row: {verdict.reason}")
         elif shared:
-            yield Line(f"domain {name}", MISSING, f"{file}: {shared} test rows are training rows, too: give rows of 'test' that "
-                                                  "'rl' never gives")
+            yield Line(f"domain {name}", MISSING,
+                       f"{file}: {shared} test rows are training rows, too: give rows of 'test' that 'rl' never gives")
         else:
             yield Line(f"domain {name}", HERE, f"{file}: {len(rows)} test rows, {wanted} to train on; verify answers")
 
@@ -235,13 +238,14 @@ def machine(run) -> Iterator[Line]:
     if profile.engine == "vllm":
         from m2rl_core import vllm_engine
         told = vllm_engine.version()
-        yield Line("engine vllm", MISSING if told == "not installed" else HERE, vllm_engine.MEND if told == "not installed" else told)
+        there = told != "not installed"
+        yield Line("engine vllm", HERE if there else MISSING, told if there else vllm_engine.MEND)
     real = profile.rows == "real" or profile.eval.rows == "real"
     if gpus or not real:
         yield Line("GPUs", HERE, "; ".join(gpus) or "none, and none needed at this size")
     else:
-        yield Line("GPUs", MISSING, "nvidia-smi shows none; the weight analysis (make reproduce NB=3.3) and merging need none, "
-                                    "all else at this size does: run on a machine with a CUDA GPU")
+        yield Line("GPUs", MISSING, "nvidia-smi shows none; the weight analysis and merging need none, all else at this size "
+                                    "does: run on a machine with a CUDA GPU")
     if "coding" in profile.domains or "agent" in profile.domains:
         yield _sandbox(real)
     if "hle" in profile.benchmarks and profile.eval.rows == "real":
@@ -267,16 +271,16 @@ def _sandbox(real: bool) -> Line:
     told = sandbox.probe()
     weak = shutil.which("bwrap") is None or "nterpreter" in told
     if real and weak:
-        return Line("sandbox", MISSING, f"{told}; real programs need `sudo apt-get install bubblewrap`, or M2RL_SANDBOX=http://host:port "
-                                        "of a SandboxFusion server")
+        return Line("sandbox", MISSING, f"{told}; real programs need `sudo apt-get install bubblewrap`, or set "
+                                        "M2RL_SANDBOX=http://host:port of a SandboxFusion server")
     return Line("sandbox", HERE, told)
 
 
 def _judge() -> Line:
     address = os.environ.get("M2RL_JUDGE", "")
     if not address:
-        return Line("judge of hle", MISSING, "set M2RL_JUDGE=http://host:port/v1 and M2RL_JUDGE_MODEL; without a judge a rule gives a "
-                                             "lower bound")
+        return Line("judge of hle", MISSING, "set M2RL_JUDGE=http://host:port/v1 and M2RL_JUDGE_MODEL; without a judge a rule "
+                                             "gives a lower bound")
     from m2rl_core.domains import hle
     hle.judge()  # raises where half of it is said
     return _reach("judge of hle", address, "start the judge there, or unset M2RL_JUDGE for the lower bound")
@@ -310,11 +314,13 @@ def disk(run) -> Iterator[Line]:
     count = parameters(run.profile)
     made = [stage for name, stage in run.stages.items() if stage.kind in LEAVES and not run.has(name)]
     if count is None:
-        yield Line("disk", NOTE, f"{shutil.disk_usage(root).free / 1e9:.0f} GB free in {root}; the model's size is not known yet")
+        free = shutil.disk_usage(root).free
+        yield Line("disk", NOTE, f"{free / 1e9:.0f} GB free in {root}; the model's size is not known yet")
         return
     needed = (4 * len(made) + 16 * bool({"base", "sft", "rl", "opd"} & {stage.kind for stage in made})) * count
     free = shutil.disk_usage(root).free
-    told = f"{free / 1e9:,.1f} GB free in {root}, about {needed / 1e9:,.1f} GB needed for {len(made)} models of {count / 1e6:,.1f} M"
+    told = (f"{free / 1e9:,.1f} GB free in {root}, about {needed / 1e9:,.1f} GB needed for {len(made)} models of "
+            f"{count / 1e6:,.1f} M")
     yield Line("disk", HERE if free > needed else MISSING, told + ("" if free > needed else
                ": make room, or set M2RL_ARTIFACTS to a folder that has it"))
 

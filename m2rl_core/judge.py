@@ -65,7 +65,7 @@ def verdict_of(turn: str) -> int:
 
 
 def build(ctx) -> None:
-    """One model judges its own sampled answers on the four benchmarks of Table 7 (or the stage's), K times each, in both modes."""
+    """One model judges its own sampled answers on Table 7's benchmarks (or the stage's), K times each, in both modes."""
     settings = ctx.stage.settings
     model = ctx.stage.name.removeprefix("judge-")
     answers = pd.read_parquet(ctx.inputs[f"eval-{model}"] / "rows.parquet")

@@ -35,7 +35,8 @@ class Wrapped(ast.NodeTransformer):
         if isinstance(last, ast.Expr):
             node.body[-1] = ast.copy_location(_parsed(f"{CALLED}.show(None)").body[0], last)
             node.body[-1].value.args = [last.value]
-        guard = _parsed(f"try:\n pass\nexcept Exception as _error:\n if not {CALLED}.told(_error, {names!r}):\n  raise").body[0]
+        guard = _parsed(f"try:\n pass\nexcept Exception as _error:\n if not {CALLED}.told(_error, {names!r}):\n"
+                        "  raise").body[0]
         for part in (guard, *ast.walk(guard)):
             ast.copy_location(part, node.body[0])
         guard.body, node.body = node.body, [guard]

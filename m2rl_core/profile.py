@@ -305,8 +305,9 @@ def _check_models(profile: Profile, fail) -> None:
             fail(where, f"{name!r} stands there twice")
         if entry.endswith(".py") and not Path(entry).is_file():
             fail(where, f"no file {entry}: give it from the folder that holds params/")
-        if entry.endswith(".py") and (name in (*DOMAINS, *BENCHMARKS, "multi", "judge") or not re.fullmatch(r"[a-z][a-z0-9_]*", name)):
-            fail(where, f"a domain's name is its file's, here {name!r}: small letters, digits and _, and no name that is taken")
+        taken = name in (*DOMAINS, *BENCHMARKS, "multi", "judge")
+        if entry.endswith(".py") and (taken or not re.fullmatch(r"[a-z][a-z0-9_]*", name)):
+            fail(where, f"a domain's name is its file's, here {name!r}: small letters, digits and _, no name that is taken")
     if not profile.domains:
         fail("domains", "at least one is needed")
     model, imported = profile.model, profile.imports

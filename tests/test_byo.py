@@ -91,7 +91,9 @@ def test_the_example_gives_rows_and_right_verdicts(made):
     assert "value" not in sft[0].messages[0]["content"]
 
 
-def written(folder: Path, rows: str = "[{'prompt': f'{split} {i}'} for i in range(n)]", verify: str = "[0.5] * len(rows)") -> str:
+def written(folder: Path, rows: str = "[{'prompt': f'{split} {i}'} for i in range(n)]",
+            verify: str = "[0.5] * len(rows)") -> str:
+    """A domain's file `mine.py` of these two expressions, made known to this process."""
     path = folder / "mine.py"
     path.write_text(f"import time\ndef rows(split, n, seed):\n    return {rows}\n"
                     f"def verify(rows, answers):\n    return {verify}\n")
@@ -102,7 +104,8 @@ def written(folder: Path, rows: str = "[{'prompt': f'{split} {i}'} for i in rang
 def test_scores_may_be_numbers_bools_or_pairs_and_failures_cost_one_answer(tmp_path, monkeypatch):
     """Faults: a verifier that hangs or raises and takes the batch with it; a score above one."""
     monkeypatch.setattr("m2rl_core.domains.worker.LIMIT", 2.0)
-    kinds = "[{'1': 0.5, '2': True, '3': (0.25, 'so so'), '4': 7, '5': None}.get(a) if a != 'hang' else time.sleep(99) or 0 for a in answers]"
+    kinds = ("[{'1': 0.5, '2': True, '3': (0.25, 'so so'), '4': 7, '5': None}.get(a) if a != 'hang' else time.sleep(99) or 0"
+             " for a in answers]")
     written(tmp_path, verify=kinds)
     rows = domains.training_rows("mine", "rl", 6, 1)
     found = rewards(rows, [[f"</think>{a}"] for a in ("1", "2", "3", "4", "hang", "5")])

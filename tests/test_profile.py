@@ -6,7 +6,6 @@ import sys
 import pytest
 import yaml
 
-from m2rl_core.domains import BENCHMARKS
 from m2rl_core.profile import ProfileError, load_profile, profile_names, repo_root
 from m2rl_core.study import study
 
@@ -219,7 +218,8 @@ def test_the_papers_profile_says_what_the_paper_says():
         assert abs(100 * line.share - printed["proportion"]) < 0.011
     stated = {(one["stage"], one["name"]): one["stated"] for one in paper.settings().to_dict("records")}
     for (stage, name), value in {
-            ("sft", "learning rate"): p.sft.lr, ("sft", "batch size"): p.sft.batch_size, ("rl", "temperature"): p.rl.temperature,
+            ("sft", "learning rate"): p.sft.lr, ("sft", "batch size"): p.sft.batch_size,
+            ("rl", "temperature"): p.rl.temperature,
             ("sft", "weight decay"): p.sft.weight_decay, ("rl", "weight decay"): p.rl.weight_decay,
             ("opd", "learning rate"): p.opd.lr, ("merge", "DARE mask ratio"): p.merge.drop_rate,
             ("analysis", "changed-weight threshold eta"): p.analysis.eta}.items():

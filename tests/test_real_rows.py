@@ -49,7 +49,8 @@ def test_as_many_prompts_as_asked_for_none_too_long_in_the_blends_order(stage, b
     science = [row for row in rows if row.domain == "science"]
     assert len(science) == 10 and max(data.prompt_length(words, row) for row in science) <= 40
     numbers = [int(row.id.split("/")[1]) for row in science]
-    assert numbers == sorted(numbers) and numbers != list(range(10)) and rows == data.training_prompts(ctx, ("science", "agent"), words)
+    assert numbers == sorted(numbers) and numbers != list(range(10))
+    assert rows == data.training_prompts(ctx, ("science", "agent"), words)
     assert {row.truth["rule"] for row in science} == {"first_letter"} and len(rows) == 22  # the agent's are never too long
     assert "science: 10 prompts of 15; 5 were longer than 40 tokens" in ctx.told
     assert data.training_prompts(stage(seed=2, rows={"science": 10}), ("science",), words) != science
@@ -67,8 +68,9 @@ def test_sft_rows_come_from_table_1_with_qwens_empty_thoughts(stage, tmp_path, m
     """Faults: loss on the prompt or on an empty think block; a repeated row stored ten times; a row beyond the context."""
     folder = tmp_path / "by hand" / CHAT.replace("/", "__") / "data"
     folder.mkdir(parents=True)
-    rows = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (1 + 300 * (i == 2))}]}
-            for i in range(3)]
+    said = [f"{i} " * (1 + 300 * (i == 2)) for i in range(3)]
+    rows = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": text}]}
+            for i, text in enumerate(said)]
     for name in ("chat_if", "structured_outputs"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3 if name == "chat_if" else 1]))
     monkeypatch.setenv("M2RL_DATA", str(tmp_path / "by hand"))
@@ -76,7 +78,8 @@ def test_sft_rows_come_from_table_1_with_qwens_empty_thoughts(stage, tmp_path, m
     ctx = stage(sft=dataclasses.replace(load_profile("smoke").sft, blend=lines), data={"first": 5})
     words = toy_foreign.words()
     found = data.RealSft(ctx, words, context=100)
-    assert len(found) == 40 and found.told == [{"type": "Chat", "domain": "if", "pool": 4, "sampling": "repeat 10 times", "rows": 40}]
+    assert len(found) == 40
+    assert found.told == [{"type": "Chat", "domain": "if", "pool": 4, "sampling": "repeat 10 times", "rows": 40}]
     ids, learn = found[0]
     assert ids == chat.encode(words, [*rows[0]["messages"]])[0][:100] and len(ids) == len(learn)
     said = words.decode([i for i, flag in zip(ids, learn, strict=True) if flag])

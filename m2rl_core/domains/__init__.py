@@ -164,7 +164,8 @@ def graded(row: Row, turn: str) -> str | None:
 def prepare(rows: Iterable[Row]) -> None:
     """Start what verifies these rows without waiting for it, so that it gets ready while answers are sampled."""
     from m2rl_core.domains import worker
-    asked = [_route(row) for row in rows if row.domain in (*MODULES, *OWN)]  # a judge's question belongs to no domain
+    # a judge's question belongs to no domain
+    asked = [_route(row) for row in rows if row.domain in MODULES or row.domain in OWN]
     wanted = sorted({home.__name__ for home, here in asked if not here})
     if wanted:
         worker.start(wanted)

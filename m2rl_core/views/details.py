@@ -58,7 +58,7 @@ def used(profile) -> dict[tuple[str, str], object]:
             "divergence": {"sampled": "log-ratio of the sampled token only",
                            "full": "reverse KL over the vocabulary"}[opd.loss]},
         "analysis": {"changed-weight threshold eta": analysis.eta,
-                     "layer": f"{analysis.layer}" + (f" of {profile.model.layers}" if hasattr(profile.model, "layers") else ""),
+                     "layer": " of ".join(map(str, (analysis.layer, *filter(None, [getattr(profile.model, "layers", 0)])))),
                      "random projection dimension": analysis.random_projection,
                      "judge repeats": f"Avg@{analysis.judge_k}"},
     }

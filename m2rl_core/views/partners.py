@@ -46,7 +46,8 @@ def test(found: pd.DataFrame, evidence: Evidence, policy: str = "merge-ties") ->
     kl, change = (order[c].to_numpy().reshape(len(domains), partners) for c in ("kl", "change"))
     of_kl, of_scores = evidence.measured("kl"), evidence.measured("first")
     kl_drawn = [of_kl.drawn({(r.domain, f"{evidence.experts[r.partner]}>{policy}"): 1.0}) for r in order.itertuples()]
-    drawn = [of_scores.drawn(difference(r.model, evidence.experts[r.domain], evidence.own[r.domain])) for r in order.itertuples()]
+    drawn = [of_scores.drawn(difference(r.model, evidence.experts[r.domain], evidence.own[r.domain]))
+             for r in order.itertuples()]
     shape, most = (-1, len(domains), partners), nearness.comparisons(partners, len(domains))
     counts = nearness.agreement(np.stack(kl_drawn, 1).reshape(shape), np.stack(drawn, 1).reshape(shape)) / most
     low, high = np.quantile(counts, [0.025, 0.975]) if np.isfinite(counts).all() else (np.nan, np.nan)

@@ -7,14 +7,14 @@ import altair as alt
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core import plots
+from m2rl_core import drawing
 from m2rl_core.cost import lengths, memory, speed, table2
 from m2rl_core.cost.bill import shape_of
 from m2rl_core.cost.machines import machine
 from m2rl_core.cost.shapes import Shape, published
 from m2rl_core.cost.told import clock
+from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.errors import StudyError
-from m2rl_core.plots import DOMAIN_NAMES
 from m2rl_core.specs import ModelSpec
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -45,7 +45,7 @@ def table2_chart():
     """Printed against modelled hours of each row; filled: a check, hollow: fitted; grey: one length for all."""
     frame = table2.check()
     order = list(frame["row"])
-    base = plots.base_of(frame.assign(checked=frame["use"] == "check"))
+    base = drawing.base_of(frame.assign(checked=frame["use"] == "check"))
     y = alt.Y("row:N", sort=order, title=None)
     scale = alt.Scale(type="log", nice=False, padding=14)
     layers = [
@@ -55,7 +55,7 @@ def table2_chart():
             alt.X("modelled:Q", scale=scale, title="GPU hours (log)"), y,
             fill=alt.condition("datum.checked", alt.value("#0072B2"), alt.value("white"))),
         base.mark_point(shape="cross", color="black", size=60, filled=True).encode(alt.X("printed:Q", scale=scale), y)]
-    return plots.finish(alt.layer(*layers).properties(width=430, height=24 * len(order)), "Table 2 and the cost model",
+    return drawing.finish(alt.layer(*layers).properties(width=430, height=24 * len(order)), "Table 2 and the cost model",
                         "cross: printed; filled: predicted, hollow: fitted; grey tick: one length for all domains")
 
 
@@ -151,7 +151,7 @@ def scaled_chart(found: pd.DataFrame, gpu: str = "H100"):
     error = table2.error()
     frame = found[found["why"] == ""].assign(low=lambda f: f["seconds"] / error, high=lambda f: f["seconds"] * error,
                                              bound=lambda f: f["bound"].str.replace(": ", ", by "))
-    base, models = plots.base_of(frame), list(COLOURS)
+    base, models = drawing.base_of(frame), list(COLOURS)
     x = alt.X("GPUs:Q", scale=alt.Scale(type="log", base=2), axis=alt.Axis(values=list(GPUS)), title=f"number of {gpu}")
     colour = alt.Color("model:N", scale=alt.Scale(domain=models, range=list(COLOURS.values())), title=None)
     scale = alt.Scale(type="log", zero=False, domain=[frame["low"].min() * 0.8, frame["high"].max() * 1.2], nice=False)
@@ -159,19 +159,19 @@ def scaled_chart(found: pd.DataFrame, gpu: str = "H100"):
     layers = [base.mark_area(opacity=0.2).encode(x, alt.Y("low:Q", scale=scale), alt.Y2("high:Q"), colour),
               base.mark_line().encode(x, y, colour), base.mark_point(size=50, filled=True).encode(
                   x, y, colour, shape=alt.Shape("bound:N", title="longest part", legend=alt.Legend(labelLimit=260)))]
-    return plots.finish(alt.layer(*layers).properties(width=430, height=280), "A step of GRPO on larger models and clusters",
+    return drawing.finish(alt.layer(*layers).properties(width=430, height=280), "A step of GRPO on larger models and clusters",
                         "lower is better; band: the error on Table 2; no mark: it does not fit")
 
 
 def memory_chart(found: pd.DataFrame, gpu: str = "H100"):
     """Bytes on each GPU in training where all of them share the state; above the rule it does not fit."""
-    base = plots.base_of(found)
+    base = drawing.base_of(found)
     x = alt.X("GPUs:Q", scale=alt.Scale(type="log", base=2), axis=alt.Axis(values=list(GPUS)), title=f"number of {gpu}")
     y = alt.Y("over all:Q", scale=alt.Scale(type="log", nice=False, padding=10), title="GB on each GPU (log)")
     colour = alt.Color("model:N", scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())), title=None)
     layers = [base.mark_line(point=True).encode(x, y, colour),
               base.mark_rule(color="#a3170f", strokeDash=[4, 3]).encode(alt.Y("there:Q"))]
-    return plots.finish(alt.layer(*layers).properties(width=430, height=240),
+    return drawing.finish(alt.layer(*layers).properties(width=430, height=240),
                         "Memory in training, state sharded over all GPUs",
                         "lower is better; dashed: what can be had; what is left at the right are activations and one layer")
 

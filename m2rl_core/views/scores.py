@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import nan
 
 import pandas as pd
 from IPython.display import Markdown
@@ -14,7 +15,7 @@ from IPython.display import Markdown
 from m2rl_core import paper
 from m2rl_core.claims import scores as rules
 from m2rl_core.claims.evidence import EXPERT, FIGURE2, MERGES, OWN, Evidence
-from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.domains import BENCHMARKS
 from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average, difference
@@ -128,7 +129,7 @@ def at_home(evidence: Evidence) -> pd.DataFrame:
         before, after = (evidence.contrast(average(m, evidence.own[domain])).estimate for m in ("sft", model))
         lines.append({"domain": domain, "model": model, "sft": before, "expert": after, "difference": gap.estimate,
                       "low": gap.low, "high": gap.high, "n": gap.n,
-                      "paper": (printed.loc[model] - printed.loc["sft"])[OWN[domain]].mean() if domain in OWN else float("nan")})
+                      "paper": (printed.loc[model] - printed.loc["sft"])[OWN[domain]].mean() if domain in OWN else nan})
     return pd.DataFrame(lines)
 
 
@@ -154,7 +155,10 @@ def at_home_sentence(home: pd.DataFrame, points: float = 10) -> Markdown:
 
 
 def interference(evidence: Evidence, models: Iterable[str] | None = None) -> pd.DataFrame:
-    """Every model (all experts where none is named) against SFT in every domain: model, domain, difference, low, high, n, interval (text)."""
+    """Every model (by default all experts) against SFT in every domain.
+
+    Columns: model, domain, difference, low, high, n, interval (text).
+    """
     lines = []
     for model in evidence.present(models if models is not None else evidence.experts.values()):
         for domain in evidence.domains:
