@@ -113,13 +113,13 @@ class Run:
         return seed_of(self.profile.seed, name)
 
     def _make(self, stage: Stage) -> None:
-        with self.store.lock(stage.name, progress.say):
+        with self.store.lock(stage.name, progress.say) as lease:
             if self.store.is_complete(stage):  # another process made it while this one waited
                 return self.store.sweep(stage)
             inputs = {first(name): self.path(name) for name in stage.needs}
             out = self.store.begin(stage)
-            spent = _Spent(out / STATE / "seconds")
-            shown = progress.Progress(stage.name, spent.tick)
+            spent = _Spent(out / STATE / "seconds", lease.check)
+            shown = progress.Progress(stage.name, spent.tick, out / STATE / progress.TRACE)
             module, function = BUILDERS[stage.kind].split(":")
             build = getattr(importlib.import_module(module), function)
             if "torch" in sys.modules:
@@ -133,6 +133,7 @@ class Run:
                 if stage.settings.get("engine") == "vllm":
                     from m2rl_core import vllm_engine
                     facts["packages"]["vllm"] = vllm_engine.version()
+                lease.check()
                 self.store.finish(stage, facts)
             except Exception as error:  # only to give one cause a name of its own; all others pass unchanged
                 if not is_disk_full(error) and shutil.disk_usage(out).free > 2**20:
@@ -282,11 +283,12 @@ def _amount(kind: str, done: dict) -> int:
 
 
 class _Spent:
-    """Seconds that a stage has taken over all its attempts, kept in its state/."""
+    """Seconds that a stage has taken over all its attempts, kept in its state/ as long as `check` does not raise."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None):
+        self.path, self.check = path, check
         self.before = float(path.read_text()) if path.is_file() and path.read_text() else 0.0
 
     def tick(self, seconds: float) -> None:
+        self.check()
         self.path.write_text(f"{self.before + seconds:.1f}")
