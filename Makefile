@@ -3,6 +3,7 @@ PROFILE ?= tiny
 MODELS ?=
 NB ?=
 PAIRS ?= 5
+ENGINE ?= local
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 export OMP_NUM_THREADS ?= 2
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 M2RL := $(BIN)/python -m m2rl_core
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test vllm lab report status why estimate clean bench bubblewrap
+.PHONY: help setup reproduce test vllm ray lab report status why estimate clean bench bubblewrap
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=tiny] [MODELS=rl-math,rl-if] [NB=3.3]"
@@ -46,10 +47,10 @@ bubblewrap:
 		echo "  sudo apt-get install bubblewrap"; \
 	fi
 
-reproduce: setup ## run the study and write reports/PROFILE (MODELS= and NB= choose a part)
-	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)"
+reproduce: setup $(if $(filter ray,$(ENGINE)),ray) ## run the study and write reports/PROFILE (MODELS= and NB= choose a part, ENGINE=ray a cluster)
+	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)" --engine "$(ENGINE)" $(if $(RAY_ADDRESS),--address "$(RAY_ADDRESS)")
 
-test: setup $(if $(filter Linux,$(shell uname -s)),vllm) ## run all tests
+test: setup ray $(if $(filter Linux,$(shell uname -s)),vllm) ## run all tests
 	$(BIN)/python -m pytest
 
 vllm: $(VLLM)/.ready ## make .venv-vllm, where `engine: vllm` runs without a GPU (3 minutes, 3.5 GB)
@@ -60,6 +61,12 @@ $(VLLM)/.ready: requirements-vllm.txt
 		"$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-vllm.txt)"
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+ray: $(VENV)/.ready-ray ## add Ray to .venv, for ENGINE=ray (10 seconds, 245 MB; on every node)
+
+$(VENV)/.ready-ray: requirements-ray.txt $(READY)
+	$(PIP) -r requirements-ray.txt
 	@touch $@
 
 lab: setup ## open JupyterLab on the notebooks

@@ -18,6 +18,7 @@ import yaml
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.specs import Profile
 
+KINDS = ("base", "sft", "rl", "opd", "merge", "eval", "weights", "kl", "judge", "sweep")  # of stages
 MEASURED = ("interference_every", "variance_every")  # 0: never
 
 
@@ -79,7 +80,7 @@ def _build(cls, content: Any, where: str, path: Path):
     for field in dataclasses.fields(cls):
         if field.name in content:
             values[field.name] = _convert(hints[field.name], content[field.name], prefix + field.name, path)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ProfileError(f"{path}: {prefix}{field.name}: missing; this key is needed")
     return cls(**values)
 
@@ -125,6 +126,10 @@ def _check(profile: Profile, path: Path) -> None:
             if name not in found:
                 fail(where, f"{name!r} is missing")
 
+    names("resources", profile.resources, KINDS, all_of_them=False)
+    for kind, taken in profile.resources.items():
+        if taken.gpus < 0 or taken.cpus < 0:
+            fail(f"resources.{kind}", f"{taken.gpus:g} GPUs and {taken.cpus} cores: nothing takes less than none")
     names("rl.rows", profile.rl.rows, DOMAINS)
     names("eval.items", profile.eval.items, BENCHMARKS)
     names("eval.k", profile.eval.k, BENCHMARKS)

@@ -59,7 +59,7 @@ class Progress:
         self._tick, self._trace = tick, trace
         self._begun = self._last = time.monotonic()
         self._first: int | None = None
-        self._bar = _Bar() if _in_jupyter() else None
+        self._bar = _Bar() if in_jupyter() else None
 
     @property
     def seconds(self) -> float:
@@ -115,7 +115,7 @@ class _Bar:
             self._handle.update(content)
 
 
-def _in_jupyter() -> bool:
+def in_jupyter() -> bool:
     """Whether a notebook's kernel runs this and nobody collects a log."""
     if "M2RL_LOG" in os.environ or "IPython" not in sys.modules:
         return False

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2rl_core import progress, publish
+from m2rl_core.errors import StudyError
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
@@ -56,11 +57,15 @@ class BuilderContext:
 
 
 class Run:
-    """One profile's study: `stages` by name, `store` for what is made, `root` the folder of all stores."""
+    """One profile's study: `stages` by name, `store` for what is made, `root` the folder of all stores.
 
-    def __init__(self, profile: Profile, root: Path):
+    `source` is what the profile is asked for by: its name or its file.
+    """
+
+    def __init__(self, profile: Profile, root: Path, source: str = ""):
         self.profile = profile
         self.root = root
+        self.source = source or profile.name
         self.stages = study(profile)
         self.store = Store(root / profile.name, profile.jobs)
 
@@ -262,7 +267,11 @@ class Run:
 def open_run(profile: str | Path, root: Path | str | None = None) -> Run:
     """The run of a profile; its store is root/<profile>. `root`: else M2RL_ARTIFACTS, else artifacts/ of the clone."""
     root = root or os.environ.get("M2RL_ARTIFACTS") or repo_root() / "artifacts"
-    return Run(load_profile(profile), Path(root).absolute())
+    if "://" in str(root):
+        raise StudyError(f"M2RL_ARTIFACTS={root}: a store is a folder, since it renames folders and makes files that only one may "
+                         "make, which object stores cannot; mount a file system that all nodes share and give its path")
+    is_file = str(profile).endswith((".yaml", ".yml"))
+    return Run(load_profile(profile), Path(root).absolute(), str(Path(profile).absolute()) if is_file else str(profile))
 
 
 def _measured(folder: Path, stage: Stage) -> tuple[float, dict] | None:

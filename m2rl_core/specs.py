@@ -1,7 +1,7 @@
 """What a profile says, as frozen dataclasses; the values stand in params/<name>.yaml and nowhere else."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 
@@ -163,12 +163,21 @@ class AnalysisSpec:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What a stage takes of a Ray cluster's node; no `cpus`: a core for each of its threads."""
+
+    gpus: float = 0.0
+    cpus: int = 0
+
+
+@dataclass(frozen=True)
 class Profile:
     """One scale of the study; `name` is the file's.
 
     `engine` samples (see `engines`); `gpu_memory` is the share of a GPU's memory that vLLM takes beside the trainer.
     `seed` makes the data and the evaluation's draws; `seeds`: how often everything after SFT (experts, mix, merges,
     distillation and their evaluations) is made, each time with other orders and samples, n times the price of these.
+    `resources` are for kinds of stages ("rl", "eval", ...) on a Ray cluster; they stand in no key.
     """
 
     name: str
@@ -187,6 +196,7 @@ class Profile:
     gpu_memory: float = 0.4
     seeds: int = 1
     jobs: int = 1
+    resources: dict[str, Resources] = field(default_factory=dict)
 
     def threads_of(self, kind: str) -> int:
         """Threads of a stage: its share of all, whether or not others run; all where every other stage waits for it."""
@@ -195,5 +205,5 @@ class Profile:
 
 def keyed(spec) -> dict:
     """A spec as part of a stage's key: without what stands at its default, so that a new option makes nothing again."""
-    defaults = {field.name: field.default for field in fields(spec)}
+    defaults = {each.name: each.default for each in fields(spec)}
     return {name: value for name, value in asdict(spec).items() if value != defaults[name]}
