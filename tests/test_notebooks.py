@@ -12,7 +12,7 @@ from m2rl_core.report import NOTEBOOKS, TRAIN, parameter_names
 from m2rl_core.study import TRAINED
 
 FOLDER = repo_root() / "notebooks"
-PARAMETERS = {"profile": str, "model": str}
+PARAMETERS = {"profile": str, "model": str, "engine": str}
 IMPORTS = {"m2rl_core", "numpy", "pandas", "torch", "IPython", "math"}
 CELL, SETUP = 10, 16  # lines of code at most
 VERDICT = "nbval-check-output"  # nbval compares the output of cells with this tag
