@@ -18,7 +18,7 @@ from m2rl_core import locks, progress
 from m2rl_core.errors import StudyError
 from m2rl_core.run import Run
 from m2rl_core.store import STATE, write_atomic
-from m2rl_core.study import seeds_of, work
+from m2rl_core.study import seeds_of
 
 JOBS = "jobs"  # folder of the store
 EVERY = 1.0  # seconds between two looks
@@ -42,8 +42,9 @@ def train(run: Run, model: str, engine: str = "local", address: str = "") -> Non
         begin(run, model, engine, address)
     try:
         watch(run, model)
-    except KeyboardInterrupt:
-        print(f"no longer watched; it goes on, and this cell shows it again; live.stop(run, {model!r}) ends it")
+    except KeyboardInterrupt:  # the lines below this one would wait for the policy
+        raise KeyboardInterrupt(f"no longer watched; it goes on, and this cell shows it again; live.stop(run, {model!r}) "
+                                "ends it") from None
 
 
 def missing(run: Run, model: str) -> list[str]:
@@ -74,10 +75,10 @@ _CHILDREN: dict[str, subprocess.Popen] = {}  # of this kernel; to be asked how t
 
 def working(run: Run, model: str) -> bool:
     """Whether something makes the policy, or what it lacks: the process that a notebook began, or any other on any machine."""
-    who = _job(run, model)
-    if who.get("machine") == locks.machine_id() and locks.born(who["pid"]) == who["born"]:
+    left, who = missing(run, model), _job(run, model)
+    if left and who.get("machine") == locks.machine_id() and locks.born(who["pid"]) == who["born"]:
         return True
-    return bool({mark.stage for mark in locks.marks(run.store.root / ".lock")} & set(missing(run, model)))
+    return bool({mark.stage for mark in locks.marks(run.store.root / ".lock")} & set(left))
 
 
 def stop(run: Run, model: str) -> None:
@@ -120,7 +121,7 @@ def picture(run: Run, model: str, left: list[str]) -> str:
     last = steps[-1]
     numbers = {key: value for key, value in last.items() if key not in ("step", "total", "seconds", "left")}
     text = progress.line(now, last["step"], last["total"], numbers, last["left"])
-    if throughput := speed(steps, work(stage)):
+    if throughput := speed(steps, stage.settings.get("prompts", 0) * stage.settings.get("group", 0)):
         text += f" · {throughput}"
     bar = f'<progress value="{last["step"] / last["total"]:.3f}" max="1" style="width: 12em"></progress>'
     curve = next((key for key in ("reward", "loss") if key in last), None)
@@ -140,14 +141,14 @@ def steps_so_far(trace: Path) -> list[dict]:
     return [found[step] for step in sorted(found)]
 
 
-def speed(steps: list[dict], amount: dict[str, int]) -> str:
-    """Steps a minute since the process that makes them began, and rollouts where there are any; "" before the second step."""
+def speed(steps: list[dict], rollouts: int) -> str:
+    """Steps a minute since the process that makes them began, and `rollouts` a step a second; "" before the second step."""
     first = next((i for i in range(len(steps) - 1, 0, -1) if steps[i]["seconds"] < steps[i - 1]["seconds"]), 0)
     seconds, count = steps[-1]["seconds"], len(steps) - first
     if seconds <= 0 or count < 2:
         return ""
-    rollouts = amount["rollouts"] / max(1, amount["steps"]) * count / seconds
-    return f"{60 * count / seconds:.3g} steps a minute" + (f" · {rollouts:.3g} rollouts a second" if rollouts else "")
+    return f"{60 * count / seconds:.3g} steps a minute" + (
+        f" · {rollouts * count / seconds:.3g} rollouts a second" if rollouts else "")
 
 
 def sparkline(values: list[float], what: str, width: int = 480, height: int = 80) -> str:
