@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
                 run: ", several with commas, or all", why: ", or a notebook, such as 3.3", rebuild: ""}[function])
         if function in (reproduce, run):
             command.add_argument("--engine", default="local", choices=("local", "ray"), help="where stages run (local)")
-            command.add_argument("--address", default="", help="of the Ray cluster: auto, HOST:6379, ray://HOST:10001 or local")
+            command.add_argument("--address", default="", help="of Ray: auto, HOST:6379, ray://HOST:10001 or local")
         if function is report:
             command.add_argument("--readme", default="", metavar="FILE", help="also bring its verdict table up to date")
         if function is reproduce:

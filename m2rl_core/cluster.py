@@ -73,7 +73,7 @@ class Nodes:
 
     def nodes(self) -> list[Node]:
         """Those that live now."""
-        return [Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+        return [Node(node["NodeID"], node["NodeManagerAddress"], *(node["Resources"].get(what, 0) for what in ("CPU", "GPU")))
                 for node in self.ray.nodes() if node["Alive"]]
 
     def room(self) -> bool:
@@ -103,7 +103,8 @@ class Nodes:
         failed.append(_node_of(self.run.store.root, task.name))
         if isinstance(cause, FINAL) or len(failed) > RETRIES:
             return Result(task.name, "failed", reason=reason)
-        self.say(f"{task.name}: {reason}; it goes on from its last state, on another node if there is one ({len(failed)} of {RETRIES})")
+        self.say(f"{task.name}: {reason}; it goes on from its last state, on another node if there is one "
+                 f"({len(failed)} of {RETRIES})")
         return None
 
     def close(self) -> None:
@@ -137,7 +138,7 @@ def takes(profile: Profile, kind: str) -> dict[str, float]:
 
 
 def connect(address: str) -> ModuleType:
-    """Ray, connected: to `local` (a small cluster of this machine's own, which ends with us), `auto`, host:port or ray://host:port."""
+    """Ray, connected to `auto`, host:port, ray://host:port or `local`: a cluster of this machine alone that ends with us."""
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -165,9 +166,10 @@ def check_sizes(profile: Profile, kinds, nodes: list[Node]) -> None:
         wanted = takes(profile, kind)
         if not any(node.has(wanted) for node in nodes):
             largest = max(nodes, key=lambda node: (node.gpus, node.cpus))
-            raise ClusterError(f"a stage of kind {kind} takes {wanted['num_cpus']:g} cores and {wanted['num_gpus']:g} GPUs, and no "
-                               f"node has them: {largest.name} has {largest.cpus:g} and {largest.gpus:g}; lower "
-                               f"resources.{kind} (or threads) of the profile {profile.name}")
+            raise ClusterError(
+                f"a stage of kind {kind} takes {wanted['num_cpus']:g} cores and {wanted['num_gpus']:g} GPUs, and no node has them: "
+                f"{largest.name} has {largest.cpus:g} and {largest.gpus:g}; lower resources.{kind} (or threads) of the profile "
+                f"{profile.name}")
 
 
 def check_nodes(ray: ModuleType, nodes: list[Node], root: Path) -> None:
@@ -178,20 +180,22 @@ def check_nodes(ray: ModuleType, nodes: list[Node], root: Path) -> None:
     write_atomic(file, file.name)
     ask = ray.remote(num_cpus=0, max_retries=0)(look)
     try:
-        asked = [(node, ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(str(file), node.id))
-                 for node in nodes]
+        there = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)) for node in nodes]
+        asked = [(node, task.remote(str(file), node.id)) for node, task in zip(nodes, there, strict=True)]
         for node, ref in asked:
             try:
-                there, sees = ray.get(ref, timeout=ANSWER)
+                found, sees = ray.get(ref, timeout=ANSWER)
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                continue  # it left the cluster a moment ago; Ray gives it no stage
             except ray.exceptions.RayError as error:
                 last = (str(getattr(error, "cause", None) or error).strip().splitlines() or [""])[-1]
                 raise ClusterError(f"node {node.name} cannot answer ({last[:200]}): is the same commit of this repository "
                                    "installed there, with its requirements?") from error
-            if fault := difference(node.name, here, there):
+            if fault := difference(node.name, here, found):
                 raise ClusterError(fault)
             if not sees or not _appears(Path(f"{file}.{node.id}")):
-                raise ClusterError(f"node {node.name} does not share {root} with the driver: the store must lie on a path that "
-                                   "all nodes see and may write to (M2RL_ARTIFACTS=/shared/folder)")
+                raise ClusterError(f"node {node.name} does not share {root} with the driver: the store must lie on a path "
+                                   "that all nodes see and may write to (M2RL_ARTIFACTS=/shared/folder)")
     finally:
         for path in root.glob(f"{file.name}*"):
             path.unlink(missing_ok=True)
@@ -227,7 +231,8 @@ def difference(node: str, here: dict[str, str], there: dict[str, str]) -> str:
                 f"{here['code']}): check out the same commit on both")
     for name in here:
         if name not in ("commit", "code") and here[name] != there.get(name):
-            return f"node {node} has {name} {there.get(name, 'not at all')}, the driver {here[name]}: install the same version on both"
+            return (f"node {node} has {name} {there.get(name, 'not at all')}, the driver {here[name]}: install the same version "
+                    "on both")
     return ""
 
 

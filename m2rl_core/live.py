@@ -29,9 +29,9 @@ DRAWN = 400  # points of a curve, at most
 def train(run: Run, model: str, engine: str = "local", address: str = "") -> None:
     """Make a policy on every training seed, and watch until it is made. Where it is made already, nothing happens.
 
-    In JupyterLab the work is done by a process of its own (see `begin`), on this machine or a Ray cluster (`engine="ray"`,
-    `address` as on the command line); interrupting the cell stops the watching alone. Where a runner executes the notebook, the
-    kernel makes it, as ever. Raises StudyError where it fails.
+    In JupyterLab the work is done by a process of its own (see `begin`), on this machine or a Ray cluster
+    (`engine="ray"`, `address` as on the command line); interrupting the cell stops the watching alone. Where a runner
+    executes the notebook, the kernel makes it, as ever. Raises StudyError where it fails.
     """
     if not missing(run, model):
         return
@@ -155,8 +155,8 @@ def sparkline(values: list[float], what: str, width: int = 480, height: int = 80
     """A curve as SVG, from the first step to the last, its range written beside it."""
     kept = values[::max(1, len(values) // DRAWN)]
     low, high = min(kept), max(kept)
-    points = " ".join(f"{4 + i * (width - 8) / max(1, len(kept) - 1):.1f},{height - 4 - (v - low) / ((high - low) or 1) * (height - 8):.1f}"
-                      for i, v in enumerate(kept))
+    right, up = (width - 8) / max(1, len(kept) - 1), (height - 8) / ((high - low) or 1)
+    points = " ".join(f"{4 + i * right:.1f},{height - 4 - (value - low) * up:.1f}" for i, value in enumerate(kept))
     return (f'<div style="font-family: monospace">{what} {low:.3g} to {high:.3g}<br><svg width="{width}" height="{height}">'
             f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg></div>')
 

@@ -268,8 +268,8 @@ def open_run(profile: str | Path, root: Path | str | None = None) -> Run:
     """The run of a profile; its store is root/<profile>. `root`: else M2RL_ARTIFACTS, else artifacts/ of the clone."""
     root = root or os.environ.get("M2RL_ARTIFACTS") or repo_root() / "artifacts"
     if "://" in str(root):
-        raise StudyError(f"M2RL_ARTIFACTS={root}: a store is a folder, since it renames folders and makes files that only one may "
-                         "make, which object stores cannot; mount a file system that all nodes share and give its path")
+        raise StudyError(f"M2RL_ARTIFACTS={root}: a store is a folder, since it renames folders and makes files that only "
+                         "one may make, which object stores cannot; mount a shared file system and give its path")
     is_file = str(profile).endswith((".yaml", ".yml"))
     return Run(load_profile(profile), Path(root).absolute(), str(Path(profile).absolute()) if is_file else str(profile))
 

@@ -34,7 +34,7 @@ class DiskFull(RuntimeError):
 
 
 class Store:
-    """The artifacts of one profile under `root` (artifacts/<profile>); `jobs` stages may be made on a machine at once (0: no limit)."""
+    """The artifacts of one profile under `root` (artifacts/<profile>); `jobs` (0: any number) may be made at once."""
 
     def __init__(self, root: Path, jobs: int = 1):
         self.root, self.jobs = Path(root), jobs
@@ -136,7 +136,7 @@ class Store:
         return begun + reasons
 
     def lock(self, stage: str, say: Callable[[str], None] = print):
-        """Hold `stage` and one of this machine's places while it is made; who finds none, or the stage held, waits and says for whom."""
+        """Hold `stage` and one of the places while it is made; who finds none, or the stage held, waits and says for whom."""
         return hold(self.root / ".lock", stage, say, self.jobs)
 
     @contextlib.contextmanager

@@ -78,10 +78,11 @@ CELL = ("from m2rl_core import live\nfrom m2rl_core.run import open_run\n"
 
 
 def test_closed_and_opened_again_it_goes_on_and_is_shown(store):
-    """Catches a job that dies with its kernel, a second one beside it, a curve that begins anew, and a cell that never ends."""
+    """Catches a job that dies with its kernel, a second one beside it, a curve that begins anew, a cell that never ends."""
     first = Notebook(store)
     first.run(CELL)
-    shown = first.until(rf"rl-math · step (\d+)/{STEPS} · reward [\d.]+.* left · [\d.]+ steps a minute · [\d.]+ rollouts a second")
+    shown = first.until(rf"rl-math · step (\d+)/{STEPS} · reward [\d.]+.* left · [\d.]+ steps a minute · "
+                        r"[\d.]+ rollouts a second")
     first.close()
     run = open_run(store / "live.yaml", store / "artifacts")
     job = json.loads((run.store.root / live.JOBS / "rl-math.json").read_text())
@@ -128,8 +129,8 @@ def test_a_job_that_dies_is_said_with_its_last_words(store, monkeypatch):
     with pytest.raises(AssertionError):
         notebook.until("never", 60)
     notebook.close()
-    assert notebook.errors and re.match(r"StudyError: rl-coding is not made and nothing works on it any more: rl-coding · step "
-                                        r".*rl-coding.log\); run this cell again to go on", notebook.errors[0])
+    assert re.match(r"StudyError: rl-coding is not made and nothing works on it any more: rl-coding · step "
+                    r".*rl-coding.log\); run this cell again to go on", notebook.errors[0])
 
 
 def test_under_a_runner_the_kernel_makes_it(tmp_path, monkeypatch):
