@@ -22,12 +22,13 @@ from m2rl_core.provenance import commit, packages
 from m2rl_core.run import MissingArtifact, Run
 from m2rl_core.schedule import Result, Task, run_id
 from m2rl_core.specs import Resources
-from m2rl_core.store import CorruptArtifact, DiskFull, write_atomic
+from m2rl_core.store import MANIFEST, CorruptArtifact, DiskFull, write_atomic
 
 RETRIES = 2  # how often a stage is tried again, from its last state, after its worker or its node is gone or it failed there
 ANSWER = 120  # seconds in which a node must answer the first question
 SLOW = "timed out during startup"  # Ray's words for a node whose processes are not up within half a minute
 FINAL = (StudyError, ProfileError, MissingArtifact, CorruptArtifact, DiskFull)  # another node would find the same
+LAG = 90.0  # seconds after which one node must see what another one wrote
 RUNNING = "running"  # folder of the store: on which node each stage is made
 
 
@@ -94,7 +95,9 @@ class Nodes:
     def result(self, task: Task, future: Future) -> Result | None:
         del self._refs[task.name]
         try:
-            return Result(task.name, "completed", future.result())
+            result = Result(task.name, "completed", future.result())
+            _appears(self.run.store.folder(self.run.stages[task.name]) / MANIFEST, LAG)  # before a notebook looks for it
+            return result
         except self.ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             reason = (str(cause).strip().splitlines() or [""])[0][:300]
@@ -126,6 +129,10 @@ def make(profile: Profile, root: str, name: str, environment: dict[str, str]) ->
     for old in [key for key in os.environ if key.startswith("M2RL_")]:
         del os.environ[old]  # of the task before: a worker serves several
     os.environ.update(environment | {"M2RL_LOG": str(run.store.root / f"reproduce-{node[:8]}.log")})
+    for part in run.stages[name].needs:  # what another node has just made; unseen, it would be made here again
+        if not _appears(run.store.folder(run.stages[part]) / MANIFEST, LAG):
+            raise ClusterError(f"{name}: {part} is made, but this node does not see it {LAG:.0f} seconds later: "
+                               f"is {run.store.root} a path that all nodes share?")
     run.need(name)
     note.unlink(missing_ok=True)
     return round(time.monotonic() - began, 1)
@@ -236,13 +243,14 @@ def difference(node: str, here: dict[str, str], there: dict[str, str]) -> str:
     return ""
 
 
-def _appears(path: Path) -> bool:
-    """Whether a file is there; a file server may need a moment."""
-    for _ in range(20):
-        if path.exists():
-            return True
+def _appears(path: Path, seconds: float = 5.0) -> bool:
+    """Whether a file is there, or comes to be seen in time; a machine may remember for a while that it was not."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
         time.sleep(0.1)
-    return False
+    return True
 
 
 def _node_of(root: Path, stage: str) -> str:
