@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -135,6 +136,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("M2RL_ARTIFACTS", "s3://bucket/artifacts")
     assert main(["status", "--profile", "smoke"]) == 2
     assert "a store is a folder" in capsys.readouterr().err
+
+
+def test_what_another_node_wrote_is_waited_for(tmp_path):
+    """Catches a stage that is made twice because a machine still remembers that it was not there."""
+    threading.Timer(0.4, (tmp_path / "manifest.json").touch).start()
+    assert cluster._appears(tmp_path / "manifest.json", 30) and not cluster._appears(tmp_path / "never", 0.2)
 
 
 # With Ray ---------------------------------------------------------------------------------------------
