@@ -8,6 +8,7 @@ GPU ?=
 GPUS ?=
 SAMPLING ?=
 TRAINING ?=
+ENGINE ?= local
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 export OMP_NUM_THREADS ?= 2
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 M2RL := $(BIN)/python -m m2rl_core
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test vllm lab report status why estimate clean bench bubblewrap
+.PHONY: help setup reproduce test vllm ray lab report status why estimate clean bench bubblewrap
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=tiny] [MODELS=rl-math,rl-if] [NB=3.3]"
@@ -51,10 +52,10 @@ bubblewrap:
 		echo "  sudo apt-get install bubblewrap"; \
 	fi
 
-reproduce: setup ## run the study and write reports/PROFILE (MODELS= and NB= choose a part; DRY=1 says what is missing)
-	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)"$(if $(filter-out 0,$(DRY)), --dry)
+reproduce: setup $(if $(filter ray,$(ENGINE)),ray) ## run the study, write reports/PROFILE (a part: MODELS= NB=; DRY=1 what is missing; ENGINE=ray a cluster)
+	$(M2RL) reproduce --profile "$(PROFILE)" --models "$(MODELS)" --nb "$(NB)" --engine "$(ENGINE)" $(if $(RAY_ADDRESS),--address "$(RAY_ADDRESS)")$(if $(filter-out 0,$(DRY)), --dry)
 
-test: setup $(if $(filter Linux,$(shell uname -s)),vllm) ## run all tests
+test: setup ray $(if $(filter Linux,$(shell uname -s)),vllm) ## run all tests
 	$(BIN)/python -m pytest
 
 vllm: $(VLLM)/.ready ## make .venv-vllm, where `engine: vllm` runs without a GPU (3 minutes, 3.5 GB)
@@ -65,6 +66,12 @@ $(VLLM)/.ready: requirements-vllm.txt
 		"$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-vllm.txt)"
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+ray: $(VENV)/.ready-ray ## add Ray to .venv, for ENGINE=ray (10 seconds, 245 MB; on every node)
+
+$(VENV)/.ready-ray: requirements-ray.txt $(READY)
+	$(PIP) -r requirements-ray.txt
 	@touch $@
 
 lab: setup ## open JupyterLab on the notebooks

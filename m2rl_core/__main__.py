@@ -21,6 +21,7 @@ from m2rl_core.progress import duration
 from m2rl_core.run import MissingArtifact, Run, open_run
 from m2rl_core.store import CorruptArtifact, DiskFull
 from m2rl_core.study import UnknownStage, find
+from m2rl_core.tasks import notebook_stages
 
 EXPECTED = (StudyError, ProfileError, UnknownStage, MissingArtifact, CorruptArtifact, DiskFull, runner.ReportError)
 
@@ -38,10 +39,9 @@ def reproduce(args) -> int:
         if not sign:
             raise runner.ReportError(f"--set {text}: expected NAME=VALUE")
         extra[name] = yaml.safe_load(value)
-    is_file = args.profile.endswith((".yaml", ".yml"))  # notebooks run in a folder of their own
-    profile = str(Path(args.profile).absolute()) if is_file else args.profile
-    jobs = runner.plan(root / "notebooks", profile, args.models, args.nb, extra)
-    ok = runner.reproduce(jobs, _report(run), run.store.root, run.profile.name, lanes=run.profile.jobs + 1)
+    jobs = runner.plan(root / "notebooks", run.source, args.models, args.nb, extra)
+    ok = runner.reproduce(jobs, _report(run), run.store.root, run.profile.name, lanes=run.profile.jobs + 1,
+                          nodes=_nodes(args, run))
     return 0 if ok else 1
 
 
@@ -58,9 +58,13 @@ def report(args) -> int:
 
 
 def run(args) -> int:
-    """make a stage, and first what it needs"""
+    """make stages, and first what they need"""
     here = _open(args)
-    for name in list(here.stages) if args.name == "all" else [args.name]:
+    names = list(here.stages) if args.name == "all" else [find(here.stages, name).name for name in args.name.split(",")]
+    nodes = _nodes(args, here)
+    if nodes is not None and not runner.make_stages(nodes, names):
+        return 1
+    for name in names:
         path = here.need(name)
         if ranks.first():
             print(f"{name}: {path}")
@@ -129,28 +133,14 @@ def clean(args) -> int:
     return 0
 
 
-CHAPTERS = ("0", "1", "2", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6", "4", "A", "B", "C")
-
-
-def notebook_stages(here: Run, name: str) -> list[str]:
-    """The stages whose names stand in a notebook's chapter of the study; raises UnknownStage for no such notebook."""
-    from m2rl_core import study
-    def on_all_seeds(models):
-        return [policy for model in models for policy in study.seeds_of(model, here.profile.seeds).values()]
-
-    models = [f"eval-{policy}" for policy in on_all_seeds(here.members.models)]
-    trained = on_all_seeds(here.members.trained)
-    chapters = {
-        "0": [], "1": [], "2": [], "3.1": ["sft", "eval-base", "eval-sft"], "3.2": [*trained, *models, "sweep"],
-        "3.3": ["weights"], "3.5": models,
-        "3.4": ["neighborhoods", "subsets", *(n for n in here.stages if n.startswith("eval-pair-")), *models],
-        "3.6": [n for n in here.stages if n.startswith("judge-")], "4": list(here.stages),
-        "A": [*here.members.trained], "B": [], "C": [],
-    }
-    chapter = name.split("_")[0]
-    if chapter not in chapters:
-        find(here.stages, name)
-    return [stage for stage in chapters[chapter] if stage in here.stages]
+def _nodes(args, run: Run):
+    """The Ray cluster that was asked for; None for this machine alone."""
+    if args.engine == "local":
+        if args.address:
+            raise runner.ReportError(f"--address {args.address}: only --engine ray has one")
+        return None
+    from m2rl_core.cluster import Nodes
+    return Nodes(run, args.address or os.environ.get("RAY_ADDRESS") or "local")
 
 
 def _open(args) -> Run:
@@ -171,7 +161,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--profile", default="tiny", help="a name of params/ or a YAML file (tiny)")
         if function in (run, why, rebuild):
             command.add_argument("name", help="a stage, such as rl-math" + {
-                run: ", or all", why: ", or a notebook, such as 3.3", rebuild: ""}[function])
+                run: ", several with commas, or all", why: ", or a notebook, such as 3.3", rebuild: ""}[function])
+        if function in (reproduce, run):
+            command.add_argument("--engine", default="local", choices=("local", "ray"), help="where stages run (local)")
+            command.add_argument("--address", default="", help="of Ray: auto, HOST:6379, ray://HOST:10001 or local")
         if function is estimate:
             command.add_argument("--gpu", default="", help="for GPUs of this make: h100, h200, h800, a100 (this machine)")
             command.add_argument("--gpus", type=int, default=0, help="for so many of them (as few as hold the model)")

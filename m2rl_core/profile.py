@@ -21,6 +21,7 @@ import yaml
 from m2rl_core.domains import BENCHMARKS, DOMAINS, module
 from m2rl_core.specs import ModelSpec, PretrainedSpec, Profile
 
+KINDS = ("base", "sft", "rl", "opd", "merge", "eval", "weights", "kl", "judge", "sweep")  # of stages
 MEASURED = ("interference_every", "variance_every")  # 0: never
 
 
@@ -230,6 +231,10 @@ def _check(profile: Profile, files: Files) -> None:
             if name not in found:
                 fail(where, f"{name!r} is missing")
 
+    names("resources", profile.resources, KINDS)
+    for kind, taken in profile.resources.items():
+        if taken.gpus < 0 or taken.cpus < 0:
+            fail(f"resources.{kind}", f"{taken.gpus:g} GPUs and {taken.cpus} cores: nothing takes less than none")
     _check_models(profile, fail)
     own = tuple(profile.files)
     names("rl.rows", profile.rl.rows, (*DOMAINS, *own), profile.domain_names)

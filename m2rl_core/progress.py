@@ -6,10 +6,14 @@ executed notebook.
 """
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+TRACE = "progress.jsonl"  # in a stage's state/: a line for each step, for those who watch from another process
 
 
 def duration(seconds: float) -> str:
@@ -45,14 +49,17 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """Reports the steps of one stage; `tick(seconds)` is called at each, with the seconds since the start."""
+    """Reports the steps of one stage; `tick(seconds)` is called at each, with the seconds since the start.
 
-    def __init__(self, name: str, tick: Callable[[float], None] | None = None):
+    Each step is also a line of the file `trace`; a step that is made again after a crash stands there twice.
+    """
+
+    def __init__(self, name: str, tick: Callable[[float], None] | None = None, trace: Path | None = None):
         self.name = name
-        self._tick = tick
+        self._tick, self._trace = tick, trace
         self._begun = self._last = time.monotonic()
         self._first: int | None = None
-        self._bar = _Bar() if _in_jupyter() else None
+        self._bar = _Bar() if in_jupyter() else None
 
     @property
     def seconds(self) -> float:
@@ -72,6 +79,10 @@ class Progress:
             say(text)
         if self._tick:
             self._tick(self.seconds)
+        if self._trace:
+            with open(self._trace, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "total": total, **numbers, "seconds": round(self.seconds, 2),
+                                       "left": None if left is None else round(left, 1)}) + "\n")
 
     def log(self, text: str) -> None:
         """A remark, under the stage's name."""
@@ -117,7 +128,7 @@ class _Bar:
             self._handle.update(content)
 
 
-def _in_jupyter() -> bool:
+def in_jupyter() -> bool:
     """Whether a notebook's kernel runs this and nobody collects a log."""
     if "M2RL_LOG" in os.environ or "IPython" not in sys.modules:
         return False

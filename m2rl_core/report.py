@@ -9,24 +9,27 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import functools
 import json
-import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m2rl_core.profile import load_profile
 from m2rl_core.progress import duration
 from m2rl_core.provenance import commit, freeze, machine
+from m2rl_core.schedule import Executor, Lanes, Result, Task, scheduled
 from m2rl_core.store import hold, write_atomic
 from m2rl_core.study import EXPERTS, TRAINED, Members
+from m2rl_core.tasks import TRAIN, stage_tasks, with_stages
 
-TRAIN = "3.2_train"  # executed once for each policy
+if TYPE_CHECKING:
+    from m2rl_core.cluster import Nodes
+
 NOTEBOOKS = ("0_plan", "1_introduction", "2_related_work", "3.1_preliminary", TRAIN, "3.2_experiments",
              "3.3_weight_shift", "3.4_policy_neighborhoods", "3.5_same_skills", "3.6_self_verification",
              "4_conclusion", "A_training_details", "B_benchmarks", "C_scaling")
@@ -62,17 +65,6 @@ class Job:
     name: str
     source: Path
     parameters: dict
-
-
-@dataclass
-class Result:
-    """How a job ended: completed, failed or not run."""
-
-    name: str
-    status: str
-    seconds: float = 0.0
-    reason: str = ""
-    parameters: dict = field(default_factory=dict)
 
 
 def plan(folder: Path, profile: str, models: str = "", notebooks: str = "", extra: dict | None = None) -> list[Job]:
@@ -122,24 +114,34 @@ def check_parameters(source: Path, given: dict, known: list[str]) -> None:
 
 
 def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say: Callable[[str], None] = print,
-              lanes: int = 2) -> bool:
+              lanes: int = 2, nodes: Nodes | None = None) -> bool:
     """Run the jobs, `lanes` at a time, write the site; True where every one of them completed.
 
     Executed copies go to `report`/<name>.ipynb; lines of progress from the kernels to `artifacts`/reproduce.log
-    and to `say`. A second call on the same store waits for the first.
+    and to `say`. A second call on the same store waits for the first. The notebooks make what they read; with `nodes`
+    (a cluster) every stage is a task of its own there, and a notebook is executed here when what it reads is made.
     """
     from m2rl_core import site
     report.mkdir(parents=True, exist_ok=True)
     log = artifacts / "reproduce.log"
-    with hold(artifacts / ".report.lock", "the report", say), _tail(log, say):
+    with hold(artifacts / ".report.lock", "the report", say), tail(log, say):
         results: dict[str, Result] = {}
         for job in jobs:
             (report / "claims" / f"{job.name}.json").unlink(missing_ok=True)
-        for result in _scheduled(jobs, report, log, say, lanes):
-            results[result.name] = result
+        executors: dict[str, Executor] = {"lanes": Lanes(lanes, functools.partial(execute, report=report, log=log), say)}
+        tasks = notebook_tasks(jobs)
+        if nodes is not None:
+            executors["nodes"] = nodes
+            tasks = with_stages(tasks, nodes.run)
+        names = {job.name for job in jobs}
+        for result in scheduled(tasks, executors):
             took = f" in {duration(result.seconds)}" if result.seconds else ""
-            say(f"[{len(results)}/{len(jobs)}] {result.name}: {result.status}{took}"
-                + (f": {result.reason}" if result.reason else ""))
+            ended = f"{result.name}: {result.status}{took}" + (f": {result.reason}" if result.reason else "")
+            if result.name not in names:
+                say(ended)
+                continue
+            results[result.name] = result
+            say(f"[{len(results)}/{len(jobs)}] {ended}")
             _record(report, profile, results)
         site.write(report)
     bad = [result.name for result in results.values() if result.status != "completed"]
@@ -148,58 +150,20 @@ def reproduce(jobs: list[Job], report: Path, artifacts: Path, profile: str, say:
     return not bad
 
 
-def _scheduled(jobs: list[Job], report: Path, log: Path, say: Callable[[str], None], count: int) -> Iterator[Result]:
-    """Execute each job when those that it needs are over, `count` at a time; yields results as they come.
-
-    Each lane is a process (papermill keeps its kernel's environment and signals to itself there) that a fork
-    server starts with papermill loaded.
-    """
-    waiting, running, over = sorted(jobs, key=lambda job: job.name not in FIRST), {}, {}
-    lanes = _lanes(count)
-    try:
-        while waiting or running:
-            for job in list(waiting):
-                needs = NEEDS.get(job.name, ())
-                ahead = {other.name for other in (*waiting, *running.values())}
-                blocked = [name for name in needs if name in over and over[name].status != "completed"]
-                if not ahead.isdisjoint((*needs, *BEFORE.get(job.name, ()))) or not blocked and len(running) == count:
-                    continue
-                waiting.remove(job)
-                if blocked:
-                    over[job.name] = Result(job.name, "not run", reason="needs " + ", ".join(blocked))
-                    yield over[job.name]
-                else:
-                    say(f"{job.name} starts")
-                    running[lanes.submit(execute, job, report, log)] = job
-            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
-                job = running.pop(future)
-                try:
-                    over[job.name] = future.result()
-                except BrokenProcessPool:
-                    over[job.name] = Result(job.name, "failed", reason="its process was killed; run again to go on")
-                    lanes.shutdown(wait=False)
-                    lanes = _lanes(count)
-                yield over[job.name]
-    finally:
-        lanes.shutdown(cancel_futures=True)
+def make_stages(nodes: Nodes, names: Iterable[str], say: Callable[[str], None] = print) -> bool:
+    """Make these stages and what they lack on a cluster; True where all are made."""
+    good = True
+    with tail(nodes.run.store.root / "reproduce.log", say):
+        for result in scheduled(stage_tasks(nodes.run, names), {"nodes": nodes}):
+            good = good and result.status == "completed"
+            say(f"{result.name}: {result.status}" + (f": {result.reason}" if result.reason else ""))
+    return good
 
 
-def _lanes(count: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["papermill", "nbclient", "nbformat", "m2rl_core.report"])
-    return ProcessPoolExecutor(count, context, _inherit, (dict(os.environ) | {"M2RL_RUN": str(os.getpid())},))
-
-
-def _inherit(environment: dict[str, str]) -> None:
-    """A lane's environment is its parent's of now, not of when the fork server began; and it ends with its parent."""
-    os.environ.clear()
-    os.environ.update(environment)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(parent) -> None:
-    parent.join()  # however it ended; then this lane's kernel sees its own parent gone and ends too
-    os._exit(1)
+def notebook_tasks(jobs: Iterable[Job]) -> list[Task]:
+    """The notebooks as tasks for the lanes, the longest first of those that may run."""
+    return [Task(job.name, "lanes", job, NEEDS.get(job.name, ()), BEFORE.get(job.name, ()))
+            for job in sorted(jobs, key=lambda job: job.name not in FIRST)]
 
 
 def execute(job: Job, report: Path, log: Path) -> Result:
@@ -304,29 +268,35 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tail(log: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Pass on every line that kernels add to the log."""
+def tail(log: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Pass on every line that kernels add to the log, and the nodes of a cluster to theirs, reproduce-<node>.log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
-    stop = threading.Event()
-    with open(log, encoding="utf-8") as file:
-        file.seek(0, os.SEEK_END)
+    stop, rest = threading.Event(), {}
+    read = {path: path.stat().st_size for path in _logs(log)}  # what stands there is of earlier runs
 
-        def follow():
-            rest = ""
-            while True:
-                last = stop.is_set()
-                *lines, rest = (rest + file.read()).split("\n")
+    def follow():
+        while True:
+            last = stop.is_set()
+            for path in _logs(log):
+                with open(path, encoding="utf-8") as file:
+                    file.seek(read.get(path, 0))
+                    *lines, rest[path] = (rest.get(path, "") + file.read()).split("\n")
+                    read[path] = file.tell()
                 for text in lines:
                     say(f"    {text}")
-                if last:
-                    return
-                stop.wait(0.3)
+            if last:
+                return
+            stop.wait(0.3)
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _logs(log: Path) -> list[Path]:
+    return [log, *log.parent.glob(f"{log.stem}-*{log.suffix}")]

@@ -63,11 +63,15 @@ class BuilderContext:
 
 
 class Run:
-    """One profile's study: `stages` by name, `store` for what is made, `root` the folder of all stores."""
+    """One profile's study: `stages` by name, `store` for what is made, `root` the folder of all stores.
 
-    def __init__(self, profile: Profile, root: Path):
+    `source` is what the profile is asked for by: its name or its file.
+    """
+
+    def __init__(self, profile: Profile, root: Path, source: str = ""):
         self.profile = profile
         self.root = root
+        self.source = source or profile.name
         domains.own(profile.files)
         domains.LABELS.clear()
         if profile.eval.rows == "real":
@@ -140,13 +144,13 @@ class Run:
         return seed_of(self.profile.seed, name)
 
     def _make(self, stage: Stage) -> None:
-        with self.store.lock(stage.name, progress.say):
+        with self.store.lock(stage.name, progress.say) as lease:
             if ranks.agree(self.store.is_complete(stage)):  # another process made it while this one waited
                 return self.store.sweep(stage)
             inputs = self._inputs(stage)
             out = self.store.begin(stage)
-            spent = _Spent(out / STATE / "seconds")
-            shown = progress.Progress(stage.name, spent.tick)
+            spent = _Spent(out / STATE / "seconds", lease.check)
+            shown = progress.Progress(stage.name, spent.tick, out / STATE / progress.TRACE)
             build, context = self._ready(stage, inputs, out, shown)
             try:
                 build(context)
@@ -154,6 +158,7 @@ class Run:
                 if stage.settings.get("engine") == "vllm":
                     from m2rl_core import vllm_engine
                     facts["packages"]["vllm"] = vllm_engine.version()
+                lease.check()
                 self.store.finish(stage, facts)
             except Exception as error:  # only to give one cause a name of its own; all others pass unchanged
                 if not is_disk_full(error) and shutil.disk_usage(out).free > 2**20:
@@ -318,7 +323,11 @@ class Run:
 def open_run(profile: str | Path, root: Path | str | None = None) -> Run:
     """The run of a profile; its store is root/<profile>. `root`: else M2RL_ARTIFACTS, else artifacts/ of the clone."""
     root = root or os.environ.get("M2RL_ARTIFACTS") or repo_root() / "artifacts"
-    return Run(load_profile(profile), Path(root).absolute())
+    if "://" in str(root):
+        raise StudyError(f"M2RL_ARTIFACTS={root}: a store is a folder, since it renames folders and makes files that only "
+                         "one may make, which object stores cannot; mount a shared file system and give its path")
+    is_file = str(profile).endswith((".yaml", ".yml"))
+    return Run(load_profile(profile), Path(root).absolute(), str(Path(profile).absolute()) if is_file else str(profile))
 
 
 def _measured(folder: Path, stage: Stage) -> tuple[float, dict] | None:
@@ -335,11 +344,12 @@ def _measured(folder: Path, stage: Stage) -> tuple[float, dict] | None:
 
 
 class _Spent:
-    """Seconds that a stage has taken over all its attempts, kept in its state/."""
+    """Seconds that a stage has taken over all its attempts, kept in its state/ as long as `check` does not raise."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None):
+        self.path, self.check = path, check
         self.before = float(path.read_text()) if path.is_file() and path.read_text() else 0.0
 
     def tick(self, seconds: float) -> None:
+        self.check()
         self.path.write_text(f"{self.before + seconds:.1f}")

@@ -225,6 +225,14 @@ class VllmSpec:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What a stage takes of a Ray cluster's node; no `cpus`: a core for each of its threads."""
+
+    gpus: float = 0.0
+    cpus: int = 0
+
+
+@dataclass(frozen=True)
 class Profile:
     """One scale of the study; `name` is the file's.
 
@@ -237,6 +245,7 @@ class Profile:
     "" for one that is still to be named. `train`: the policies that are trained; None is all that are not imported.
     `domains`: names of the five, and files of one's own that end in .py (see `domains.own`), which are benchmarks too.
     `rows`: the miniatures' or those of the paper's data sets, see `data`.
+    `resources` are for kinds of stages ("rl", "eval", ...) on a Ray cluster; they stand in no key.
     """
 
     name: str
@@ -261,6 +270,7 @@ class Profile:
     vllm: VllmSpec = VllmSpec()
     seeds: int = 1
     jobs: int = 1
+    resources: dict[str, Resources] = field(default_factory=dict)
 
     def threads_of(self, kind: str) -> int:
         """Threads of a stage: its share of all, whether or not others run; all where every other stage waits for it."""

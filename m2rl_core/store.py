@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from m2rl_core import imports
+from m2rl_core.locks import hold, places
 from m2rl_core.study import Stage
 
 MANIFEST = "manifest.json"
 STATE = "state"  # what a stage needs to go on after a crash; removed when it is finished
 UNHASHED = "timing.jsonl"  # seconds differ from run to run, so they are no part of what an artifact is
 SPARE = 64 * 2**20  # bytes that must be free before a stage starts, besides four times its largest input
-NOTICE = 30.0  # seconds between two lines of somebody who waits for the lock
 
 
 class CorruptArtifact(RuntimeError):
@@ -37,7 +35,7 @@ class DiskFull(RuntimeError):
 
 
 class Store:
-    """The artifacts of one profile under `root` (artifacts/<profile>); `jobs` stages may be made at once."""
+    """The artifacts of one profile under `root` (artifacts/<profile>); `jobs` (0: any number) may be made at once."""
 
     def __init__(self, root: Path, jobs: int = 1):
         self.root, self.jobs = Path(root), jobs
@@ -141,15 +139,15 @@ class Store:
         return begun + reasons
 
     def lock(self, stage: str, say: Callable[[str], None] = print):
-        """Hold one of the store's places while `stage` is made; who finds none, or the same stage in one, waits and says for whom."""
+        """Hold `stage` and one of the places while it is made; who finds none, or the stage held, waits and says for whom."""
         return hold(self.root / ".lock", stage, say, self.jobs)
 
     @contextlib.contextmanager
     def lock_all(self, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
-        """Hold the whole store: no stage is being made."""
+        """Hold the whole store: no stage is being made, on no machine."""
         with contextlib.ExitStack() as held:
             for path in places(self.root / ".lock", self.jobs):
-                held.enter_context(hold(path, what, say))
+                held.enter_context(hold(path, what, say, alone=True))
             yield
 
     def _check_brought(self, stage: Stage, folder: Path) -> None:
@@ -181,90 +179,6 @@ class Store:
     def _corrupt(self, folder: Path, name: str, file: str, what: str) -> CorruptArtifact:
         return CorruptArtifact(f"{name}: {folder / file} {what}; "
                                f"mend: `{command()} rebuild {name} --profile {self.root.name}`")
-
-
-def places(path: Path, count: int) -> list[Path]:
-    """The files that stand for the places of a lock: `path`, `path`-1, ..."""
-    return [path, *(path.with_name(f"{path.name}-{i}") for i in range(1, count))]
-
-
-@contextlib.contextmanager
-def hold(path: Path, stage: str, say: Callable[[str], None] = print, count: int = 1) -> Iterator[None]:
-    """Hold a lock on the file `path`, which `count` may hold, each for another stage; who must wait says for whom.
-
-    The lock ends with the process, however it ends; the file's text only tells who holds it. Nothing is said where
-    the other belongs to the same run (environment variable M2RL_RUN): the notebooks of one run take turns.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    told = -NOTICE
-    while isinstance(found := _claim(places(path, count), stage), Path):
-        if time.monotonic() - told >= NOTICE and not _same_run(found):
-            told = time.monotonic()
-            say(f"waiting: {_holder(found)}")
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        try:
-            os.ftruncate(found, 0)
-        finally:
-            os.close(found)  # and with it the lock
-
-
-def _claim(paths: list[Path], stage: str) -> int | Path:
-    """A handle on the first free place, signed; where none is free, or the stage is in one, that place's file."""
-    handles: dict[Path, int] = {}
-    with contextlib.ExitStack() as claiming:
-        if len(paths) > 1:  # one at a time looks around
-            guard = os.open(paths[0].with_name(f"{paths[0].name}-claim"), os.O_RDWR | os.O_CREAT, 0o644)
-            claiming.callback(os.close, guard)
-            fcntl.flock(guard, fcntl.LOCK_EX)
-        for path in paths:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                handles[path] = handle
-            except BlockingIOError:
-                os.close(handle)
-        taken = [path for path in paths if path not in handles]
-        blocking = [path for path in taken if _who(path).get("stage") == stage] or ([] if handles else taken)
-        kept = None if blocking else next(iter(handles.values()))
-        for handle in handles.values():
-            if handle != kept:
-                os.close(handle)
-        if kept is not None:
-            _sign(kept, stage)
-        return blocking[0] if blocking else kept
-
-
-def _sign(handle: int, stage: str) -> None:
-    """Write who holds the lock; on a full disk it is held without a name."""
-    who = {"pid": os.getpid(), "command": " ".join(sys.argv)[:200], "stage": stage, "since": time.strftime("%H:%M:%S"),
-           "run": os.environ.get("M2RL_RUN")}
-    os.ftruncate(handle, 0)
-    try:
-        os.pwrite(handle, json.dumps(who).encode(), 0)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-
-
-def _who(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # it was taken a moment ago, or on a full disk
-        return {}
-
-
-def _same_run(path: Path) -> bool:
-    run = os.environ.get("M2RL_RUN")
-    return run is not None and _who(path).get("run") == run
-
-
-def _holder(path: Path) -> str:
-    who = _who(path)
-    return f"process {who['pid']} ({who['command']}) works on {who['stage']} since {who['since']}" if who else (
-        f"another process holds {path}")
 
 
 def command() -> str:

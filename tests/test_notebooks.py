@@ -12,7 +12,7 @@ from m2rl_core.report import NOTEBOOKS, TRAIN, parameter_names
 from m2rl_core.study import TRAINED
 
 FOLDER = repo_root() / "notebooks"
-PARAMETERS = {"profile": str, "model": str}
+PARAMETERS = {"profile": str, "model": str, "engine": str}
 IMPORTS = {"m2rl_core", "numpy", "pandas", "torch", "IPython", "math"}
 CELL, SETUP = 10, 16  # lines of code at most
 VERDICT = "nbval-check-output"  # nbval compares the output of cells with this tag
@@ -79,14 +79,14 @@ def test_parameters_are_typed_literals_that_papermill_can_read(name):
         assert isinstance(node, ast.AnnAssign), f"untyped: {ast.unparse(node)}"
         assert isinstance(ast.literal_eval(node.value), PARAMETERS[node.target.id])
         assert node.annotation.id == PARAMETERS[node.target.id].__name__
-    wanted = ["profile", "model"] if name == TRAIN else ["profile"]
+    wanted = ["profile", "model", "engine"] if name == TRAIN else ["profile"]
     assert parameter_names(FOLDER / f"{name}.ipynb") == wanted
     seen = inspect_notebook(str(FOLDER / f"{name}.ipynb"))
     assert list(seen) == wanted
     assert all(value["help"] and value["inferred_type_name"] != "None" for value in seen.values())
     assert ast.literal_eval(seen["profile"]["default"]) == "smoke"  # nbval cannot choose another
     if name == TRAIN:
-        assert ast.literal_eval(seen["model"]["default"]) in TRAINED
+        assert ast.literal_eval(seen["model"]["default"]) in TRAINED and ast.literal_eval(seen["engine"]["default"]) == "local"
 
 
 @pytest.mark.parametrize("profile", profile_names())

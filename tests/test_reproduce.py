@@ -4,18 +4,15 @@ The first test to ask for `study` waits for it: some two minutes on two calm cor
 """
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from whole_study import Study, run
 
 from m2rl_core import picture
 from m2rl_core.domains import BENCHMARKS
@@ -32,41 +29,10 @@ SCORES = {"table3": 9, "table4": 9, "table8": 9, "table6": 1}  # score tables an
 SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png", picture.MIME}
 
 
-@dataclass(frozen=True)
-class Study:
-    """A finished reproduction: its report, its store, the environment it ran in, what it said and its seconds."""
-
-    report: Path
-    store: Path
-    environment: dict
-    said: str
-    seconds: float
-
-
-def run(arguments: list[str], environment: dict) -> subprocess.CompletedProcess:
-    """A command of this clone, from another folder than it, so that nothing rests on where one stands."""
-    return subprocess.run([sys.executable, *arguments], cwd=Path(environment["M2RL_ARTIFACTS"]).parent, env=environment,
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def nbval(folder: Path, environment: dict) -> subprocess.CompletedProcess:
     """Execute the notebooks of a folder; cells with the tag must print again what they printed."""
     return run(["-m", "pytest", "--nbval-lax", "--nbval-current-env", "--color=no", "-p", "no:cacheprovider",
                 str(folder)], environment)
-
-
-@pytest.fixture(scope="session")
-def study(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("M2RL_")} | {
-        "M2RL_ARTIFACTS": str(folder / "artifacts"), "M2RL_REPORTS": str(folder / "reports"),
-        "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    start = time.monotonic()
-    done = run(["-m", "m2rl_core", "reproduce", "--profile", "smoke"], environment)
-    seconds = time.monotonic() - start
-    print(f"\nreproduce --profile smoke: {seconds:.0f} s")
-    assert done.returncode == 0, done.stdout[-4000:]
-    return Study(folder / "reports" / "smoke", folder / "artifacts" / "smoke", environment, done.stdout, seconds)
 
 
 def executed(study: Study, name: str):
