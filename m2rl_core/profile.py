@@ -21,7 +21,8 @@ import yaml
 from m2rl_core.domains import BENCHMARKS, DOMAINS, module
 from m2rl_core.specs import ModelSpec, PretrainedSpec, Profile
 
-KINDS = ("base", "sft", "rl", "opd", "merge", "eval", "weights", "kl", "judge", "sweep")  # of stages
+KINDS = ("base", "sft", "rl", "opd", "merge", "eval", "weights", "kl", "judge", "sweep",
+         "import")  # of stages
 MEASURED = ("interference_every", "variance_every")  # 0: never
 
 
