@@ -342,7 +342,7 @@ def test_a_blends_rows_are_verified_by_the_rule_that_was_asked_for(tmp_path):
     (["--for", "slime", "--profile", "smok"], "did you mean 'smoke'"),
     (["--for", "trl", "--blend", "nowhere"], "data rl --out nowhere"),
     (["--for", "slime", "--rule", "math=lastbox"], "math has every_box, last_box, deepscaler"),
-    (["--for", "slime", "--rule", "agent=strict"], "agent has no rules"),
+    (["--for", "slime", "--rule", "coding=strict"], "coding has no rules"),
 ])
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, capsys, arguments, line):
     """Faults: a traceback; a file half written that a trainer would take."""

@@ -64,8 +64,8 @@ def test_an_episode_with_users_words_in_vllms_engine(policy, row, monkeypatch):
     wanted, asked = script(policy, SAID, REPLIES), []
     engine, said = VllmEngine(1), iter(SAID)
 
-    def ask(policy, call, prompts, **settings):
-        asked.append(prompts[0])
+    def ask(policy, call, rows, **settings):
+        asked.append(rows["prompts"][0])
         tokens = [*policy.tokenizer.encode(next(said), add_special_tokens=False), policy.stop_ids[0]]
         return {"tokens": [tokens], "logprobs": [[-1.0] * len(tokens)]}
 
