@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import socket
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from m2rl_core.store import MANIFEST, CorruptArtifact, DiskFull, write_atomic
 
 RETRIES = 2  # how often a stage is tried again, from its last state, after its worker or its node is gone or it failed there
 ANSWER = 120  # seconds in which a node must answer the first question
+KNOCK = 10  # seconds in which an address must take a connection
 SLOW = "timed out during startup"  # Ray's words for a node whose processes are not up within half a minute
 FINAL = (StudyError, ProfileError, MissingArtifact, CorruptArtifact, DiskFull)  # another node would find the same
 LAG = 90.0  # seconds after which one node must see what another one wrote
@@ -156,6 +158,7 @@ def connect(address: str) -> ModuleType:
         quiet |= {"include_dashboard": False, "object_store_memory": 80 * 2**20}
     for patience in (2, 1, 0):
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
             return ray
         except Exception as error:  # Ray has no class of its own for most of these
@@ -165,6 +168,13 @@ def connect(address: str) -> ModuleType:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ClusterError(f"no Ray cluster at {address}: {reason}; start one with `ray start --head` on one node and "
                                "`ray start --address=HOST:6379` on the others, or give --address local") from error
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody answers at HOST:PORT, with or without ray:// before it: Ray itself would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
 
 
 def check_sizes(profile: Profile, kinds, nodes: list[Node]) -> None:

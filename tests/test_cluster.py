@@ -223,7 +223,7 @@ def test_the_whole_study_with_a_worker_killed_is_the_local_one(two_nodes, study,
     assert "goes on from its last state, on another node if there is one (1 of 2)" in again
     assert int(re.search(r"step (\d)/5", read_until(process, "rl-multi · step", said))[1]) > 1
     said += process.stdout.readlines()
-    assert process.wait() == 0 and "19 of 19 notebooks completed" in said[-1], "".join(said[-40:])
+    assert process.wait() == 0 and "20 of 20 notebooks completed" in said[-1], "".join(said[-40:])
     print(f"\nreproduce --engine ray: {time.monotonic() - began:.0f} s")
 
     assert len(list(store.glob("reproduce-*.log"))) == 2  # both nodes worked

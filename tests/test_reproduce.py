@@ -104,7 +104,7 @@ def test_the_report_is_whole(study):
     facts = json.loads((study.report / "run.json").read_text())
     assert [entry["name"] for entry in facts["notebooks"]] == NAMES and facts["profile"] == "smoke"
     assert {entry["status"] for entry in facts["notebooks"]} == {"completed"}
-    assert "19 of 19 notebooks completed" in study.said
+    assert "20 of 20 notebooks completed" in study.said
 
 
 def test_all_tables_of_the_paper(study):

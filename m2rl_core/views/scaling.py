@@ -56,7 +56,7 @@ def table2_chart():
             fill=alt.condition("datum.checked", alt.value("#0072B2"), alt.value("white"))),
         base.mark_point(shape="cross", color="black", size=60, filled=True).encode(alt.X("printed:Q", scale=scale), y)]
     return drawing.finish(alt.layer(*layers).properties(width=430, height=24 * len(order)), "Table 2 and the cost model",
-                        "cross: printed; filled: predicted, hollow: fitted; grey tick: one length for all domains")
+                        "closer to the cross (printed) is better; filled: predicted, hollow: fitted; grey tick: one length")
 
 
 def own_check(run) -> pd.DataFrame:
