@@ -13,6 +13,7 @@ from pathlib import Path
 from m2rl_core import judge
 from m2rl_core.domains import OWN, Row, generator, module, training_rows
 from m2rl_core.errors import StudyError
+from m2rl_core.run import store_of
 
 CORPUS = ("math", "agent", "science", "agent", "math", "agent", "coding", "agent", "science", "if")
 
@@ -66,7 +67,7 @@ def training_prompts(ctx, domains: Sequence[str], tokenizer) -> list[Row]:
     if profile.rows == "miniature":
         return rl_rows(profile.rl, tuple(domains), profile.seed)
     from m2rl_core.real import rl_blend
-    folder, rows = blends(ctx.out)["rl"] / _trial(profile, profile.data.template), []
+    folder, rows = blends(store_of(ctx))["rl"] / _trial(profile, profile.data.template), []
     if any(domain not in OWN for domain in domains):
         rl_blend.build(folder, rl_blend.Settings(profile.data.template, profile.data.first), ctx.log)
     for domain in domains:
@@ -93,9 +94,9 @@ def prompt_length(tokenizer, row: Row) -> int:
     return len(tokenizer.encode(text, add_special_tokens=False))
 
 
-def blends(out: Path) -> dict[str, Path]:
-    """Where a store keeps the real SFT and RL blends; `out` is the folder of one of its stages."""
-    return {name: out.parents[1] / "data" / name for name in ("sft", "rl")}
+def blends(store: Path) -> dict[str, Path]:
+    """Where a store keeps the real SFT and RL blends."""
+    return {name: store / "data" / name for name in ("sft", "rl")}
 
 
 def _trial(profile, name: str) -> str:
@@ -114,7 +115,7 @@ class RealSft(Sequence):
         profile = ctx.profile
         types = tuple(line.type for line in profile.sft.blend)
         name = f"seed-{profile.seed}-share-{profile.data.share:g}"
-        folder = blends(ctx.out)["sft"] / _trial(profile, name)
+        folder = blends(store_of(ctx))["sft"] / _trial(profile, name)
         report = sft_blend.build(folder, sft_blend.Settings(profile.seed, profile.data.share, types, profile.data.first),
                                  ctx.log)
         chat.check_tokenizer(tokenizer)

@@ -20,7 +20,7 @@ from m2rl_core.errors import StudyError
 from m2rl_core.policy import Policy
 from m2rl_core.progress import say
 from m2rl_core.rollout import Rollout
-from m2rl_core.run import NOT_RUN
+from m2rl_core.run import NOT_RUN, store_of
 from m2rl_core.study import first
 from m2rl_core.trainer import write_lines
 
@@ -41,7 +41,8 @@ def items_of(spec, seed: int, limit: int | None = None, store: Path | None = Non
         return {name: benchmark_rows(name, spec.items[name], seed)[:limit]
                 for name in BENCHMARKS if name in spec.items and name in names} | own
     from m2rl_core.real import benchmarks
-    items, left_out = benchmarks.load_all(spec, limit, store and store / ITEMS, [name for name in names if name not in own])
+    items, left_out = ranks.agree(benchmarks.load_all(
+        spec, limit, store and store / ITEMS, [name for name in names if name not in own]) if ranks.first() else None)
     items |= own
     for line in left_out.values():
         say(line)
@@ -128,7 +129,7 @@ def build(ctx) -> None:
     if not items:
         raise StudyError(f"{ctx.stage.name}: no benchmark can be had; " + "; ".join(missing.values()))
     ctx.state.mkdir(parents=True, exist_ok=True)
-    earlier = _earlier(ctx)
+    earlier = ranks.agree(_earlier(ctx))
     left = {name: rows for name, rows in items.items() if name not in earlier}
     if left:
         with open_engine(ctx.profile) as engine:
@@ -145,11 +146,6 @@ def _earlier(ctx) -> dict[str, pd.DataFrame]:
     home = store_of(ctx) / "set-aside"
     made = sorted(home.glob(f"{ctx.out.name}.*/{NOT_RUN}"), key=lambda path: int(path.parent.suffix[1:]))
     return dict(iter(pd.read_parquet(made[-1].with_name("rows.parquet")).groupby("benchmark"))) if made else {}
-
-
-def store_of(ctx) -> Path:
-    """The store that a stage's folder lies in."""
-    return ctx.out.parents[1]
 
 
 class Watch:

@@ -62,6 +62,11 @@ class BuilderContext:
     seed: int
 
 
+def store_of(context: BuilderContext) -> Path:
+    """The folder of the store in which a stage is made: that of rank 0, for the other ranks' `out` lies elsewhere."""
+    return ranks.agree(context.out.parents[1])
+
+
 class Run:
     """One profile's study: `stages` by name, `store` for what is made, `root` the folder of all stores.
 

@@ -291,3 +291,10 @@ def test_a_launch_of_one_is_no_launch(monkeypatch):
     assert ranks.launched() and ranks.size() == 1
     with ranks.alone():
         assert not ranks.launched()
+
+
+def test_all_ranks_know_the_store_of_the_first(tmp_path):
+    """Catches ranks that keep blends and items beside their own scratch folders, or find none there."""
+    done = launch(2, tmp_path, "store", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "store.json").read_text()) == [str(tmp_path)] * 2

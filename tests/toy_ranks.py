@@ -23,7 +23,7 @@ from m2rl_core import attention, collect, engines, grpo, opd, progress, ranks, s
 from m2rl_core import policy as policies
 from m2rl_core.domains import DOMAINS, training_rows
 from m2rl_core.errors import StudyError
-from m2rl_core.run import BuilderContext
+from m2rl_core.run import BuilderContext, store_of
 
 BUILD = {"rl-multi": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build, "sft": sft.build_sft}
 STEPS, PROMPTS = 3, 3  # 2 ranks have unequal shares, and one of 4 has nothing to sample
@@ -102,6 +102,14 @@ def count_in_attention(parameters, learner, most: list[int]) -> None:
     attention.Causal.__call__ = call
 
 
+def store(folder: Path) -> None:
+    """Where each rank takes the store of a stage to be."""
+    home = folder / "models" / "x" if ranks.first() else ranks.scratch()
+    found = ranks.gather(str(store_of(SimpleNamespace(out=home))))
+    if ranks.first():
+        (folder / "store.json").write_text(json.dumps(found))
+
+
 def main(root: Path, stages: str, folder: Path, moment: str = "") -> int:
     torch.set_num_threads(1)
     collect.rewards = toy_training.by_text
@@ -110,7 +118,10 @@ def main(root: Path, stages: str, folder: Path, moment: str = "") -> int:
         fail_at(what, int(count), int(who))
     try:
         for stage in stages.split(","):
-            measure(root, folder) if stage == "parts" else make(root, stage, folder)
+            if stage == "store":
+                store(folder)
+            else:
+                measure(root, folder) if stage == "parts" else make(root, stage, folder)
     except StudyError as error:
         ranks.tell(error)
         return 2
