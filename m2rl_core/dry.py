@@ -5,6 +5,7 @@ hub cannot be reached, the line names the files and the folder for them. Nothing
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,16 +14,14 @@ import shutil
 import socket
 import subprocess
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from m2rl_core import imports
+from m2rl_core.cost import shapes
 from m2rl_core.errors import StudyError
 from m2rl_core.notebook import left_out
-from m2rl_core.notebook import parameters as of_shape
 from m2rl_core.specs import ModelSpec
 from m2rl_core.study import NOT_IN
 
@@ -113,13 +112,8 @@ def _asked(source: str) -> tuple[str, str]:
 
 
 def _hub(path: str) -> dict:
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise OSError("HF_HUB_OFFLINE is set")
-    token = os.environ.get("HF_TOKEN")
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path,
-                                     headers={"authorization": f"Bearer {token}"} if token else {})
-    with urllib.request.urlopen(request, timeout=SECONDS) as reply:
-        return json.load(reply)
+    from m2rl_core.real import hub
+    return hub.ask(path, SECONDS)
 
 
 # Data --------------------------------------------------------------------------------------------------
@@ -174,6 +168,8 @@ def _package(what: str, package: str, mend: str) -> Line:
 
 
 def _sources(sources) -> Iterator[Line]:
+    from huggingface_hub import get_token
+
     from m2rl_core.real import hub
 
     def look(source) -> Line:
@@ -188,7 +184,7 @@ def _sources(sources) -> Iterator[Line]:
             return Line(what, MISSING, f"{source.use}: the hub does not give it ({_line(error)}): {hub.mend(source)}")
         by_hand = hub.folder_of(source)
         pin = found[0].source.revision[:12]
-        if not by_hand and source.login and not _has_token():
+        if not by_hand and source.login and get_token() is None:
             return Line(what, MISSING, f"{source.use}: {source.login}, or set HF_TOKEN")
         return Line(what, HERE if by_hand else FETCH,
                     f"{source.use}: {len(found)} files {f'in {by_hand}' if by_hand else f'at {pin}'} "
@@ -196,11 +192,6 @@ def _sources(sources) -> Iterator[Line]:
 
     with ThreadPoolExecutor(12) as pool:
         yield from pool.map(look, sources)
-
-
-def _has_token() -> bool:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    return bool(os.environ.get("HF_TOKEN")) or Path(os.environ.get("HF_TOKEN_PATH") or home / "token").is_file()
 
 
 def domains_(run) -> Iterator[Line]:
@@ -328,16 +319,12 @@ def disk(run) -> Iterator[Line]:
 def parameters(profile) -> int | None:
     """Weights of one model: of a shape, of a config that is here, else by the number in its name; None where nothing tells."""
     if isinstance(profile.model, ModelSpec):
-        return of_shape(profile.model)
+        return shapes.of_spec(profile.model).parameters
     sources = [imports.source_of(profile, "base")] if profile.model else [*filter(None, profile.imports.values())]
     for source in sources:
         if found := imports.find(source):
-            config = json.loads((found.folder / "config.json").read_text())
-            names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-                     "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "intermediate": "intermediate_size",
-                     "vocab": "vocab_size"}
-            if all(config.get(key) for key in names.values()):
-                return of_shape(ModelSpec(**{name: config[key] for name, key in names.items()}, context=0))
+            with contextlib.suppress(KeyError):  # a config that does not say its shape
+                return shapes.of_config(json.loads((found.folder / "config.json").read_text())).parameters
     told = re.search(r"(\d+(?:\.\d+)?)B\b", sources[0]) if sources else None
     return int(float(told[1]) * 1e9) if told else None
 

@@ -8,6 +8,7 @@ from IPython import get_ipython
 from IPython.display import Markdown, display
 
 from m2rl_core import not_run
+from m2rl_core.cost import shapes
 from m2rl_core.drawing import show_pictures
 from m2rl_core.provenance import commit, machine, packages
 from m2rl_core.run import Run, open_run
@@ -52,7 +53,7 @@ def card(run: Run, section: str) -> str:
 def _model(profile) -> str:
     model = profile.model
     if isinstance(model, ModelSpec):
-        return (f"Qwen3, {parameters(model) / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
+        return (f"Qwen3, {shapes.of_spec(model).parameters / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
                 f"{model.vocab} tokens), context {model.context}")
     brought = ", ".join(f"{name} from `{source}`" for name, source in profile.imports.items() if source)
     return "; ".join(filter(None, [model and f"base `{model.source}`, context {model.context}", brought]))
@@ -83,10 +84,3 @@ def seeds_note(run: Run, section: str) -> Markdown | None:
         "4": [one] if n == 1 else [pooled, "Weights, policies, skills and judging are the first seed's."],
     }.get(section, [f"There are {n} training seeds of each policy; this notebook looks at the first."] if n > 1 else [])
     return Markdown("\n".join(f"* {line}" for line in told)) if told else None
-
-
-def parameters(model) -> int:
-    """Weights of a Qwen3 of this shape with tied embeddings: embedding, attention with q and k norms, MLP, norms."""
-    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_heads) + 2 * model.head_dim
-    layer = attention + 3 * model.hidden * model.intermediate + 2 * model.hidden
-    return model.vocab * model.hidden + model.layers * layer + model.hidden

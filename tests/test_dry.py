@@ -1,7 +1,12 @@
 """The dry run: what is there, what is missing, and how to mend it; nothing is made and nothing raised."""
+import http.server
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -127,3 +132,29 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     assert line.state == dry.MISSING and "set M2RL_ARTIFACTS" in line.told
     assert dry.parameters(replace(run.profile, model=None, imports={"sft": "a/Some-1.7B-Base"})) == 1_700_000_000
     assert json.dumps(dry.parameters(run.profile))
+
+
+def test_the_hub_is_asked_as_whoever_is_logged_in(tmp_path):
+    """Catches a login by `hf auth login` (a file, no HF_TOKEN) that the dry run does not know of."""
+    told = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/api/x":  # the hub's client has questions of its own
+                told.append(self.headers["authorization"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"sha": "x"}')
+
+        def log_message(self, *args):
+            pass
+    (tmp_path / "token").write_text("hf_secret")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name != "HF_HUB_OFFLINE"}
+        code = "from m2rl_core import dry; from huggingface_hub import get_token; print(dry._hub('/api/x'), get_token())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | {
+            "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"})
+        server.shutdown()
+    assert done.stdout == "{'sha': 'x'} hf_secret\n", done.stderr
+    assert told == ["Bearer hf_secret"]

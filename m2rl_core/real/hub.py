@@ -107,18 +107,23 @@ def files(source: Source, splits: Sequence[str] = ()) -> list[File]:
 
 def _listing(source: Source) -> tuple[str, list[str]]:
     """Commit and all files of a data set, asked of the hub in one request."""
-    from datasets import config
-    from datasets.utils.file_utils import get_authentication_headers_for_url
-    address = f"{config.HF_ENDPOINT}/api/datasets/{source.repo}/revision/{source.revision or 'main'}"
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise _unreachable(source, "HF_HUB_OFFLINE is set")
     try:
-        request = urllib.request.Request(address, headers=get_authentication_headers_for_url(address))
-        with urllib.request.urlopen(request, timeout=COMMIT_SECONDS) as reply:
-            info = json.load(reply)
+        info = ask(f"/api/datasets/{source.repo}/revision/{source.revision or 'main'}", COMMIT_SECONDS)
         return info["sha"], sorted(entry["rfilename"] for entry in info["siblings"])
     except (OSError, ValueError, KeyError) as error:
         raise _unreachable(source, error) from error
+
+
+def ask(path: str, seconds: float) -> dict:
+    """The hub's answer at `path`, as whoever is logged in; OSError or ValueError where it gives none (or HF_HUB_OFFLINE)."""
+    from datasets import config
+    from datasets.utils.file_utils import get_authentication_headers_for_url
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        raise OSError("HF_HUB_OFFLINE is set")
+    address = config.HF_ENDPOINT + path
+    request = urllib.request.Request(address, headers=get_authentication_headers_for_url(address))
+    with urllib.request.urlopen(request, timeout=seconds) as reply:
+        return json.load(reply)
 
 
 def read(file: File, skip: int = 0, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict]]:
