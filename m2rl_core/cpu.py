@@ -14,7 +14,7 @@ def settle(threads: int) -> None:
     """Let torch compute with `threads` threads.
 
     With glibc, tensors of up to 32 MB also come from a heap that is not given back to the system at once: by
-    default each step of sampling and training gives back and asks again for the same pages (14 % of a step's time).
+    default each step of sampling and training gives back and asks again for the same pages (7 to 8 % of the time).
     """
     torch.set_num_threads(threads)
     if sys.platform == "linux":

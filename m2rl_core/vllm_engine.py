@@ -41,7 +41,7 @@ MEND = "`make vllm` installs vLLM for a CPU into .venv-vllm, `pip install -e .[v
 class _Ended(Exception):
     """A process went away before it answered."""
 
-    def __init__(self, process: _Process | None = None):
+    def __init__(self, process: _Process):
         super().__init__()
         self.process = process
 
@@ -100,8 +100,8 @@ class VllmEngine:
             found = self._ask(policy, "sample", {
                 "prompts": [rollouts[i].prompt + rollouts[i].tokens for i in going],
                 "limits": [max_new_tokens - rollouts[i].length for i in going],
-                "seeds": [seeds[i][turn] for i in going]}, temperature=temperature, top_p=top_p,
-                              stops=policy.stop_ids)
+                "seeds": [seeds[i][turn] for i in going],
+            }, temperature=temperature, top_p=top_p, stops=policy.stop_ids)
             replies = end_turns(policy, [rollouts[i] for i in going], [environments[i] for i in going], found["tokens"],
                                 found["logprobs"], max_new_tokens, max_turns)
             going = [i for i, reply in zip(going, replies, strict=True) if reply is not None]
@@ -135,7 +135,7 @@ class VllmEngine:
                 self.close()
                 raise
             except _Ended as ended:
-                how = ended.process.autopsy() if ended.process else "before it answered"
+                how = ended.process.autopsy()
                 self.close()
                 if self.died:
                     raise StudyError(f"vLLM died twice; the second time {how}") from None
