@@ -14,14 +14,14 @@ from pathlib import Path
 import yaml
 
 from m2rl_core import ranks
-from m2rl_core import report as runner
 from m2rl_core.errors import StudyError
+from m2rl_core.jobs.tasks import notebook_stages
 from m2rl_core.profile import ProfileError, repo_root
 from m2rl_core.progress import duration
+from m2rl_core.publishing import report as runner
 from m2rl_core.run import MissingArtifact, Run, open_run
 from m2rl_core.store import CorruptArtifact, DiskFull
 from m2rl_core.study import UnknownStage, find
-from m2rl_core.tasks import notebook_stages
 
 EXPECTED = (StudyError, ProfileError, UnknownStage, MissingArtifact, CorruptArtifact, DiskFull, runner.ReportError)
 
@@ -47,7 +47,7 @@ def reproduce(args) -> int:
 
 def report(args) -> int:
     """write the site again from the executed notebooks"""
-    from m2rl_core import readme, site
+    from m2rl_core.publishing import readme, site
     folder = _report(_open(args))
     if not (folder / "run.json").is_file():
         raise runner.ReportError(f"{folder} holds no executed notebooks yet: `make reproduce PROFILE={args.profile}`")
@@ -139,7 +139,7 @@ def _nodes(args, run: Run):
         if args.address:
             raise runner.ReportError(f"--address {args.address}: only --engine ray has one")
         return None
-    from m2rl_core.cluster import Nodes
+    from m2rl_core.jobs.cluster import Nodes
     return Nodes(run, args.address or os.environ.get("RAY_ADDRESS") or "local")
 
 
@@ -217,4 +217,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())

@@ -227,7 +227,7 @@ def machine(run) -> Iterator[Line]:
     profile = run.profile
     gpus = _gpus()
     if profile.engine == "vllm":
-        from m2rl_core import vllm_engine
+        from m2rl_core.engines import vllm_engine
         told = vllm_engine.version()
         there = told != "not installed"
         yield Line("engine vllm", HERE if there else MISSING, told if there else vllm_engine.MEND)
@@ -331,8 +331,8 @@ def parameters(profile) -> int | None:
 
 def notebooks(run) -> Iterator[Line]:
     """The notebooks, and their kernel."""
-    from m2rl_core import report
     from m2rl_core.profile import repo_root
+    from m2rl_core.publishing import report
     jobs = report.plan(repo_root() / "notebooks", run.profile.name)
     yield Line("notebooks", HERE, f"{len(jobs)} runs of {len({job.source for job in jobs})} notebooks")
 

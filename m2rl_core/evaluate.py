@@ -12,17 +12,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from m2rl_core import policy as policies
+from m2rl_core.models import policy as policies
 from m2rl_core import ranks
 from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, environments, generator, prepare, rewards
 from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.errors import StudyError
-from m2rl_core.policy import Policy
+from m2rl_core.models.policy import Policy
 from m2rl_core.progress import say
-from m2rl_core.rollout import Rollout
+from m2rl_core.engines.rollout import Rollout
 from m2rl_core.run import NOT_RUN, store_of
 from m2rl_core.study import first
-from m2rl_core.trainer import write_lines
+from m2rl_core.training.trainer import write_lines
 
 END_OF_TURN = "<|im_end|>"
 CHUNK = 1024  # rollouts of a real benchmark that are sampled, verified and kept together

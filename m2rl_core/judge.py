@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 
 from m2rl_core import domains
-from m2rl_core import policy as policies
 from m2rl_core.domains import Row, answer_of, generator, module
 from m2rl_core.engines import open_engine
+from m2rl_core.models import policy as policies
 from m2rl_core.study import JUDGED_BENCHMARKS
 
 MODES = ("outcome", "process")

@@ -7,10 +7,10 @@ import sys
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
-from m2rl_core import not_run
 from m2rl_core.cost import shapes
-from m2rl_core.drawing import show_pictures
+from m2rl_core.pictures.drawing import show_pictures
 from m2rl_core.provenance import commit, machine, packages
+from m2rl_core.publishing import not_run
 from m2rl_core.run import Run, open_run
 from m2rl_core.specs import ModelSpec
 from m2rl_core.study import MODELS, NOT_IN

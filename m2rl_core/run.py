@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rl_core import domains, imports, progress, publish, ranks
+from m2rl_core import domains, imports, progress, ranks
+from m2rl_core.publishing import publish
 from m2rl_core.errors import StudyError
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BUILDERS = {
-    "base": "m2rl_core.sft:build_base", "sft": "m2rl_core.sft:build_sft", "rl": "m2rl_core.grpo:build",
-    "opd": "m2rl_core.opd:build", "merge": "m2rl_core.merging:build", "eval": "m2rl_core.evaluate:build",
+    "base": "m2rl_core.training.sft:build_base", "sft": "m2rl_core.training.sft:build_sft",
+    "rl": "m2rl_core.training.grpo:build", "opd": "m2rl_core.training.opd:build",
+    "merge": "m2rl_core.merging:build", "eval": "m2rl_core.evaluate:build",
     "weights": "m2rl_core.metrics.weights:build", "kl": "m2rl_core.metrics.divergence:build",
     "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build", "import": "m2rl_core.imports:build",
 }
@@ -161,7 +163,7 @@ class Run:
                 build(context)
                 facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
                 if stage.settings.get("engine") == "vllm":
-                    from m2rl_core import vllm_engine
+                    from m2rl_core.engines import vllm_engine
                     facts["packages"]["vllm"] = vllm_engine.version()
                 lease.check()
                 self.store.finish(stage, facts)

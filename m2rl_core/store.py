@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from m2rl_core import imports
-from m2rl_core.locks import hold, places
+from m2rl_core.jobs.locks import hold, places
 from m2rl_core.study import Stage
 
 MANIFEST = "manifest.json"

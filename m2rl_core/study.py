@@ -185,7 +185,8 @@ def study(profile: Profile) -> dict[str, Stage]:
     trains = {name: profile.rl.rows[name] for name in profile.domain_names}
     seed = {"seed": profile.seed}
     rl, opd, sampling = keyed(profile.rl), keyed(profile.opd), keyed(profile.eval)
-    multi_steps, rows = rl.pop("multi_steps"), rl.pop("rows")
+    multi_steps = rl.pop("multi_steps")
+    del rl["rows"]
     del rl["checkpoint_every"]
     mixed = {name: rl.pop(name) for name in ("interference_every",) if name in rl}  # concerns rl-multi alone
     rl["along"] = {name: rl.pop(name) for name in ("eval_every", "eval_items", "eval_k")}

@@ -10,11 +10,11 @@ import json
 
 import pandas as pd
 
-from m2rl_core import policy as policies
 from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import evaluate, items_of
 from m2rl_core.merging import recipe as recipes
 from m2rl_core.merging.folders import write_models
+from m2rl_core.models import policy as policies
 from m2rl_core.run import store_of
 
 

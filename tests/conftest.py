@@ -54,7 +54,7 @@ def played(policy, toy_rows, episodes):
     import toy_policy
     import torch
     from m2rl_core.domains import module
-    from m2rl_core.rollout import sample
+    from m2rl_core.engines.rollout import sample
     found = sample(policy, toy_rows[:5], 3, generator=torch.Generator().manual_seed(1), max_new_tokens=24)
     wanted = []
     for row in episodes:

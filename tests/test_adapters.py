@@ -14,7 +14,8 @@ import pytest
 import toy_verifier
 from toy_verifier import ERRORS
 
-from m2rl_core import domains, policy as policies
+from m2rl_core import domains
+from m2rl_core.models import policy as policies
 from m2rl_core.adapters import export as exports
 from m2rl_core.adapters import scoring, slime, trl, verl
 from m2rl_core.domains import Row, Verdict, generator, module, rewards

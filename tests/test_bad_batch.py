@@ -11,11 +11,11 @@ import toy_training
 import torch
 from safetensors.torch import load_file
 
-from m2rl_core import collect, grpo, opd
-from m2rl_core import policy as policies
+from m2rl_core.training import collect, grpo, opd
+from m2rl_core.models import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS, Verdict
-from m2rl_core.trainer import TrainingDiverged, read_lines
+from m2rl_core.training.trainer import TrainingDiverged, read_lines
 
 STAGES = {"rl-math": grpo, "mt-opd": opd}
 

@@ -17,16 +17,17 @@ import pytest
 import toy_benchmarks as toy
 import toy_policy
 
-from m2rl_core import domains, not_run, notebook
+from m2rl_core import domains, notebook
 from m2rl_core import evaluate as evaluation
-from m2rl_core import policy as policies
 from m2rl_core.claims import scores as rules
 from m2rl_core.claims.evidence import Evidence, Missing
 from m2rl_core.domains import BENCHMARKS, Row, rewards
 from m2rl_core.errors import StudyError
 from m2rl_core.evaluate import build, evaluate, items_of
 from m2rl_core.metrics import stats
+from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
+from m2rl_core.publishing import not_run
 from m2rl_core.real import benchmarks, hub
 from m2rl_core.real.decontamination import FROM
 from m2rl_core.run import NOT_RUN, Run
@@ -409,7 +410,8 @@ import os, signal, sys
 sys.path[:0] = sys.argv[1:2]
 import pytest, test_benchmarks as t, toy_benchmarks as toy
 from pathlib import Path
-from m2rl_core import evaluate, policy
+from m2rl_core import evaluate
+from m2rl_core.models import policy
 patch, calls, measure = pytest.MonkeyPatch(), [], evaluate._measure
 toy.shrink(patch)
 

@@ -25,14 +25,14 @@ from m2rl_core import sandbox
 from m2rl_core.domains import Row, UserSays, bfcl, bfcl_wheel, rewards
 from m2rl_core.domains.bfcl import CATEGORIES, MULTI, REFUSED, calls_of, code_of
 from m2rl_core.domains.environments import open_environment
+from m2rl_core.engines.rollout import Rollout
 from m2rl_core.errors import StudyError
 from m2rl_core.evaluate import evaluate
-from m2rl_core.interpreter import Interpreter
 from m2rl_core.metrics import stats
-from m2rl_core.policy import Policy
+from m2rl_core.models.policy import Policy
 from m2rl_core.profile import load_profile
 from m2rl_core.real import benchmarks, bfcl_rows, hub
-from m2rl_core.rollout import Rollout
+from m2rl_core.sandbox.interpreter import Interpreter
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,
                                  reason="bwrap is not installed: apt-get install bubblewrap")

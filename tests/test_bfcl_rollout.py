@@ -6,9 +6,9 @@ import toy_policy
 from bfcl_answers import write
 
 from m2rl_core.domains import Row, UserSays, bfcl, bfcl_wheel, rewards
-from m2rl_core.policy import encode_prompt
-from m2rl_core.rollout import logprobs, tool_reply
-from m2rl_core.vllm_engine import VllmEngine
+from m2rl_core.engines.rollout import logprobs, tool_reply
+from m2rl_core.engines.vllm_engine import VllmEngine
+from m2rl_core.models.policy import encode_prompt
 
 THINK = "<think>\n\n</think>\n\n"
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}

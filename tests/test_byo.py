@@ -12,7 +12,7 @@ from m2rl_core import domains
 from m2rl_core.domains import own_file, rewards
 from m2rl_core.domains.own_file import DomainError
 from m2rl_core.profile import ProfileError, load_profile, repo_root
-from m2rl_core.report import plan
+from m2rl_core.publishing.report import plan
 from m2rl_core.run import open_run
 from m2rl_core.study import MERGES, Members, NotInStudy, find, study
 
@@ -190,7 +190,7 @@ def test_every_notebook_of_the_analysis_says_what_it_has_and_what_is_not_run(mad
 def test_a_real_mistake_in_a_cell_is_still_an_error(made, monkeypatch):
     """Fault: "not run" that swallows every error."""
     from m2rl_core.claims.evidence import Missing
-    from m2rl_core.not_run import Cells
+    from m2rl_core.publishing.not_run import Cells
     known = {"table": "an earlier cell's"}
     cells = Cells(known)
     assert not cells.told(KeyError("x"), ["a"]) and not cells.told(NameError("y", name="y"), [])

@@ -10,14 +10,14 @@ import toy_policy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from m2rl_core import policy as policies
 from m2rl_core.adapters import checkpoints
 from m2rl_core.adapters.checkpoints import check, take
 from m2rl_core.adapters.reading import EMBED, HEAD
-from m2rl_core.attention import Causal
 from m2rl_core.errors import StudyError
 from m2rl_core.merging.checkpoint import Checkpoint
-from m2rl_core.qwen3 import head, hidden_states, prepare
+from m2rl_core.models import policy as policies
+from m2rl_core.models.attention import Causal
+from m2rl_core.models.qwen3 import head, hidden_states, prepare
 
 BASE, CONFIG, WEIGHTS = "model", "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from test_claims import divergences, evidence, judged, skilled, weights, world
 
-from m2rl_core import claims, paper, publish, site
+from m2rl_core import claims, paper
+from m2rl_core.publishing import publish, site
 from m2rl_core.claims import Evidence, evidence as lines, judging, mechanisms, places, scores
 from m2rl_core.claims.evidence import EXPERT
 from m2rl_core.domains import BENCHMARKS, DOMAINS

@@ -21,14 +21,14 @@ import pytest
 import yaml
 from whole_study import ROOT, environment_in
 
-from m2rl_core import cluster, locks
 from m2rl_core.__main__ import main
-from m2rl_core.cluster import ClusterError, Node, check_sizes, difference, takes
+from m2rl_core.jobs import cluster, locks
+from m2rl_core.jobs.cluster import ClusterError, Node, check_sizes, difference, takes
+from m2rl_core.jobs.schedule import Result, Task, scheduled
+from m2rl_core.jobs.tasks import notebook_stages, stage_tasks, with_stages
 from m2rl_core.profile import ProfileError, load_profile
-from m2rl_core.report import NOTEBOOKS, POLICIES, TRAIN, Job, notebook_tasks
+from m2rl_core.publishing.report import NOTEBOOKS, POLICIES, TRAIN, Job, notebook_tasks
 from m2rl_core.run import open_run
-from m2rl_core.schedule import Result, Task, scheduled
-from m2rl_core.tasks import notebook_stages, stage_tasks, with_stages
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: `make ray`")
 TIMED = {"table2", "policies", "headline", "decision", "readings"}  # tables with seconds, which differ from run to run

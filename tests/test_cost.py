@@ -7,12 +7,12 @@ import toy_policy
 from torch.utils.flop_counter import FlopCounterMode
 
 from m2rl_core import paper
-from m2rl_core.attention import Causal
+from m2rl_core.models.attention import Causal
 from m2rl_core.cost import lengths, memory, modelled, plan, shapes, speed, table2
 from m2rl_core.cost.machines import Machine, machine, machines
 from m2rl_core.errors import StudyError
-from m2rl_core.qwen3 import head, hidden_states, prepare
-from m2rl_core.rollout import BATCH, places
+from m2rl_core.models.qwen3 import head, hidden_states, prepare
+from m2rl_core.engines.rollout import BATCH, places
 from m2rl_core.specs import ModelSpec
 
 SPEC = ModelSpec(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=64, vocab=400, context=384)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import toy_policy
 
-from m2rl_core import policy as policies
 from m2rl_core.domains import Row
+from m2rl_core.engines.rollout import Rollout, sample
 from m2rl_core.errors import StudyError
 from m2rl_core.metrics.divergence import comparable, trajectory_kl
-from m2rl_core.rollout import Rollout, sample
+from m2rl_core.models import policy as policies
 
 WORDS, PROMPT = 3, [1, 0, 2]
 

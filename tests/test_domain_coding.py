@@ -10,7 +10,7 @@ import pytest
 from m2rl_core import sandbox
 from m2rl_core.domains import (Row, benchmark_rows, coding, generator, is_held_out, module, programs, rewards,
                                training_rows)
-from m2rl_core.interpreter import Interpreter
+from m2rl_core.sandbox.interpreter import Interpreter
 
 ADD_UP = {"unit_tests": {"inputs": ["1 2 3\n", "-4 6\n", "7\n"], "outputs": ["4\n", "0\n", "7\n"]}}  # sum of the odd
 RIGHT = "print(sum(x for x in map(int,input().split()) if x%2==1))"

@@ -13,7 +13,8 @@ import toy_environment
 import toy_policy
 from test_worker import gone
 
-from m2rl_core import collect, domains, evaluate
+from m2rl_core import domains, evaluate
+from m2rl_core.training import collect
 from m2rl_core.domains import Row, Verdict, environment_host, environments, module, training_rows
 from m2rl_core.errors import StudyError
 

@@ -13,15 +13,15 @@ import torch
 from toy_study import toy_run
 
 from m2rl_core import judge
-from m2rl_core import policy as policies
 from m2rl_core import run as runs
 from m2rl_core.__main__ import main
 from m2rl_core.cost import bill, calibrate, lengths, plan, speed, told
 from m2rl_core.domains import DOMAINS, rewards, training_rows
+from m2rl_core.jobs.tasks import notebook_stages
+from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
 from m2rl_core.run import open_run
 from m2rl_core.study import EXPERTS, study
-from m2rl_core.tasks import notebook_stages
 
 GOLDEN = Path(__file__).parent / "golden" / "estimate_tiny.json"  # a calibration and, of a quiet run, what each stage took
 

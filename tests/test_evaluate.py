@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import toy_policy
 
-from m2rl_core import policy as policies
 from m2rl_core.domains import BENCHMARKS, Row, Verdict, rewards
+from m2rl_core.engines.rollout import Rollout
 from m2rl_core.evaluate import END_OF_TURN, Watch, build, evaluate, frame, items_of
+from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
-from m2rl_core.rollout import Rollout
 
 SMOKE = load_profile("smoke")
 SPEC = dataclasses.replace(SMOKE.eval, items=dict.fromkeys(BENCHMARKS, 3), k=dict.fromkeys(BENCHMARKS, 2),

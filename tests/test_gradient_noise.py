@@ -10,18 +10,18 @@ import pytest
 import torch
 import toy_policy
 
-from m2rl_core import opd
-from m2rl_core import policy as policies
 from m2rl_core.domains import DOMAINS
-from m2rl_core.losses import Loss, Totals
+from m2rl_core.engines.rollout import sample
 from m2rl_core.metrics.every import Every
 from m2rl_core.metrics.gradient_noise import GAP, by_prompt, measure
 from m2rl_core.metrics.interference import WHOLE
+from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
 from m2rl_core.progress import Progress
-from m2rl_core.rollout import sample
 from m2rl_core.study import study
-from m2rl_core.trainer import read_lines
+from m2rl_core.training import opd
+from m2rl_core.training.losses import Loss, Totals
+from m2rl_core.training.trainer import read_lines
 
 LOSS = Loss.of(load_profile("smoke").opd, loss="grpo")
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"

@@ -8,13 +8,14 @@ import pytest
 import torch
 import toy_policy
 
-from m2rl_core import grpo
-from m2rl_core.collect import summary
+from m2rl_core.training import grpo
+from m2rl_core.training.collect import summary
 from m2rl_core.domains import Verdict
-from m2rl_core.grpo import backward
-from m2rl_core.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced, sequence_mean
+from m2rl_core.training.grpo import backward
+from m2rl_core.training.losses import (
+    Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced, sequence_mean)
 from m2rl_core.profile import load_profile
-from m2rl_core.rollout import Rollout, micro_batches
+from m2rl_core.engines.rollout import Rollout, micro_batches
 
 NEAR = 1e-5  # on gradients whose largest entries are of size 0.1 to 1
 LOSS = Loss.of(load_profile("smoke").rl)
@@ -217,7 +218,7 @@ def test_gradient_is_that_of_plain_autograd(policy, learner, played, advantage):
 
 def test_gradient_at_another_temperature(policy, learner, toy_rows):
     """Fault: rollouts sampled at one temperature and trained at another."""
-    from m2rl_core.rollout import sample
+    from m2rl_core.engines.rollout import sample
     rollouts = sample(policy, toy_rows[:3], 2, generator=torch.Generator().manual_seed(8), temperature=0.6,
                       max_new_tokens=9)
     advantage = [1.0, -0.5, 0.3, 0.8, -1.0, 0.2]

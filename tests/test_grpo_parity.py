@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config
 
 from m2rl_core.domains import Row
-from m2rl_core.grpo import backward
-from m2rl_core.losses import Loss, Totals
-from m2rl_core.policy import Policy
-from m2rl_core.rollout import Rollout
+from m2rl_core.engines.rollout import Rollout
+from m2rl_core.models.policy import Policy
+from m2rl_core.training.grpo import backward
+from m2rl_core.training.losses import Loss, Totals
 
 SCRIPT = Path(__file__).parent / "golden" / "make_trl.py"
 spec = importlib.util.spec_from_file_location("make_trl", SCRIPT)

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from m2rl_core import imports
-from m2rl_core import policy as policies
 from m2rl_core.imports import ModelError
+from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
 from m2rl_core.run import open_run
 from m2rl_core.store import CorruptArtifact

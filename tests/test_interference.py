@@ -9,8 +9,8 @@ import pytest
 import torch
 import toy_policy
 
-from m2rl_core.grpo import backward
-from m2rl_core.losses import Loss, Totals
+from m2rl_core.training.grpo import backward
+from m2rl_core.training.losses import Loss, Totals
 from m2rl_core.metrics.interference import WHOLE, Interference, cosines, group_of, measure
 from m2rl_core.profile import load_profile
 

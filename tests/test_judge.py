@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from m2rl_core import judge
-from m2rl_core import policy as policies
+from m2rl_core.models import policy as policies
 from m2rl_core.domains import BENCHMARKS, answer_of, benchmark_rows, generator, is_held_out, module, rewards
 from m2rl_core.judge import MODES, judge_row, training_rows, verdict_of
 from m2rl_core.profile import load_profile

@@ -14,9 +14,10 @@ from jupyter_client.manager import KernelManager
 from toy_study import toy_run
 from whole_study import ROOT
 
-from m2rl_core import live, locks, progress
+from m2rl_core import progress
 from m2rl_core import run as runs
 from m2rl_core.errors import StudyError
+from m2rl_core.jobs import live, locks
 from m2rl_core.run import open_run
 
 STEPS = 60

@@ -20,8 +20,8 @@ from m2rl_core import sandbox
 from m2rl_core.domains import Row, coding, livecodebench, rewards
 from m2rl_core.domains.livecodebench import decoded
 from m2rl_core.errors import StudyError
-from m2rl_core.interpreter import Interpreter
 from m2rl_core.sandbox import Outcome
+from m2rl_core.sandbox.interpreter import Interpreter
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,
                                  reason="bwrap is not installed: apt-get install bubblewrap")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from m2rl_core import locks
-from m2rl_core.locks import LockLost, Mark, hold, marks
+from m2rl_core.jobs import locks
+from m2rl_core.jobs.locks import LockLost, Mark, hold, marks
 
 ROOT = Path(__file__).resolve().parent.parent
 

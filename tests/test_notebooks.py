@@ -8,7 +8,7 @@ import pytest
 from papermill.inspection import inspect_notebook
 
 from m2rl_core.profile import load_profile, profile_names, repo_root
-from m2rl_core.report import NOTEBOOKS, TRAIN, parameter_names
+from m2rl_core.publishing.report import NOTEBOOKS, TRAIN, parameter_names
 from m2rl_core.study import TRAINED
 
 FOLDER = repo_root() / "notebooks"

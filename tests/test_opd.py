@@ -13,17 +13,17 @@ import torch.nn.functional as F
 import toy_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2rl_core import losses
-from m2rl_core.attention import Causal
 from m2rl_core.domains import Row
-from m2rl_core.grpo import backward
-from m2rl_core.losses import Loss, Totals
-from m2rl_core.opd import backward_full, backward_sampled
-from m2rl_core.policy import Policy
+from m2rl_core.engines.rollout import Rollout, logprobs
+from m2rl_core.models.attention import Causal
+from m2rl_core.models.policy import Policy
+from m2rl_core.models.qwen3 import head, hidden_states, prepare
 from m2rl_core.profile import load_profile
-from m2rl_core.qwen3 import head, hidden_states, prepare
-from m2rl_core.rollout import Rollout, logprobs
-from m2rl_core.teachers import by_domain
+from m2rl_core.training import losses
+from m2rl_core.training.grpo import backward
+from m2rl_core.training.losses import Loss, Totals
+from m2rl_core.training.opd import backward_full, backward_sampled
+from m2rl_core.training.teachers import by_domain
 
 WORDS, PROMPT, NEAR = 3, [0, 2, 1], 1e-6
 LOSS = Loss.of(load_profile("smoke").opd, loss="grpo")

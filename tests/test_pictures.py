@@ -14,8 +14,9 @@ from PIL import Image
 from test_plots import CHARTS as PLOTS
 from test_plots import grid
 
-from m2rl_core import drawing, labels, picture, plots, publish, site
 from m2rl_core.paper import audit as printed
+from m2rl_core.pictures import drawing, labels, picture, plots
+from m2rl_core.publishing import publish, site
 from m2rl_core.views import audit, opening, toys, verdicts
 
 GOOD = re.compile(r"\b(better|closer|good|same way|starts from sft)\b")

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from m2rl_core import drawing, paper, picture, plots, study
+from m2rl_core import paper, study
 from m2rl_core.paper import audit
+from m2rl_core.pictures import drawing, picture, plots
 
 MODELS = list(drawing.STYLE)
 EXPERTS = MODELS[2:7]

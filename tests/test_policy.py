@@ -8,12 +8,12 @@ import torch
 import toy_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from m2rl_core import policy as policies
-from m2rl_core.attention import Causal, Grouped
 from m2rl_core.domains import module
-from m2rl_core.policy import EOS, MARKERS, PAD, Policy
-from m2rl_core.qwen3 import Shape, head, hidden_states, prepare, token_logprobs
-from m2rl_core.rollout import tool_reply
+from m2rl_core.engines.rollout import tool_reply
+from m2rl_core.models import policy as policies
+from m2rl_core.models.attention import Causal, Grouped
+from m2rl_core.models.policy import EOS, MARKERS, PAD, Policy
+from m2rl_core.models.qwen3 import Shape, head, hidden_states, prepare, token_logprobs
 
 CLOSE = 1e-5  # logits are of size 1; float32 rounding of two orders of summation
 

@@ -142,8 +142,9 @@ def test_exponents_without_a_dot_are_numbers(edited):
 
 def test_no_torch_until_something_is_built():
     """Catches an import that makes `make status` and every analysis wait for torch."""
-    code = ("import sys, m2rl_core.profile, m2rl_core.study, m2rl_core.store, m2rl_core.run, m2rl_core.report, "
-            "m2rl_core.site, m2rl_core.publish, m2rl_core.progress, m2rl_core.notebook, m2rl_core.__main__; "
+    code = ("import sys, m2rl_core.profile, m2rl_core.study, m2rl_core.store, m2rl_core.run, m2rl_core.publishing.report, "
+            "m2rl_core.publishing.site, m2rl_core.publishing.publish, m2rl_core.progress, m2rl_core.notebook, "
+            "m2rl_core.__main__; "
             "sys.exit('torch' in sys.modules or 'vllm' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root()).returncode == 0
 

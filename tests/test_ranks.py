@@ -15,13 +15,14 @@ import toy_policy
 import yaml
 from safetensors.torch import load_file
 
-from m2rl_core import policy as policies
-from m2rl_core import engines, ranks, sharded
+from m2rl_core.models import policy as policies
+from m2rl_core import engines, ranks
+from m2rl_core.ranks import sharded
 from m2rl_core.domains import DOMAINS
 from m2rl_core.errors import StudyError
 from m2rl_core.profile import load_profile
 from m2rl_core.run import open_run
-from m2rl_core.trainer import read_lines
+from m2rl_core.training.trainer import read_lines
 
 HOME = Path(__file__).parent.parent
 CONFIGS = HOME / "params" / "accelerate"

@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 from test_claims import divergences, judged, weights, world
 
-from m2rl_core import drawing, paper
+from m2rl_core import paper
 from m2rl_core.claims import Evidence, readings
 from m2rl_core.claims.evidence import EXPERT, MERGES
 from m2rl_core.claims.readings import Reading
 from m2rl_core.domains import DOMAINS
+from m2rl_core.pictures import drawing
 from m2rl_core.views import readings as views
 
 PAIRS = [f"pair-{a}-{b}" for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1:]]

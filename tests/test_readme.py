@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from m2rl_core import readme
 from m2rl_core.domains import BENCHMARKS
 from m2rl_core.merging import cli
+from m2rl_core.publishing import readme
 from m2rl_core.real import decontamination, hub
 
 ROOT = Path(__file__).parent.parent

@@ -158,7 +158,7 @@ def test_what_is_encoded_can_be_trained_on(words, policy):
     import math
 
     import toy_policy
-    from m2rl_core.sft import masked_loss
+    from m2rl_core.training.sft import masked_loss
     student = toy_policy.clone(policy)
     student.requires_grad()
     row = chat.encode(words, TALKS["tools"], (TOOL,))

@@ -10,10 +10,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from m2rl_core import publish, report, site
 from m2rl_core.progress import line
-from m2rl_core.publish import CLAIM_KEYS
-from m2rl_core.report import Job, ReportError, Result, plan, reproduce, tidy, unfinished
+from m2rl_core.publishing import publish, report, site
+from m2rl_core.publishing.publish import CLAIM_KEYS
+from m2rl_core.publishing.report import Job, ReportError, Result, plan, reproduce, tidy, unfinished
 from m2rl_core.study import TRAINED
 
 PARAMETERS = 'profile: str = "smoke"  # which params file\n'
@@ -125,7 +125,7 @@ def test_a_notebook_starts_when_what_it_needs_is_over_and_not_before(tmp_path):
 def test_a_killed_runner_leaves_no_kernel_behind(tmp_path):
     """Catches a kernel that goes on training after `kill -9` of make, and keeps the store locked."""
     source = write(tmp_path / "notebooks", "0_plan", "import time\nopen('started', 'w').close()\ntime.sleep(120)")
-    code = ("from pathlib import Path; from m2rl_core.report import Job, reproduce\n"
+    code = ("from pathlib import Path; from m2rl_core.publishing.report import Job, reproduce\n"
             f"if __name__ == '__main__':\n    folder = Path({str(tmp_path)!r})\n"
             f"    reproduce([Job('0_plan', Path({str(source)!r}), {{}})], folder / 'report', folder / 'artifacts', 'tiny')")
     (tmp_path / "runner.py").write_text(code)
@@ -283,7 +283,7 @@ def test_progress_line_by_hand():
 
 def test_formulas_become_mathml_and_prices_do_not():
     """Catches a page whose formulas need a network, and text between two dollar signs taken for one."""
-    from m2rl_core.site import with_mathml
+    from m2rl_core.publishing.site import with_mathml
     page = with_mathml(r"costs $5 and $6; $\frac{1}{PG}\sum_i r_i$ here, $$\tau = 1$$")
     assert page.count("<math") == 2 and "costs $5 and $6; <math" in page and "<mfrac>" in page
     assert 'display="block"' in page and "\\frac" not in page

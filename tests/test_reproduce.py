@@ -14,11 +14,11 @@ import pytest
 import yaml
 from whole_study import Study, run
 
-from m2rl_core import picture
 from m2rl_core.domains import BENCHMARKS
+from m2rl_core.pictures import picture
 from m2rl_core.profile import repo_root
-from m2rl_core.publish import CLAIM_KEYS
-from m2rl_core.report import NOTEBOOKS, POLICIES, TRAIN
+from m2rl_core.publishing.publish import CLAIM_KEYS
+from m2rl_core.publishing.report import NOTEBOOKS, POLICIES, TRAIN
 from m2rl_core.study import MERGES, MODELS
 
 ROOT = repo_root()

@@ -12,11 +12,11 @@ import torch
 import toy_policy
 from scipy import stats
 
-from m2rl_core import rollout as rollouts
 from m2rl_core.domains import Row, generator, module, rewards, training_rows
+from m2rl_core.engines import rollout as rollouts
+from m2rl_core.engines.rollout import Rollout, logprobs, micro_batches, sample
 from m2rl_core.judge import judge_row
-from m2rl_core.policy import Policy, encode_prompt
-from m2rl_core.rollout import Rollout, logprobs, micro_batches, sample
+from m2rl_core.models.policy import Policy, encode_prompt
 
 SAME = 1e-5  # two orders of summation of one log-prob in float32; 2e-6 to 7e-6 are seen at size 8, a fault makes 1e-3
 

@@ -18,8 +18,8 @@ import pytest
 
 from m2rl_core import sandbox
 from m2rl_core.domains import programs
-from m2rl_core.interpreter import STEPS, Interpreter
 from m2rl_core.sandbox import Limits, Outcome, Program, Sandbox, SandboxUnavailable
+from m2rl_core.sandbox.interpreter import STEPS, Interpreter
 
 ADD = "print(sum(map(int, input().split())))"
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,

@@ -17,7 +17,7 @@ from m2rl_core import post, sandbox
 from m2rl_core.domains import Row, coding
 from m2rl_core.errors import StudyError
 from m2rl_core.sandbox import Outcome, Program, Sandbox
-from m2rl_core.sandbox_fusion import Client, Server, program_of, read, reply_of
+from m2rl_core.sandbox.fusion import Client, Server, program_of, read, reply_of
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,
                                  reason="bwrap is not installed: apt-get install bubblewrap")
@@ -258,7 +258,7 @@ def test_only_this_machine_is_served():
 
 @needs_bwrap
 def test_the_command_serves_until_it_is_ended():
-    command = [sys.executable, "-m", "m2rl_core.sandbox_fusion", "--port", "0"]
+    command = [sys.executable, "-m", "m2rl_core.sandbox.fusion", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         try:
             url = running.stdout.readline().split()[0].removesuffix("/run_code")

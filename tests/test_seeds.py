@@ -13,13 +13,13 @@ from m2rl_core import run as runs
 from m2rl_core.__main__ import main
 from m2rl_core.claims.evidence import Evidence, above, first_seed
 from m2rl_core.domains import BENCHMARKS
+from m2rl_core.jobs.tasks import notebook_stages
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.measured import Spread
 from m2rl_core.metrics.stats import Estimate, difference
 from m2rl_core.notebook import seeds_note
 from m2rl_core.profile import repo_root
 from m2rl_core.study import EXPERTS
-from m2rl_core.tasks import notebook_stages
 from m2rl_core.views import deciding
 
 

@@ -34,7 +34,7 @@ def test_put_back_after_an_error():
 
 def test_a_kernel_does_not_pay_for_what_it_never_uses():
     """Catches an import order that brings seconds back into each of the report's kernels."""
-    said = fresh("import sys, m2rl_core.notebook, m2rl_core.policy, m2rl_core.domains.checkers as checkers\n"
+    said = fresh("import sys, m2rl_core.notebook, m2rl_core.models.policy, m2rl_core.domains.checkers as checkers\n"
                  "checkers.ids()\n"
                  "print([name for name in ('rfc3987_syntax', 'transformers.models.auto.modeling_auto', 'scipy.stats')\n"
                  "       if name in sys.modules])\n"

@@ -10,11 +10,11 @@ import pytest
 import toy_policy
 from safetensors.torch import load_file
 
-from m2rl_core import policy as policies
 from m2rl_core import sweep
 from m2rl_core.domains import BENCHMARKS
 from m2rl_core.evaluate import evaluate, items_of
 from m2rl_core.merging import merge_state
+from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
 from m2rl_core.study import MERGES, study, variants, work
 from m2rl_core.views import sensitivity

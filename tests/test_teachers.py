@@ -7,12 +7,12 @@ import pytest
 import torch
 import toy_policy
 
-from m2rl_core import opd, teachers
 from m2rl_core.errors import StudyError
-from m2rl_core.losses import Loss, Totals
-from m2rl_core.policy import Policy
+from m2rl_core.models.policy import Policy
 from m2rl_core.profile import load_profile
-from m2rl_core.teachers import Flips, Teachers, difference
+from m2rl_core.training import opd, teachers
+from m2rl_core.training.losses import Loss, Totals
+from m2rl_core.training.teachers import Flips, Teachers, difference
 
 DOMAINS = ("math", "coding", "science", "if", "agent")
 

@@ -8,11 +8,11 @@ import torch
 import toy_policy
 from safetensors.torch import load_file
 
-from m2rl_core import sft, trainer
+from m2rl_core.training import sft, trainer
 from m2rl_core.domains import module, training_rows
 from m2rl_core.progress import Progress
-from m2rl_core.sft import encode_sft, masked_loss
-from m2rl_core.trainer import Optimization, TrainingDiverged, fit, read_lines, warmup_cosine
+from m2rl_core.training.sft import encode_sft, masked_loss
+from m2rl_core.training.trainer import Optimization, TrainingDiverged, fit, read_lines, warmup_cosine
 
 
 def optimization(steps=6, **settings) -> Optimization:

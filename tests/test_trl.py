@@ -6,12 +6,12 @@ import torch
 import toy_policy
 import trl
 
-from m2rl_core import policy as policies
 from m2rl_core.adapters import export, scoring
 from m2rl_core.adapters import trl as ours
 from m2rl_core.adapters.checkpoints import check, take
 from m2rl_core.domains import DOMAINS, module, rewards, training_rows
-from m2rl_core.rollout import sample
+from m2rl_core.engines.rollout import sample
+from m2rl_core.models import policy as policies
 
 GROUP, NEW = 4, 24
 PROMPTS = dict.fromkeys(DOMAINS, 1) | {"agent": 4}  # all of them in one step

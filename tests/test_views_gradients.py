@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from m2rl_core import drawing, plots
 from m2rl_core.metrics import gradient_noise, interference
+from m2rl_core.pictures import drawing, plots
 from m2rl_core.views import gradients, training
 
 NAN = float("nan")

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from m2rl_core import claims, drawing, paper, plots
+from m2rl_core import claims, paper
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.paper import audit as checks
+from m2rl_core.pictures import drawing, plots
 from m2rl_core.profile import load_profile, profile_names
 from m2rl_core.study import study
 from m2rl_core.views import audit, details, opening, preliminary, toys, training

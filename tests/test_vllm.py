@@ -24,17 +24,19 @@ import toy_policy
 import yaml
 from scipy import stats
 
-from m2rl_core import collect, engines, grpo, rollout, vllm_engine
-from m2rl_core import policy as policies
+from m2rl_core import engines
 from m2rl_core.domains import BENCHMARKS, Verdict, module, rewards
+from m2rl_core.engines import rollout, vllm_engine
+from m2rl_core.engines.rollout import Rollout, response_hidden
+from m2rl_core.engines.vllm_engine import VllmEngine
 from m2rl_core.errors import StudyError
 from m2rl_core.evaluate import evaluate, items_of
-from m2rl_core.policy import Policy, encode_prompt
+from m2rl_core.models import policy as policies
+from m2rl_core.models.policy import Policy, encode_prompt
+from m2rl_core.models.qwen3 import token_logprobs
 from m2rl_core.profile import load_profile, repo_root
-from m2rl_core.qwen3 import token_logprobs
-from m2rl_core.rollout import Rollout, response_hidden
 from m2rl_core.run import open_run
-from m2rl_core.vllm_engine import VllmEngine
+from m2rl_core.training import collect, grpo
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux")
 
@@ -367,7 +369,7 @@ def test_it_does_not_outlive_its_parent(words, tmp_path):
     """Fault: an orphan that holds a GPU's memory."""
     policies.save(toy_policy.make(words, spec=SPEC), tmp_path / "model")
     code = ("import sys, torch; from pathlib import Path; from m2rl_core import policy; from m2rl_core.domains import "
-            "training_rows; from m2rl_core.vllm_engine import VllmEngine\n"
+            "training_rows; from m2rl_core.engines.vllm_engine import VllmEngine\n"
             "VllmEngine(1).sample(policy.load(Path(sys.argv[1])), training_rows('math', 'rl', 1, 1), 1, "
             "generator=torch.Generator(), max_new_tokens=8)")
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "model")],

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import toy_policy
 import toy_workplace
-from toy_server import Scripted
 
 from m2rl_core import dry
 from m2rl_core.domains import environments, generator, rewards, workbench, workbench_server, workbench_wheel, worker

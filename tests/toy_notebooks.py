@@ -7,7 +7,7 @@ import sys
 import traceback
 
 from m2rl_core.profile import repo_root
-from m2rl_core.report import parameter_names
+from m2rl_core.publishing.report import parameter_names
 
 
 def execute(name: str, **parameters) -> list[tuple[str, str]]:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from m2rl_core import policy as policies
-from m2rl_core import rollout as rollouts
 from m2rl_core.domains import DOMAINS, Row, training_rows
-from m2rl_core.policy import Policy
-from m2rl_core.rollout import Rollout, sample
-from m2rl_core.sft import encode_sft
+from m2rl_core.engines import rollout as rollouts
+from m2rl_core.engines.rollout import Rollout, sample
+from m2rl_core.models import policy as policies
+from m2rl_core.models.policy import Policy
 from m2rl_core.specs import ModelSpec
+from m2rl_core.training.sft import encode_sft
 
 SPEC = ModelSpec(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=64, vocab=400, context=384)
 

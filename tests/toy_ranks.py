@@ -19,8 +19,11 @@ import torch
 import toy_policy
 import toy_training
 
-from m2rl_core import attention, collect, engines, grpo, opd, progress, ranks, sft, sharded
-from m2rl_core import policy as policies
+from m2rl_core import engines, progress, ranks
+from m2rl_core.models import attention
+from m2rl_core.ranks import sharded
+from m2rl_core.training import collect, grpo, opd, sft
+from m2rl_core.models import policy as policies
 from m2rl_core.domains import DOMAINS, training_rows
 from m2rl_core.errors import StudyError
 from m2rl_core.run import BuilderContext, store_of
@@ -130,4 +133,4 @@ def main(root: Path, stages: str, folder: Path, moment: str = "") -> int:
 
 if __name__ == "__main__":
     root, stages, folder, *moment = sys.argv[1:]
-    sys.exit(main(Path(root), stages, Path(folder), *moment))
+    ranks.leave(main(Path(root), stages, Path(folder), *moment))

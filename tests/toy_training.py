@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import torch
 import toy_policy
 
-from m2rl_core import collect, evaluate, grpo, opd, trainer
-from m2rl_core import policy as policies
+from m2rl_core import evaluate
 from m2rl_core.domains import DOMAINS, Verdict
+from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
 from m2rl_core.run import BuilderContext
+from m2rl_core.training import collect, grpo, opd, trainer
 
 STEPS, EVERY, SEED = 6, 2, 7
 # (where, which call of it in one attempt is the last): rewards stands between sampling and update, clip between

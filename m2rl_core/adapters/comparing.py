@@ -174,7 +174,7 @@ def _shapes(anchor: Path | None, config) -> dict[str, tuple[int, ...]] | None:
         return {name: one.shape for name, one in headers(weight_files(anchor)[0]).items()}
     if config.model_type != "qwen3":
         return None
-    from m2rl_core.policy import sizes
+    from m2rl_core.models.policy import sizes
     return sizes(config)
 
 

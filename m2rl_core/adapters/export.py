@@ -175,7 +175,7 @@ def main(args, say: Callable[[str], None]) -> None:
     rules = _rules(args.rule)
     tokenizer = None
     if args.model:
-        from m2rl_core.policy import load_tokenizer
+        from m2rl_core.models.policy import load_tokenizer
         tokenizer = load_tokenizer(args.model)
     rows = (replace(row, truth=row.truth | rules.get(row.domain, {})) for row in rows)
     told = export(args.trainer, rows, args.out, tokenizer, args.turns == "all")

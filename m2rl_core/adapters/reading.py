@@ -96,7 +96,7 @@ def json_of(path: Path) -> dict:
 
 
 def config_of(folder: Path):
-    from m2rl_core.policy import AutoConfig
+    from m2rl_core.models.policy import AutoConfig
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:

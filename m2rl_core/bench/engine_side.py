@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 
 from m2rl_core import cpu
-from m2rl_core import policy as policies
 from m2rl_core.bench.work import Work, parameters
 from m2rl_core.domains import Row
 from m2rl_core.engines import TORCH, Engine
-from m2rl_core.grpo import learner
-from m2rl_core.losses import Loss, advantages, importance_weights
-from m2rl_core.policy import Policy
+from m2rl_core.engines.rollout import Rollout, logprobs
+from m2rl_core.engines.vllm_engine import VllmEngine
+from m2rl_core.models import policy as policies
+from m2rl_core.models.policy import Policy
 from m2rl_core.profile import load_profile
-from m2rl_core.rollout import Rollout, logprobs
-from m2rl_core.vllm_engine import VllmEngine
+from m2rl_core.training.grpo import learner
+from m2rl_core.training.losses import Loss, advantages, importance_weights
 
 
 def rows_of(work: Work) -> list[Row]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from m2rl_core import policy as policies
 from m2rl_core.domains import DOMAINS, training_rows
-from m2rl_core.policy import Policy
+from m2rl_core.models import policy as policies
+from m2rl_core.models.policy import Policy
 from m2rl_core.profile import load_profile
 
 

@@ -235,7 +235,7 @@ def skippable(run, found: pd.DataFrame) -> pd.DataFrame:
         gone = downstream(run.stages, names)
         if gone:
             lost_with[label] = gone
-    from m2rl_core.tasks import CHAPTERS, notebook_stages
+    from m2rl_core.jobs.tasks import CHAPTERS, notebook_stages
     wanted = {chapter: set(notebook_stages(run, chapter)) for chapter in CHAPTERS}
     lines = []
     for label, gone in lost_with.items():

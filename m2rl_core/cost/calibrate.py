@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 
 from m2rl_core import cpu, judge
-from m2rl_core import policy as policies
 from m2rl_core.cost.kept import VERSION, cached, file
 from m2rl_core.data import corpus
 from m2rl_core.domains import DOMAINS, Row, rewards, training_rows
-from m2rl_core.grpo import learner
-from m2rl_core.losses import Loss, advantages
-from m2rl_core.policy import Policy
+from m2rl_core.engines.rollout import Rollout, _Wave, encode_prompts, logprobs
+from m2rl_core.models import policy as policies
+from m2rl_core.models.policy import Policy
 from m2rl_core.profile import Profile
 from m2rl_core.provenance import machine
-from m2rl_core.rollout import Rollout, _Wave, encode_prompts, logprobs
-from m2rl_core.sft import encode_sft, masked_loss
 from m2rl_core.store import write_atomic
+from m2rl_core.training.grpo import learner
+from m2rl_core.training.losses import Loss, advantages
+from m2rl_core.training.sft import encode_sft, masked_loss
 
 REPEATS = 2
 BUSY = 1.05  # wall time over processor time from which on somebody else is held to be at work

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2rl_core import policy as policies
 from m2rl_core.data import training_prompts
 from m2rl_core.domains import generator
 from m2rl_core.engines import open_engine
+from m2rl_core.engines.rollout import Rollout, micro_batches, response_hidden
 from m2rl_core.errors import StudyError
-from m2rl_core.policy import Policy
-from m2rl_core.qwen3 import head
-from m2rl_core.rollout import Rollout, micro_batches, response_hidden
+from m2rl_core.models import policy as policies
+from m2rl_core.models.policy import Policy
+from m2rl_core.models.qwen3 import head
 
 
 @torch.no_grad()

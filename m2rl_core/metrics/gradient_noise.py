@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from torch import Tensor
 
+from m2rl_core.engines.rollout import Rollout
 from m2rl_core.metrics.groups import WHOLE, group_of
 from m2rl_core.metrics.interference import clear
-from m2rl_core.policy import Policy
-from m2rl_core.rollout import Rollout
+from m2rl_core.models.policy import Policy
 
 COLUMNS = ["group", "estimator", "parts", "trace", "norm", "noise"]
 GAP = "sampled - full"

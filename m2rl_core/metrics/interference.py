@@ -13,8 +13,8 @@ from torch import Tensor
 
 from m2rl_core.metrics.every import Every
 from m2rl_core.metrics.groups import WHOLE, group_of
-from m2rl_core.policy import Policy
-from m2rl_core.rollout import Rollout
+from m2rl_core.models.policy import Policy
+from m2rl_core.engines.rollout import Rollout
 
 def cosines(gradients: dict[str, dict[str, Tensor]], layers: int) -> pd.DataFrame:
     """Every pair of domains in every group of weights: group, a, b, cosine, norm_a, norm_b; NaN without a gradient.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m2rl_core import policy as policies
 from m2rl_core.domains import Row
-from m2rl_core.policy import Policy, Qwen3Config
-from m2rl_core.rollout import Rollout
+from m2rl_core.engines.rollout import Rollout
+from m2rl_core.models import policy as policies
+from m2rl_core.models.policy import Policy, Qwen3Config
 
 MATRIX = "model.layers.0.self_attn.{}_proj.weight"  # a name that `weights.measure` knows
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2rl_core import readme
 from m2rl_core.errors import StudyError
+from m2rl_core.publishing import readme
 from m2rl_core.real import decontamination, hub, rl_blend, sft_blend
 from m2rl_core.store import write_atomic
 

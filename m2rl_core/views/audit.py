@@ -7,8 +7,9 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from m2rl_core import drawing, paper
+from m2rl_core import paper
 from m2rl_core.paper import audit
+from m2rl_core.pictures import drawing
 from m2rl_core.views.opening import VERDICT_COLOURS, interval
 
 NOT_DRAWN = "cannot be decided from printed numbers"

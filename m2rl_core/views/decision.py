@@ -13,7 +13,7 @@ from IPython.display import Markdown
 
 from m2rl_core import claims
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, OWN, Evidence, items_that_tell
-from m2rl_core.drawing import DOMAIN_NAMES
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics.stats import average, difference
 from m2rl_core.views import scores
 from m2rl_core.views.opening import interval

@@ -6,8 +6,8 @@ import pandas as pd
 from IPython.display import Markdown
 
 from m2rl_core.claims.evidence import Evidence
-from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.views.neighbours import POLICIES
 from m2rl_core.views.opening import interval
 

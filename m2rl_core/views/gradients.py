@@ -7,9 +7,9 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.special import stdtrit
 
-from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics.groups import ORDER, WHOLE
 from m2rl_core.metrics.stats import Estimate
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.views.opening import interval
 
 GAP = "sampled - full"  # as `metrics.gradient_noise` names it, which brings torch along

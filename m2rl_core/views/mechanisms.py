@@ -9,7 +9,7 @@ from IPython.display import Markdown
 
 from m2rl_core import paper
 from m2rl_core.claims.evidence import REASONING
-from m2rl_core.drawing import DOMAIN_NAMES
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import masks
 
 PRINTED = {"down": "ffn_down", "up": "ffn_up", "gate": "ffn_gate"}  # ours: the paper's, where they differ

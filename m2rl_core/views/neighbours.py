@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core import drawing, paper, plots
+from m2rl_core import paper
 from m2rl_core.claims.evidence import Evidence
-from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import nearness, stats
 from m2rl_core.metrics.stats import difference
+from m2rl_core.pictures import drawing, plots
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.views.grid import bounds
 from m2rl_core.views.opening import interval
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from m2rl_core import drawing, paper
+from m2rl_core import paper
 from m2rl_core.domains import called
 from m2rl_core.paper import audit
+from m2rl_core.pictures import drawing
 from m2rl_core.progress import duration
 from m2rl_core.provenance import machine, packages
 from m2rl_core.study import NOT_IN, NotInStudy

@@ -8,7 +8,7 @@ from m2rl_core import paper
 from m2rl_core.domains import (
     BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, module, rewards, training_rows,
 )
-from m2rl_core.drawing import DOMAIN_NAMES
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
 from m2rl_core.views.opening import interval, miniature
 

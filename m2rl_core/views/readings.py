@@ -5,9 +5,9 @@ import altair as alt
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core import drawing
 from m2rl_core.claims import readings
 from m2rl_core.claims.evidence import Evidence
+from m2rl_core.pictures import drawing
 from m2rl_core.views.opening import VERDICT_COLOURS
 from m2rl_core.views.sensitivity import READINGS
 

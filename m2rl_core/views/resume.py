@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from m2rl_core import grpo
 from m2rl_core.run import BuilderContext, Run
 from m2rl_core.store import UNHASHED, sha256
+from m2rl_core.training import grpo
 
 STEPS, PROMPTS, GROUP, EVERY = 6, 4, 4, 2
 MOVED = "The weights are not those of the start, so there was something to get wrong."

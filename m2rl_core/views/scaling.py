@@ -7,14 +7,14 @@ import altair as alt
 import pandas as pd
 from IPython.display import Markdown
 
-from m2rl_core import drawing
 from m2rl_core.cost import lengths, memory, speed, table2
 from m2rl_core.cost.bill import shape_of
 from m2rl_core.cost.machines import machine
 from m2rl_core.cost.shapes import Shape, published
 from m2rl_core.cost.told import clock
-from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.errors import StudyError
+from m2rl_core.pictures import drawing
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.specs import ModelSpec
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -16,7 +16,7 @@ from m2rl_core import paper
 from m2rl_core.claims import scores as rules
 from m2rl_core.claims.evidence import EXPERT, FIGURE2, MERGES, OWN, Evidence
 from m2rl_core.domains import BENCHMARKS
-from m2rl_core.drawing import DOMAIN_NAMES
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average, difference
 from m2rl_core.paper import audit

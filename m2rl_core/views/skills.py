@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from m2rl_core import drawing, plots
 from m2rl_core.claims.evidence import Evidence, first_seed
 from m2rl_core.metrics import skills, solved
+from m2rl_core.pictures import drawing, plots
 from m2rl_core.views.opening import interval, miniature
 
 POLICIES = ("merge-ties", "rl-multi", "mt-opd")

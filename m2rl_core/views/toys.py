@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2rl_core import drawing
-from m2rl_core.losses import Loss, advantages, importance_weights, policy_loss
-from m2rl_core.losses import reverse_kl
+from m2rl_core.pictures import drawing
+from m2rl_core.training.losses import Loss, advantages, importance_weights, policy_loss
+from m2rl_core.training.losses import reverse_kl
 from m2rl_core.merging import merge_state
-from m2rl_core.policy import Policy
+from m2rl_core.models.policy import Policy
 
 CLIP = (0.2, 0.28)
 GROUPS = (("base", "#555555", "square"), ("expert", "#E69F00", "circle"), ("merged", "#0072B2", "diamond"))

@@ -8,8 +8,8 @@ import pandas as pd
 
 from m2rl_core import paper
 from m2rl_core.claims.evidence import FIGURE2
-from m2rl_core.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
+from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.progress import duration
 from m2rl_core.study import EXPERTS
 from m2rl_core.views.opening import interval, miniature

@@ -11,10 +11,11 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy.optimize import isotonic_regression
 
-from m2rl_core import claims, drawing, paper, plots
+from m2rl_core import claims, paper
 from m2rl_core.claims import places
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
 from m2rl_core.metrics.stats import average, difference
+from m2rl_core.pictures import drawing, plots
 from m2rl_core.views import gradients, scores
 from m2rl_core.views.grid import Link
 from m2rl_core.views.opening import interval

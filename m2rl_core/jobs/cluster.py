@@ -1,0 +1,271 @@
+"""A Ray cluster as an executor of stages: where each runs, what it may take of a node, and what follows when one is lost.
+
+Ray places the tasks and tells how they ended, no more: models stay in the store, which all nodes must see at one path. Before
+any work, each node shows that it sees the store and that its code and packages are the driver's.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import socket
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from uuid import uuid4
+
+from m2rl_core.errors import StudyError
+from m2rl_core.jobs.schedule import Result, Task, run_id
+from m2rl_core.profile import Profile, ProfileError
+from m2rl_core.provenance import commit, packages
+from m2rl_core.run import MissingArtifact, Run
+from m2rl_core.specs import Resources
+from m2rl_core.store import MANIFEST, CorruptArtifact, DiskFull, write_atomic
+
+RETRIES = 2  # how often a stage is tried again, from its last state, after its worker or its node is gone or it failed there
+ANSWER = 120  # seconds in which a node must answer the first question
+KNOCK = 10  # seconds in which an address must take a connection
+SLOW = "timed out during startup"  # Ray's words for a node whose processes are not up within half a minute
+FINAL = (StudyError, ProfileError, MissingArtifact, CorruptArtifact, DiskFull)  # another node would find the same
+LAG = 90.0  # seconds after which one node must see what another one wrote
+RUNNING = "running"  # folder of the store: on which node each stage is made
+
+
+class ClusterError(StudyError):
+    """A cluster that cannot be reached or used; the message names the node."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its id, the address that a person knows it by, and its totals."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
+
+    def has(self, wanted: dict[str, float]) -> bool:
+        return self.cpus >= wanted["num_cpus"] and self.gpus >= wanted["num_gpus"]
+
+
+class Nodes:
+    """The stages' executor; hands all tasks over at once, since Ray waits until a node has what a task takes.
+
+    Raises ClusterError for a cluster that cannot be reached, a node that does not see the store or has other versions,
+    and a kind of stage that fits on no node.
+    """
+
+    def __init__(self, run: Run, address: str, say=print):
+        self.run, self.say = run, say
+        self._failed: dict[str, list[str]] = {}  # stage -> the nodes on which it failed
+        self._refs: dict[str, object] = {}
+        self.ray = connect(address)
+        try:
+            nodes = self.nodes()
+            check_sizes(run.profile, {stage.kind for stage in run.stages.values()}, nodes)
+            check_nodes(self.ray, nodes, run.store.root)
+        except BaseException:
+            self.close()
+            raise
+        self._make = self.ray.remote(make)
+        say(f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}: "
+            + ", ".join(f"{node.name} ({node.cpus:g} cores, {node.gpus:g} GPUs)" for node in nodes))
+
+    def nodes(self) -> list[Node]:
+        """Those that live now."""
+        return [Node(node["NodeID"], node["NodeManagerAddress"], *(node["Resources"].get(what, 0) for what in ("CPU", "GPU")))
+                for node in self.ray.nodes() if node["Alive"]]
+
+    def room(self) -> bool:
+        return True
+
+    def submit(self, task: Task) -> Future:
+        wanted = takes(self.run.profile, self.run.stages[task.name].kind)
+        options = {"name": task.name, "max_retries": 0, **wanted}
+        failed = self._failed.get(task.name, [])
+        if any(node.id not in failed and node.has(wanted) for node in self.nodes()):
+            options |= {"label_selector": {"ray.io/node-id": f"!in({','.join(failed)})"}} if failed else {
+                "scheduling_strategy": "SPREAD"}
+        environment = {name: value for name, value in os.environ.items() if name.startswith("M2RL_")} | {"M2RL_RUN": run_id()}
+        ref = self._make.options(**options).remote(self.run.profile, str(self.run.root), task.name, environment)
+        self._refs[task.name] = ref
+        return ref.future()
+
+    def result(self, task: Task, future: Future) -> Result | None:
+        del self._refs[task.name]
+        try:
+            result = Result(task.name, "completed", future.result())
+            _appears(self.run.store.folder(self.run.stages[task.name]) / MANIFEST, LAG)  # before a notebook looks for it
+            return result
+        except self.ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            reason = (str(cause).strip().splitlines() or [""])[0][:300]
+            reason = reason if isinstance(cause, FINAL) else f"{type(cause).__name__}: {reason}"
+        failed = self._failed.setdefault(task.name, [])
+        failed.append(_node_of(self.run.store.root, task.name))
+        if isinstance(cause, FINAL) or len(failed) > RETRIES:
+            return Result(task.name, "failed", reason=reason)
+        self.say(f"{task.name}: {reason}; it goes on from its last state, on another node if there is one "
+                 f"({len(failed)} of {RETRIES})")
+        return None
+
+    def close(self) -> None:
+        """Stop what still runs (its state is kept) and leave the cluster."""
+        for ref in self._refs.values():
+            self.ray.cancel(ref, force=True)
+        self.ray.shutdown()
+
+
+def make(profile: Profile, root: str, name: str, environment: dict[str, str]) -> float:
+    """In a worker of a node: make one stage whose inputs are made; its seconds."""
+    import ray
+    began, node = time.monotonic(), ray.get_runtime_context().get_node_id()
+    run = Run(profile, Path(root))
+    run.store.jobs = 0  # Ray counts what runs on a node
+    note = run.store.root / RUNNING / name
+    note.parent.mkdir(exist_ok=True)
+    write_atomic(note, node)
+    for old in [key for key in os.environ if key.startswith("M2RL_")]:
+        del os.environ[old]  # of the task before: a worker serves several
+    os.environ.update(environment | {"M2RL_LOG": str(run.store.root / f"reproduce-{node[:8]}.log")})
+    for part in run.stages[name].needs:  # what another node has just made; unseen, it would be made here again
+        if not _appears(run.store.folder(run.stages[part]) / MANIFEST, LAG):
+            raise ClusterError(f"{name}: {part} is made, but this node does not see it {LAG:.0f} seconds later: "
+                               f"is {run.store.root} a path that all nodes share?")
+    run.need(name)
+    note.unlink(missing_ok=True)
+    return round(time.monotonic() - began, 1)
+
+
+def takes(profile: Profile, kind: str) -> dict[str, float]:
+    """What a stage of this kind takes of its node: as the profile's `resources` say, else a core for each of its threads."""
+    given = profile.resources.get(kind, Resources())
+    return {"num_cpus": given.cpus or profile.threads_of(kind), "num_gpus": given.gpus}
+
+
+def connect(address: str) -> ModuleType:
+    """Ray, connected to `auto`, host:port, ray://host:port or `local`: a cluster of this machine alone that ends with us."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ClusterError("--engine ray needs Ray, which is not installed here: `make ray` installs it") from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    if address == "local":  # nothing large passes through Ray's memory, so the least that it takes
+        quiet |= {"include_dashboard": False, "object_store_memory": 80 * 2**20}
+    for patience in (2, 1, 0):
+        try:
+            _knock(address)
+            ray.init(address=address, **quiet)
+            return ray
+        except Exception as error:  # Ray has no class of its own for most of these
+            if SLOW in str(error) and patience:
+                ray.shutdown()
+                continue
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ClusterError(f"no Ray cluster at {address}: {reason}; start one with `ray start --head` on one node and "
+                               "`ray start --address=HOST:6379` on the others, or give --address local") from error
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody answers at HOST:PORT, with or without ray:// before it: Ray itself would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
+
+
+def check_sizes(profile: Profile, kinds, nodes: list[Node]) -> None:
+    """Raise ClusterError for a kind of stage that no node has room for: Ray would wait for ever."""
+    for kind in sorted(kinds):
+        wanted = takes(profile, kind)
+        if not any(node.has(wanted) for node in nodes):
+            largest = max(nodes, key=lambda node: (node.gpus, node.cpus))
+            raise ClusterError(
+                f"a stage of kind {kind} takes {wanted['num_cpus']:g} cores and {wanted['num_gpus']:g} GPUs, and no node has them: "
+                f"{largest.name} has {largest.cpus:g} and {largest.gpus:g}; lower resources.{kind} (or threads) of the profile "
+                f"{profile.name}")
+
+
+def check_nodes(ray: ModuleType, nodes: list[Node], root: Path) -> None:
+    """Raise ClusterError for the first node that does not share the store's path, or that has other versions than this one."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    root.mkdir(parents=True, exist_ok=True)
+    file, here = root / f".token-{uuid4().hex}", versions()
+    write_atomic(file, file.name)
+    ask = ray.remote(num_cpus=0, max_retries=0)(look)
+    try:
+        there = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)) for node in nodes]
+        asked = [(node, task.remote(str(file), node.id)) for node, task in zip(nodes, there, strict=True)]
+        for node, ref in asked:
+            try:
+                found, sees = ray.get(ref, timeout=ANSWER)
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                continue  # it left the cluster a moment ago; Ray gives it no stage
+            except ray.exceptions.RayError as error:
+                last = (str(getattr(error, "cause", None) or error).strip().splitlines() or [""])[-1]
+                raise ClusterError(f"node {node.name} cannot answer ({last[:200]}): is the same commit of this repository "
+                                   "installed there, with its requirements?") from error
+            if fault := difference(node.name, here, found):
+                raise ClusterError(fault)
+            if not sees or not _appears(Path(f"{file}.{node.id}")):
+                raise ClusterError(f"node {node.name} does not share {root} with the driver: the store must lie on a path "
+                                   "that all nodes see and may write to (M2RL_ARTIFACTS=/shared/folder)")
+    finally:
+        for path in root.glob(f"{file.name}*"):
+            path.unlink(missing_ok=True)
+
+
+def look(file: str, node: str) -> tuple[dict[str, str], bool]:
+    """On a node: its versions, and whether it sees the driver's file; leaves one beside it for the driver to see."""
+    sees = _appears(Path(file))
+    with contextlib.suppress(OSError):
+        Path(f"{file}.{node}").touch() if sees else None
+    return versions(), sees
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all nodes."""
+    import ray
+    return {"commit": commit(), "code": code(), "Python": platform.python_version(), "ray": ray.__version__, **packages()}
+
+
+def code() -> str:
+    """8 hex digits of this package's files, changes that are in no commit included."""
+    home, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(home.rglob("*")):
+        if path.suffix in (".py", ".yaml", ".csv", ".json", ".jinja", ".txt"):
+            digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+def difference(node: str, here: dict[str, str], there: dict[str, str]) -> str:
+    """The first thing in which a node differs from the driver, as one line; "" for none. The same files are the same code."""
+    if here["code"] != there["code"]:
+        return (f"node {node} runs commit {there['commit']} (files {there['code']}), the driver {here['commit']} (files "
+                f"{here['code']}): check out the same commit on both")
+    for name in here:
+        if name not in ("commit", "code") and here[name] != there.get(name):
+            return (f"node {node} has {name} {there.get(name, 'not at all')}, the driver {here[name]}: install the same version "
+                    "on both")
+    return ""
+
+
+def _appears(path: Path, seconds: float = 5.0) -> bool:
+    """Whether a file is there, or comes to be seen in time; a machine may remember for a while that it was not."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _node_of(root: Path, stage: str) -> str:
+    """The node on which a stage was begun last; "none" where it never was."""
+    try:
+        return (root / RUNNING / stage).read_text()
+    except FileNotFoundError:
+        return "none"

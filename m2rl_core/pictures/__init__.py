@@ -1,0 +1,1 @@
+"""How a chart looks and what is saved of it: one style, Altair for the page, a PNG beside it."""
