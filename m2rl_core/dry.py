@@ -13,10 +13,12 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from m2rl_core import imports
 from m2rl_core.cost import shapes
@@ -70,25 +72,23 @@ def table(lines: list[Line], name: str) -> str:
 
 def models(run) -> Iterator[Line]:
     """Every model that is brought: found, of the right kind and shape, or how to get it."""
-    profile, configs = run.profile, {}
+    profile = run.profile
     sources = {name: imports.source_of(profile, name) for name, stage in run.stages.items() if stage.kind == "import"}
     with ThreadPoolExecutor(8) as pool:
         asked = dict(zip(sources, pool.map(_asked, sources.values()), strict=True))
-    for name, source in sources.items():
-        found = imports.find(source)
-        if found is None:
-            yield Line(f"model {name}", *asked[name])
-            continue
-        try:
-            configs[name] = imports.check(found.folder, f"{name} ({source})")
-            anchor = imports.anchor_of(profile, name)
-            if anchor in configs:
-                imports.compare(configs[name], f"{name} ({source})", configs[anchor], f"{anchor} ({sources[anchor]})")
-        except StudyError as error:
-            yield Line(f"model {name}", MISSING, _line(error))
-            continue
-        size = sum(path.stat().st_size for path in imports.files(found.folder))
-        yield Line(f"model {name}", HERE, f"{found.folder}, {size / 2**30:.2f} GB, content {run.stages[name].key[:8]}")
+    with tempfile.TemporaryDirectory(prefix="m2rl-anchors-") as room:
+        for name, source in sources.items():
+            if imports.find(source) is None:
+                yield Line(f"model {name}", *asked[name])
+                continue
+            try:
+                checked, _ = imports.anchored(profile, name, Path(room))
+            except StudyError as error:
+                yield Line(f"model {name}", MISSING, _line(error))
+                continue
+            size = sum(path.stat().st_size for path in imports.files(checked.folder))
+            yield Line(f"model {name}", HERE, "; ".join([
+                f"{checked.folder}, {size / 2**30:.2f} GB, content {run.stages[name].key[:8]}", *checked.remarks]))
     for name, source in profile.imports.items():
         if not source:
             yield Line(f"model {name}", MISSING, f"import.{name} names nothing yet: a folder, or owner/name@revision; "

@@ -3,7 +3,7 @@
 A model's key is the digest of its content, wherever it came from: whole files where they are small, and of each large
 safetensors file its size, its header and bytes from the middle of every tensor. So the key of 8 GB takes a moment, two
 checkpoints of one shape differ in it, and a copy by hand is the same model as the hub's; a change of single weights
-that spares every middle would pass. Weights are linked, never copied.
+that spares every middle would pass. Weights are linked, not copied, but for files that `adapters.checkpoints` mends.
 """
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from m2rl_core.adapters.foreign import line_for
 from m2rl_core.errors import StudyError
+
+if TYPE_CHECKING:
+    from m2rl_core.adapters.checkpoints import Checked
 
 FOLDER = "M2RL_MODELS"
 WHOLE = 2**23  # bytes up to which a file is read whole
@@ -24,8 +29,6 @@ SAMPLE = 8192  # bytes of each tensor of a larger one
 LINKED = (".safetensors",)
 NEEDED = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json")
 LEFT_OUT = (".git", ".cache")
-SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "intermediate_size", "vocab_size", "tie_word_embeddings")
 MARKS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -55,17 +58,15 @@ def find(source: str) -> Found | None:
     by_hand = os.environ.get(FOLDER)
     if by_hand and (Path(by_hand) / name.replace("/", "__") / "config.json").is_file():
         return Found(Path(by_hand) / name.replace("/", "__"))
-    snapshot = _cached(name, revision or "main")
-    return Found(snapshot, snapshot.name) if snapshot and _whole(snapshot) else None
+    config = cached(name, revision)
+    return Found(config.parent, config.parent.name) if config and _whole(config.parent) else None
 
 
-def _cached(name: str, revision: str) -> Path | None:
-    """The snapshot of a revision in the hub client's cache."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
-    repo = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
-    ref = repo / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    return repo / "snapshots" / commit if (repo / "snapshots" / commit / "config.json").is_file() else None
+def cached(name: str, revision: str, file: str = "config.json") -> Path | None:
+    """A file of a revision in the hub client's cache."""
+    from huggingface_hub import try_to_load_from_cache  # a quarter of a second, for models of the hub alone
+    path = try_to_load_from_cache(name, file, revision=revision or None)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _whole(folder: Path) -> bool:
@@ -105,7 +106,8 @@ def fetch(source: str) -> None:
     if find(source):
         return
     if name.startswith("/"):
-        raise ModelError(f"{name} holds no model: {mend(source)}")
+        line = line_for(Path(name)) if Path(name).is_dir() else ""
+        raise ModelError(f"{name} holds no model{line and f' ({line})'}: {mend(source)}")
     try:
         from huggingface_hub import snapshot_download
         snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
@@ -162,89 +164,109 @@ def _file_digest(path: Path, size: int, *_) -> str:
 
 # Checks ------------------------------------------------------------------------------------------------
 
-def check(folder: Path, what: str) -> dict:
-    """The config of a model that can be sampled and trained here. ModelError in one line for one that cannot.
+def check(folder: Path, what: str, anchor: tuple[Path, str] | None = None, loose: bool = False) -> Checked:
+    """A model that can be sampled, trained and merged here, and what `checkpoints.take` has to change for that.
 
-    `what` names the model in the message. Reads no weights.
+    `what` names the model in messages; `anchor` is the folder that it is held against and how that is called; `loose` as in
+    `checkpoints.check`. ModelError, one line, for a model that cannot; reads no weights but embeddings that are stored twice.
     """
-    config = read_config(folder, what)
-    kind = config.get("model_type")
-    if kind != "qwen3":
-        raise ModelError(f"{what}: a {kind} model; dense qwen3 models are sampled and trained here, by either engine "
+    from m2rl_core.adapters import checkpoints
+    try:
+        refuse_uncomputed(folder)
+        checked = checkpoints.check(folder, anchor and anchor[0], loose=loose)
+        check_tokenizer(checked)
+    except ModelError as error:
+        raise ModelError(f"{what}: {error}") from error
+    except StudyError as error:
+        line = str(error).removeprefix(f"{folder}: ")
+        raise ModelError(f"{what}{f', held against {anchor[1]}' if anchor else ''}: {line}") from error
+    return checked
+
+
+def refuse_uncomputed(folder: Path) -> None:
+    """ModelError for a model that is not computed here, by either engine; says nothing of a folder without a config."""
+    from m2rl_core.adapters.reading import json_of
+    if not (folder / "config.json").is_file():
+        return
+    config = json_of(folder / "config.json")
+    if (kind := config.get("model_type")) != "qwen3":
+        raise ModelError(f"a {kind} model; dense qwen3 models are sampled and trained here, by either engine "
                          f"(`python -m m2rl_core merge` takes any architecture)")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     odd = {"attention_bias": config.get("attention_bias"), "use_sliding_window": config.get("use_sliding_window"),
            "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default"}
     for name, value in odd.items():
         if value:
-            raise ModelError(f"{what}: {name} is set in config.json; Qwen3 models with it are not computed here: "
-                             "bring one without it")
-    if not _whole(folder):
-        raise ModelError(f"{what}: {folder} lacks weights: every file that its index names, or model.safetensors, is needed")
-    check_tokenizer(folder, what)
-    return config
+            raise ModelError(f"{name} is set in config.json; Qwen3 models with it are not computed here: bring one without it")
 
 
-def read_config(folder: Path, what: str) -> dict:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{what}: {path} cannot be read: is the model whole?") from error
-
-
-def check_tokenizer(folder: Path, what: str) -> None:
-    """ModelError for a folder without a tokenizer, without a chat template, or without Qwen's marks."""
-    path = folder / "tokenizer.json"
+def check_tokenizer(checked: Checked) -> None:
+    """ModelError where no tokenizer, no chat template, or none of Qwen's marks would stand beside the weights."""
+    from m2rl_core.adapters.reading import json_of
+    folder, path = checked.folder, checked.file("tokenizer.json")
     if not path.is_file():
-        raise ModelError(f"{what}: {folder} has no tokenizer.json: copy the tokenizer's files of the model that it came from")
-    told = folder / "tokenizer_config.json"
-    config = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
-    if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
-        raise ModelError(f"{what}: its tokenizer has no chat template, so no prompt can be asked: put chat_template.jinja "
+        raise ModelError(f"{folder} has no tokenizer.json: copy the tokenizer's files of the model that it came from")
+    told = checked.file("tokenizer_config.json")
+    config = json_of(told) if told.is_file() else {}
+    if not config.get("chat_template") and not checked.file("chat_template.jinja").is_file():
+        raise ModelError("its tokenizer has no chat template, so no prompt can be asked: put chat_template.jinja "
                          f"(Qwen3-4B's, say) into {folder}")
     text = path.read_text(encoding="utf-8")
     for mark in MARKS:
         if f'"{mark}"' not in text:
-            raise ModelError(f"{what}: its tokenizer has no {mark}, which ends a turn in Qwen's chat form: bring a model "
-                             "with Qwen3's tokenizer")
+            raise ModelError(f"its tokenizer has no {mark}, which ends a turn in Qwen's chat form: bring a model with Qwen3's "
+                             "tokenizer")
 
 
-def compare(config: dict, what: str, anchor: dict, anchor_what: str) -> None:
-    """ModelError that names both where a model's architecture or shape differs from the anchor's."""
-    for name in SHAPE:
-        if config.get(name) != anchor.get(name):
-            raise ModelError(f"{what} has {name} = {config.get(name)}, {anchor_what} has {anchor.get(name)}: weights of "
-                             "different models cannot be merged or compared; bring one that began as the other")
+def anchored(profile, name: str, room: Path) -> tuple[Checked, str]:
+    """A brought model that is on this machine, checked against the anchor of its study, and how messages call it.
+
+    An anchor that is not as every tool reads it is first written so, into folders in `room`.
+    """
+    from m2rl_core.adapters import checkpoints
+    source = source_of(profile, name)
+    what, found = f"{name} ({source})", find(source)
+    if found is None:
+        raise ModelError(f"{name}: {source} is not on this machine: {mend(source)}")
+    other = anchor_of(profile, name)
+    if not other or find(source_of(profile, other)) is None:
+        return check(found.folder, what), what
+    anchor, called = anchored(profile, other, room)
+    folder = room / other
+    if not (folder / "config.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left of it
+        folder = checkpoints.take(anchor, folder)
+    return check(found.folder, what, (folder, called), loose=other == "base"), what
 
 
 # Building ----------------------------------------------------------------------------------------------
 
 def build(ctx) -> None:
-    """Link a model that is brought into the store, beside `origin.json`: where it came from, and each file's digest."""
-    name = ctx.stage.name
-    source = source_of(ctx.profile, name)
-    found = find(source)
-    if found is None:
-        raise ModelError(f"{name}: {source} is not on this machine: {mend(source)}")
-    what = f"{name} ({source})"
-    config = check(found.folder, what)
-    anchor = anchor_of(ctx.profile, name)
-    if anchor and (other := find(source_of(ctx.profile, anchor))):
-        told = f"{anchor} ({source_of(ctx.profile, anchor)})"
-        compare(config, what, read_config(other.folder, told), told)
-    for path in files(found.folder):
-        to = ctx.out / path.name
-        to.unlink(missing_ok=True)
-        if path.suffix in LINKED:
-            to.symlink_to(path.resolve())
-        else:
-            shutil.copyfile(path, to)
-    context = ctx.stage.settings.get("context")
+    """Link a model that is brought into the store, mended where it is not as every tool here reads it.
+
+    Beside it stands `origin.json`: where it came from, what was changed, and each file's digest.
+    """
+    from m2rl_core.adapters import checkpoints
+    checked, what = anchored(ctx.profile, ctx.stage.name, ctx.state / "anchors")
+    for path in ctx.out.iterdir():  # what an interrupted run left
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+    if checkpoints.take(checked, ctx.out) == checked.folder:
+        for path in files(checked.folder):
+            if path.suffix in LINKED:
+                (ctx.out / path.name).symlink_to(path.resolve())
+            else:
+                shutil.copyfile(path, ctx.out / path.name)
+    for line in checked.remarks:
+        ctx.log(f"{what}: {line}")
+    context, config = ctx.stage.settings.get("context"), json.loads((ctx.out / "config.json").read_text(encoding="utf-8"))
     if context and config.get("max_position_embeddings") != context:
         (ctx.out / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}, indent=2) + "\n")
-    told = {"origin": "imported", "source": source, "commit": found.commit, "folder": str(found.folder), "context": context,
-            "digests": {path.name: file_digest(path) for path in files(found.folder)}}
+    source = source_of(ctx.profile, ctx.stage.name)
+    told = {"origin": "imported", "source": source, "commit": find(source).commit, "folder": str(checked.folder),
+            "context": context, "remarks": checked.remarks,
+            "anchor": "" if checked.as_is else ctx.stage.settings.get("anchor", ""),
+            "digests": {path.name: file_digest(path) for path in files(ctx.out)}}
     (ctx.out / "origin.json").write_text(json.dumps(told, indent=1) + "\n")
 
 

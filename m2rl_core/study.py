@@ -207,7 +207,8 @@ def study(profile: Profile) -> dict[str, Stage]:
 
     def add_made(name, kind, needs, settings):
         if profile.imports.get(first(name)):
-            add(name, "import", (), imports.settings(profile.imports[first(name)]))
+            anchor = stages.get(imports.anchor_of(profile, name))
+            add(name, "import", (), imports.settings(profile.imports[first(name)]) | ({"anchor": anchor.key} if anchor else {}))
         else:
             add(name, kind, needs, settings)
 

@@ -26,6 +26,7 @@ def no_network(monkeypatch, tmp_path):
     for name in ("M2RL_DATA", "M2RL_MODELS", "M2RL_JUDGE", "M2RL_SANDBOX", "HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))  # read once, at import
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import toy_foreign
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from m2rl_core import imports
+from m2rl_core import dry, imports
+from m2rl_core.adapters.reading import EMBED, HEAD
 from m2rl_core.imports import ModelError
 from m2rl_core.models import policy as policies
 from m2rl_core.profile import load_profile
@@ -70,9 +72,11 @@ def test_a_folder_without_tokenizer_marks_shards_or_config(copied):
     (copied / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in refusal(imports.check, copied, "sft")
     (copied / "model.safetensors").unlink()
-    assert "lacks weights" in refusal(imports.check, copied, "sft")
+    assert "sft: config.json without weights: convert or copy" in refusal(imports.check, copied, "sft")
+    (copied / "config.json").write_text("{")
+    assert "config.json is no readable JSON" in refusal(imports.check, copied, "sft")
     (copied / "config.json").unlink()
-    assert "config.json cannot be read" in refusal(imports.check, copied, "sft")
+    assert "neither config.json nor weights: no model" in refusal(imports.check, copied, "sft")
 
 
 def test_another_shape_than_the_anchors_names_both(brought, tmp_path):
@@ -81,12 +85,12 @@ def test_another_shape_than_the_anchors_names_both(brought, tmp_path):
     found = {**brought, "rl-math": other}
     run = open_run(str(toy_foreign.profile(tmp_path, found)), tmp_path / "art")
     told = refusal(run.need, "rl-math")
-    assert f"rl-math ({other}) has num_hidden_layers = 3, sft ({brought['sft']}) has 2" in told
+    assert f"rl-math ({other}), held against sft ({brought['sft']}): config.json has num_hidden_layers 3, the anchor 2" in told
 
 
 def test_a_model_that_is_not_there_says_what_to_put_where(brought, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.delenv(imports.FOLDER, raising=False)
     found = {**brought, "rl-math": "somebody/their-math@v1", "rl-units": str(tmp_path / "nowhere")}
     run = open_run(str(toy_foreign.profile(tmp_path, found)), tmp_path / "art")
@@ -101,7 +105,7 @@ def test_a_model_that_is_not_there_says_what_to_put_where(brought, tmp_path, mon
 
 def test_the_same_content_is_the_same_model_wherever_it_lies(brought, tmp_path, monkeypatch):
     """Fault: a key of a path or of a name, so that moving a folder trains and evaluates everything again."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     by_path = imports.settings(str(brought["sft"]))
     assert by_path["found"] and imports.settings("a/b")["found"] is False
     repo = tmp_path / "hub" / "models--a--b"
@@ -118,7 +122,7 @@ def test_the_same_content_is_the_same_model_wherever_it_lies(brought, tmp_path, 
 
 def test_an_interrupted_download_is_not_there(brought, tmp_path, monkeypatch):
     """Fault: a model with some of its shards, keyed and used."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "v1"
     shutil.copytree(brought["rl-math"], snapshot)
     assert imports.find("a/b@v1")
@@ -168,6 +172,77 @@ def test_weights_are_linked_and_the_origin_is_told(brought, tmp_path):
     assert len(shards) > 1 and all(path.is_symlink() for path in shards) and not (folder / "config.json").is_symlink()
     policy = policies.load(folder)
     assert set(policy.weights) == set(policies.sizes(policy.config))
+
+
+def as_others_save(folder: Path) -> Path:
+    """The model in a trainer's form: its embedding padded and stored twice, in files without an index, without a tokenizer."""
+    weights = {name: part for path in folder.glob("*.safetensors") for name, part in load_file(path).items()}
+    for path in [*folder.glob("*.safetensors*"), *folder.glob("*token*"), *folder.glob("chat_template*")]:
+        path.unlink()
+    weights[HEAD] = weights[EMBED].clone()
+    weights[EMBED] = torch.cat((weights[EMBED], torch.full((40, weights[EMBED].shape[1]), 9.0, dtype=torch.bfloat16)))
+    for i in range(3):
+        save_file(dict(list(sorted(weights.items()))[i::3]), folder / f"model-{i:05d}-of-00003.safetensors")
+    return folder
+
+
+def test_a_checkpoint_of_another_trainer_takes_the_place_of_a_model(brought, tmp_path):
+    """Faults: a second command that has to be known of; a merge of padded with unpadded weights; another key for the
+    same folder; what is left of an interrupted run that stops the next one."""
+    theirs = as_others_save(Path(shutil.copytree(brought["rl-math"], tmp_path / "theirs")))
+    before = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    run = open_run(str(toy_foreign.profile(tmp_path, {**brought, "rl-math": theirs})), tmp_path / "art")
+    stage = run.stages["rl-math"]
+    assert stage.key == imports.content_digest(theirs)
+    left = run.store.folder(stage)
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{}")
+    (left / "model-00001-of-00003.safetensors").symlink_to(theirs / "gone.safetensors")
+    folder = run.need("rl-math")
+    told = json.loads((folder / "origin.json").read_text())["remarks"]
+    assert any("padded as Megatron does" in line for line in told) and any("tokenizer is taken" in line for line in told)
+    exact, mine = policies.load(brought["rl-math"]), policies.load(folder)
+    assert mine.weights.keys() == exact.weights.keys()
+    assert all(torch.equal(mine.weights[name], exact.weights[name]) for name in exact.weights)
+    assert mine.tokenizer.get_vocab() == exact.tokenizer.get_vocab()
+    assert sum(path.is_symlink() for path in folder.glob("*.safetensors")) == 1  # of three, two hold an embedding
+    run.need("merge-average")
+    again = open_run(str(tmp_path / "mine.yaml"), tmp_path / "art")
+    other = open_run(str(toy_foreign.profile(tmp_path, {"sft": brought["rl-units"], "rl-math": theirs})), tmp_path / "art")
+    with pytest.raises(CorruptArtifact, match="mended by another anchor's files; mend: .* rebuild rl-math"):
+        other.path("rl-math")
+    assert again.path("rl-math") == folder and {path.name: path.read_bytes() for path in theirs.iterdir()} == before
+
+
+def test_experts_are_held_against_the_anchor_as_it_is_used(brought, tmp_path):
+    """Faults: an anchor in a trainer's form, against whose padded rows every expert is found wanting; an SFT model of its own
+    words or rope that is refused, or given those of its base."""
+    sft = as_others_save(Path(shutil.copytree(brought["sft"], tmp_path / "sft")))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(brought["sft"] / name, sft / name)
+    (sft / "chat_template.jinja").write_text("{{ messages }}")
+    edit(sft, "config.json", rms_norm_eps=1e-5)
+    expert = Path(shutil.copytree(brought["rl-math"], tmp_path / "math"))
+    edit(expert, "config.json", rms_norm_eps=1e-5)
+    path = toy_foreign.profile(tmp_path, {"sft": sft, "rl-math": expert, "rl-units": brought["rl-units"]},
+                               model={"source": str(brought["sft"]), "context": 384})
+    run = open_run(str(path), tmp_path / "art")
+    assert (run.need("sft") / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (run.need("rl-math") / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "rms_norm_eps 1e-06, the anchor 1e-05" in refusal(run.need, "rl-units")
+    assert {line.what: line.state for line in dry.models(run)} == {
+        "model base": dry.HERE, "model sft": dry.HERE, "model rl-math": dry.HERE, "model rl-units": dry.MISSING}
+    other = toy_foreign.checkpoint(tmp_path / "other", 5, num_hidden_layers=3)
+    again = open_run(str(toy_foreign.profile(tmp_path, {"sft": sft}, model={"source": str(other), "context": 384})),
+                     tmp_path / "art2")
+    assert "num_hidden_layers 2, the anchor 3" in refusal(again.need, "sft")
+
+
+def test_a_folder_of_shards_says_what_converts_it(brought, tmp_path):
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "verl" / "model_world_size_8_rank_0.pt").touch()
+    run = open_run(str(toy_foreign.profile(tmp_path, {**brought, "rl-math": tmp_path / "verl"})), tmp_path / "art")
+    assert "verl.model_merger merge --backend fsdp" in refusal(run.need, "rl-math")
 
 
 def test_a_link_whose_target_changed_or_went_is_found_out(brought, tmp_path):

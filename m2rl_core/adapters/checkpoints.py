@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -46,22 +47,28 @@ class Checked:
         """Whether the folder itself serves."""
         return self.named and not (self.drop or self.cut or self.config or self.sidecars)
 
+    def file(self, name: str) -> Path:
+        """Where a file beside the weights is taken from: a tokenizer is never of two makes."""
+        of_anchor = name in TOKENIZER and not self.sidecars.keys().isdisjoint(TOKENIZER)
+        return self.sidecars.get(name) or (Path(os.devnull) if of_anchor else self.folder / name)
+
     def digest(self) -> str:
         """What tells its weights, as they are stored, from all others; reads everything, a second for a gigabyte."""
         from m2rl_core.merging.checkpoint import Checkpoint
         return Checkpoint(self.folder, self.files).digest()
 
 
-def check(folder: Path | str, anchor: Path | str | None = None) -> Checked:
+def check(folder: Path | str, anchor: Path | str | None = None, *, loose: bool = False) -> Checked:
     """What `folder` holds, held against the folder `anchor`; without one, against its own config only.
 
+    `loose`: only the shape has to be the anchor's, as of an SFT model beside its base, which has words of its own.
     StudyError, one line, for a folder that is no Hugging Face checkpoint (which names the converter), is incomplete, or
     is another function than the anchor's: another architecture, epsilon, rope, vocabulary or output embedding.
     """
     folder = Path(folder)
     if line := line_for(folder):
         raise StudyError(f"{folder}: {line}")
-    told = Told(folder, None if anchor is None else Path(anchor))
+    told = Told(folder, None if anchor is None else Path(anchor), loose)
     files, named = weight_files(folder)
     tensors = headers(files)
     told.all(tensors, named)
@@ -104,10 +111,8 @@ def take(checked: Checked, out: Path) -> Path:
     if set(place.values()) != {"model.safetensors"}:
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}, indent=1))
     for name in (*TOKENIZER, "generation_config.json"):
-        source = checked.sidecars.get(name) or checked.folder / name
-        taken = name in TOKENIZER and not checked.sidecars.keys().isdisjoint(TOKENIZER)  # a tokenizer is never of two makes
-        if source.is_file() and (name in checked.sidecars or not taken):
-            shutil.copyfile(source, out / name)
+        if checked.file(name).is_file():
+            shutil.copyfile(checked.file(name), out / name)
     fields = json_of(checked.folder / "config.json") | dict(checked.config)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")  # last: without it there is no model
     return out

@@ -10,8 +10,8 @@ from m2rl_core.errors import StudyError
 
 NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # older tools stored them; computed now
-FUNCTION = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-            "hidden_act", "attention_bias", "rms_norm_eps", "sliding_window", "layer_types", "rope_parameters")
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+FUNCTION = (*SHAPE, "hidden_act", "attention_bias", "rms_norm_eps", "sliding_window", "layer_types", "rope_parameters")
 TRAINING = ("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "training_args.bin", "global_step*", "*.distcp",
             "*.pt", "lora_adapter")  # what lies beside weights and is left out
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -19,10 +19,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spec
 
 
 class Told:
-    """What one check finds, aspect by aspect: `remarks`, and what is to be changed."""
+    """What one check finds, aspect by aspect: `remarks`, and what is to be changed; `loose` as in `checkpoints.check`."""
 
-    def __init__(self, folder: Path, anchor: Path | None):
-        self.folder, self.anchor = folder, anchor
+    def __init__(self, folder: Path, anchor: Path | None, loose: bool = False):
+        self.folder, self.anchor, self.loose = folder, anchor, loose
         self.remarks: list[str] = []
         self.drop: list[str] = []
         self.cut = 0
@@ -39,8 +39,9 @@ class Told:
         self.function()
         self.embeddings(tensors)
         self.others(tensors)
-        self.tokenizer()
-        self.endings()
+        if not self.loose:
+            self.tokenizer()
+            self.endings()
         self.leftovers()
 
     def refuse(self, line: str):
@@ -71,7 +72,7 @@ class Told:
         if self.own.model_type != self.base.model_type:
             self.refuse(f"a {self.own.model_type} model, but the anchor {self.anchor} is a {self.base.model_type}: what was "
                         "trained from the anchor is needed")
-        for name in FUNCTION:
+        for name in SHAPE if self.loose else FUNCTION:
             mine, theirs = getattr(self.own, name, None), getattr(self.base, name, None)
             if plain(mine) != plain(theirs):
                 self.refuse(f"config.json has {name} {mine}, the anchor {theirs}: a merge would run its weights as the "
