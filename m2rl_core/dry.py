@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2rl_core import imports
+from m2rl_core import imports, layers
 from m2rl_core.cost import shapes
 from m2rl_core.errors import StudyError
 from m2rl_core.notebook import left_out
 from m2rl_core.specs import ModelSpec
-from m2rl_core.study import NOT_IN
+from m2rl_core.study import left_out_for
 
 SECONDS = 8  # for one answer of the hub or of a server
 HERE, FETCH, MISSING, NOTE = "here", "download", "MISSING", "note"
@@ -46,6 +46,8 @@ class Line:
 def check(run) -> list[Line]:
     """All lines of a profile's run."""
     parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, notebooks, parts_left_out]
+    if {stage.kind for stage in run.stages.values()} <= {"import", "weights"}:  # nothing is sampled
+        parts = [models, disk, notebooks, parts_left_out]
     with ThreadPoolExecutor(len(parts)) as pool:
         return [line for part in pool.map(lambda part: _guarded(part, run), parts) for line in part]
 
@@ -74,7 +76,9 @@ def models(run) -> Iterator[Line]:
     """Every model that is brought: found, of the right kind and shape, or how to get it."""
     profile = run.profile
     sources = {name: imports.source_of(profile, name) for name, stage in run.stages.items() if stage.kind == "import"}
+    parts = {name: sources.pop(name) for name in list(sources) if "layers" in run.stages[name].settings}
     with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(lambda name: Line(f"model {name}", *_asked_part(name, parts[name], profile.parts)), parts)
         asked = dict(zip(sources, pool.map(_asked, sources.values()), strict=True))
     with tempfile.TemporaryDirectory(prefix="m2rl-anchors-") as room:
         for name, source in sources.items():
@@ -109,6 +113,25 @@ def _asked(source: str) -> tuple[str, str]:
         return FETCH, f"{name} at {told['sha'][:12]}, {size:.1f} GB{pin}"
     except (OSError, ValueError, KeyError) as error:
         return MISSING, f"{source}: the hub does not give it ({_line(error)}): {imports.mend(source)}"
+
+
+def _asked_part(name: str, source: str, wanted) -> tuple[str, str]:
+    """Some layers of a model: the bytes that will be read, by the headers of its files."""
+    place, repo = layers.find(source), imports.split(source)
+    try:
+        if place is None and source.startswith("/"):
+            return MISSING, f"{source} holds no model: {imports.mend(source)}"
+        if place is None:
+            place = layers.Place(repo[0], _hub(f"/api/models/{repo[0]}/revision/{repo[1] or 'main'}")["sha"])
+        found, headers = layers.slices(place, wanted, f"{name} ({source})")
+    except StudyError as error:
+        return MISSING, _line(error)
+    except (OSError, ValueError, KeyError) as error:
+        return MISSING, f"{source}: the hub does not give it ({_line(error)}): {imports.mend(source)}"
+    size = sum(one.end - one.begin for one in found)
+    told = f"layers {', '.join(map(str, wanted))}: {size + headers:,} bytes will be read ({headers:,} of headers)"
+    pin = "" if repo[1] or place.folder else f"; pin it: {place.name}@{place.commit}"
+    return (HERE, f"{place.folder}, {told}") if place.folder else (FETCH, f"{place.name} at {place.commit[:12]}, {told}{pin}")
 
 
 def _hub(path: str) -> dict:
@@ -333,14 +356,14 @@ def notebooks(run) -> Iterator[Line]:
     """The notebooks, and their kernel."""
     from m2rl_core.profile import repo_root
     from m2rl_core.publishing import report
-    jobs = report.plan(repo_root() / "notebooks", run.profile.name)
+    jobs = report.plan(repo_root() / "notebooks", run.source)
     yield Line("notebooks", HERE, f"{len(jobs)} runs of {len({job.source for job in jobs})} notebooks")
 
 
 def parts_left_out(run) -> Iterator[Line]:
     """What of the paper's study this profile leaves out, said openly."""
     if out := left_out(run):
-        yield Line("not run", NOTE, f"{', '.join(out)}: {NOT_IN} them, or what they need")
+        yield Line("not run", NOTE, f"{', '.join(out)}: {left_out_for(run.profile)}")
 
 
 def _line(error: object) -> str:

@@ -13,7 +13,7 @@ from m2rl_core.provenance import commit, machine, packages
 from m2rl_core.publishing import not_run
 from m2rl_core.run import Run, open_run
 from m2rl_core.specs import ModelSpec
-from m2rl_core.study import MODELS, NOT_IN
+from m2rl_core.study import MODELS, left_out_for
 
 
 def start(profile: str, section: str) -> Run:
@@ -40,7 +40,9 @@ def card(run: Run, section: str) -> str:
         "section": section,
         "profile": f"`{profile.name}`: {profile.about}",
         "model": _model(profile),
-        **({"not run": f"{', '.join(left)}: {NOT_IN} them, or what they need"} if (left := left_out(run)) else {}),
+        **({"not run": f"{', '.join(left)}: {left_out_for(profile)}"} if (left := left_out(run)) else {}),
+        **({"layers": f"weights are looked at in {', '.join(map(str, only))} alone (counted from 0), also where a text says every "
+                      "layer"} if (only := profile.analysis.layers) else {}),
         **_without(run),
         "seed": f"{profile.seed} ({profile.seeds} run{'s of every policy after SFT' if profile.seeds > 1 else ''})",
         "code": f"commit {commit()}",

@@ -289,6 +289,13 @@ def _check(profile: Profile, files: Files) -> None:
             fail(f"{spec}.max_new_tokens", f"{sampled.max_new_tokens} leave no room for a prompt in model.context = {context}")
         if sampled.temperature <= 0:
             fail(f"{spec}.temperature", f"{sampled.temperature}: logits are divided by it, so it must be above 0")
+    asked = profile.analysis.layers
+    if asked and profile.analysis.layer not in asked:
+        fail("analysis.layers", f"{profile.analysis.layer} is not among them, which 3.3 shows (analysis.layer)")
+    if len(set(asked)) < len(asked) or min(asked, default=0) < 0:
+        fail("analysis.layers", f"{', '.join(map(str, asked))}: each layer once, counted from 0")
+    if isinstance(profile.model, ModelSpec) and max(asked, default=0) >= profile.model.layers:
+        fail("analysis.layers", f"layer {max(asked)} is asked for, model.layers is {profile.model.layers}")
     if not 0 < profile.data.share <= 1:
         fail("data.share", f"{profile.data.share} is not in (0, 1]: it is the part of Table 1's samples")
     if profile.data.first < 0 or profile.data.prompt_tokens < 0:

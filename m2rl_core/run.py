@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rl_core import domains, imports, progress, ranks
+from m2rl_core import domains, imports, layers, progress, ranks
 from m2rl_core.publishing import publish
 from m2rl_core.errors import StudyError
 from m2rl_core.profile import Profile, load_profile, repo_root
@@ -110,7 +110,8 @@ class Run:
         away = ranks.agree([part for part in self.missing(name) if self.stages[part].settings.get("found") is False])
         for part in away:  # a model's key is its content's: what needs it has no key before it is here
             if ranks.first():
-                imports.fetch(imports.source_of(self.profile, part))
+                brought = layers if "layers" in self.stages[part].settings else imports
+                brought.fetch(imports.source_of(self.profile, part))
             ranks.agree(part)
         if away:
             self.stages = study(self.profile)

@@ -200,6 +200,7 @@ class AnalysisSpec:
     """Settings of the analyses; `eta` is the relative threshold of a changed weight, `sweep_...` belong to 3.2.
 
     `etas` are other thresholds under which the claims on weights are decided again; each reads the models once more.
+    `layers`: those, counted from 0, that the weights are looked at in; none named is all.
     """
 
     eta: float
@@ -214,6 +215,7 @@ class AnalysisSpec:
     bootstrap: int
     pairs: bool
     etas: tuple[float, ...] = (1e-4, 1e-2)
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,8 @@ class Profile:
     `imports` (in YAML: `import`): stages that are not made but brought, each a folder or a hub id (owner/name@revision),
     "" for one that is still to be named. `train`: the policies that are trained; None is all that are not imported.
     `domains`: names of the five, and files of one's own that end in .py (see `domains.own`), which are benchmarks too.
+    `only`: "weights" leaves all out but SFT, the experts and section 3.3's look at their weights; with `analysis.layers`,
+    models that are brought are then read in part (see `layers`).
     `rows`: the miniatures' or those of the paper's data sets, see `data`.
     `resources` are for kinds of stages ("rl", "eval", ...) on a Ray cluster; they stand in no key.
     """
@@ -263,6 +267,7 @@ class Profile:
     imports: dict[str, str] = field(default_factory=dict, metadata={"key": "import"})
     train: tuple[str, ...] | None = None
     domains: tuple[str, ...] = DOMAINS
+    only: Literal["", "weights"] = ""
     rows: Literal["miniature", "real"] = "miniature"
     data: DataSpec = field(default_factory=DataSpec)
     engine: Literal["torch", "vllm"] = "torch"
@@ -271,6 +276,11 @@ class Profile:
     seeds: int = 1
     jobs: int = 1
     resources: dict[str, Resources] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The layers that are read of models that are brought; none where these are needed whole."""
+        return self.analysis.layers if self.only else ()
 
     def threads_of(self, kind: str) -> int:
         """Threads of a stage: its share of all, whether or not others run; all where every other stage waits for it."""

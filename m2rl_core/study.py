@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
-from m2rl_core import imports
+from m2rl_core import imports, layers
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import Profile
 from m2rl_core.specs import ModelSpec, keyed
@@ -66,6 +66,12 @@ class NotInStudy(UnknownStage):
 
 
 NOT_IN = "this profile neither brings nor trains"
+ALONE = "this profile looks at the weights of SFT and the experts alone (`only: weights`)"
+
+
+def left_out_for(profile: Profile) -> str:
+    """Why models or stages are not in a profile's study."""
+    return ALONE if profile.only else f"{NOT_IN} them, or what they need"
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,9 @@ class Members:
                 profile.train is None or name in profile.train)
 
         experts = {domain: f"rl-{domain}" for domain in profile.domain_names if there(f"rl-{domain}")}
+        if profile.only:
+            trained = tuple(name for name in experts.values() if name not in profile.imports)
+            return Members(("sft", *experts.values()), trained, experts, (), (), ())
         merges = tuple(MERGES) if len(experts) > 1 else ()
         multi = ("rl-multi",) if there("rl-multi") else ()
         distilled = ("mt-opd",) if there("mt-opd") and (profile.imports.get("mt-opd") or experts) else ()
@@ -207,6 +216,8 @@ def study(profile: Profile) -> dict[str, Stage]:
 
     def add_made(name, kind, needs, settings):
         if profile.imports.get(first(name)):
+            if profile.parts:
+                return add(name, "import", (), layers.settings(profile.imports[first(name)], profile.parts))
             anchor = stages.get(imports.anchor_of(profile, name))
             add(name, "import", (), imports.settings(profile.imports[first(name)]) | ({"anchor": anchor.key} if anchor else {}))
         else:
@@ -238,20 +249,24 @@ def study(profile: Profile) -> dict[str, Stage]:
 
     sft = asdict(profile.sft)
     blend = {"rows": sft["rows"], "lines": sft["blend"]}  # the tokenizer is trained on it too
-    if isinstance(profile.model, ModelSpec):
+    if profile.only and "sft" in profile.imports:
+        pass  # nobody asks for base
+    elif isinstance(profile.model, ModelSpec):
         add("base", "base", (), {"model": asdict(profile.model), **asdict(profile.base), "blend": blend, **seed})
     elif profile.model:
         add("base", "import", (), imports.settings(
             f"{profile.model.source}@{profile.model.revision}".rstrip("@"), profile.model.context))
     add_made("sft", "sft", ("base",), {**sft, **seed, **data})
     add_policies(1)
-    add_evals(here.models)
+    add_evals(() if profile.only else here.models)
 
     analysis, experts = profile.analysis, tuple(here.experts.values())
     several = {}
     if len(experts) > 1:
         add("weights", "weights", ("sft", *experts), {
-            "eta": analysis.eta, "etas": analysis.etas, "random_projection": analysis.random_projection, **seed})
+            "eta": analysis.eta, "etas": analysis.etas, "random_projection": analysis.random_projection, **seed,
+            **({"layers": analysis.layers} if analysis.layers else {})})
+    if len(experts) > 1 and not profile.only:
         several["sweep"] = variants(profile.merge)
         if analysis.pairs and tuple(here.experts) == DOMAINS:
             several["subsets"] = subsets(profile.merge)
@@ -264,7 +279,7 @@ def study(profile: Profile) -> dict[str, Stage]:
         add("neighborhoods", "kl", here.neighbors, {
             "prompts": analysis.kl_prompts, "samples": analysis.kl_samples, "rows": asked, "engine": profile.engine,
             **{name: rl[name] for name in ("temperature", "max_new_tokens", "max_turns")}, **seed, **data, **files_of(asked)})
-    for name, a, b in pair_names(here.experts) if analysis.pairs and len(experts) > 1 else ():
+    for name, a, b in pair_names(here.experts) if analysis.pairs and "merge-ties" in here.models else ():
         add_merge(name, "ties", (here.experts[a], here.experts[b]), MERGES["merge-ties"][1])
         own = [benchmark for benchmark, domain in profile.benchmarks.items() if domain in (a, b)]  # as in Table 6
         add(f"eval-{name}", "eval", (name,), {
@@ -276,7 +291,7 @@ def study(profile: Profile) -> dict[str, Stage]:
             "max_new_tokens": profile.eval.max_new_tokens, "engine": profile.engine, **seed, **on})
     for number in range(2, profile.seeds + 1):
         add_policies(number)
-        add_evals(replica(name, number) for name in here.models if name not in SHARED)
+        add_evals(replica(name, number) for name in here.models if name not in SHARED and not profile.only)
     return stages
 
 
@@ -285,7 +300,8 @@ def find(stages: dict[str, Stage], name: str) -> Stage:
     if name not in stages:
         policy = name.removeprefix("eval-").removeprefix("judge-")
         if policy in MODELS or name in ("weights", "sweep", "subsets", "neighborhoods") or policy.startswith("pair-"):
-            raise NotInStudy(f"{name}: {NOT_IN} what it needs")
+            alone = not any(stage.kind == "eval" for stage in stages.values())
+            raise NotInStudy(f"{name}: {ALONE if alone else f'{NOT_IN} what it needs'}")
         close = difflib.get_close_matches(name, stages, 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else "`make status` lists them all"
         raise UnknownStage(f"unknown stage {name!r}; {hint}")

@@ -14,10 +14,17 @@ PICKLES = ("weights as pickles, which can run code when they are read: `AutoMode
            ".save_pretrained(OUT)` writes safetensors")
 
 
+PART = "layers.safetensors"  # what `layers` writes
+PARTIAL = ("only some layers of a model, for section 3.3; all else needs it whole: bring it by a profile without `only: "
+           "weights`, or give the folder that it is from")
+
+
 def line_for(folder: Path) -> str:
     """Why a folder cannot be taken as it is, and the mend, in one line; "" where it has a config and weights."""
     if not folder.is_dir():
         return "no such folder: give a local one, downloaded before"
+    if (folder / PART).is_file():
+        return PARTIAL
     weights = any(folder.glob("model*.safetensors"))
     if weights:
         return "" if (folder / "config.json").is_file() else "weights without config.json: copy that of its first model"

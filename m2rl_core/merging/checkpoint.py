@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from m2rl_core.adapters.foreign import PART, PARTIAL
 from m2rl_core.merging.dare import words
 from m2rl_core.merging.kernel import kernel
 from m2rl_core.merging.pieces import PIECE, grid
@@ -189,6 +190,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder: those of the index where there is one, else every *.safetensors."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give a local model folder, downloaded before")
+    if (folder / PART).is_file():
+        raise ValueError(f"{folder}: {PARTIAL}")
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))

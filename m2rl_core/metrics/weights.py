@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from m2rl_core.adapters.foreign import PART
+from m2rl_core.errors import StudyError
 from m2rl_core.merging.checkpoint import Checkpoint
 from m2rl_core.merging.dare import state_of
 from m2rl_core.merging.pool import Pool, cores
@@ -210,24 +212,35 @@ def matrices(names: Mapping) -> list[tuple[int, str, str]]:
     return sorted(found, key=lambda entry: (entry[0], list(MATRICES).index(entry[1])))
 
 
-def check_models(base, models: Mapping, label: str = "sft") -> None:
-    """ValueError unless every expert has the matrices of the base, of the same shapes."""
-    shapes = {name: base.meta[name][1] for _, _, name in matrices(base.meta)}
+def check_models(base, models: Mapping, label: str = "sft", layers: Sequence[int] = ()) -> None:
+    """StudyError unless every expert has the matrices of the base (in `layers`, where named), of the same shapes."""
+    def found(state):
+        return {name: state.meta[name][1] for layer, _, name in matrices(state.meta) if layer in layers or not layers}
+
+    shapes = found(base)
     for model, state in models.items():
-        theirs = {name: state.meta[name][1] for _, _, name in matrices(state.meta)}
+        theirs = found(state)
         for name in sorted(shapes.keys() | theirs.keys()):
             if shapes.get(name) != theirs.get(name):
-                said = [f"shape {list(found[name])}" if name in found else "no such tensor" for found in (theirs, shapes)]
-                raise ValueError(f"{name}: {model} has {said[0]} and {label} has {said[1]}: "
+                said = [f"shape {list(have[name])}" if name in have else "no such tensor" for have in (theirs, shapes)]
+                raise StudyError(f"{name}: {model} has {said[0]} and {label} has {said[1]}: "
                                  f"compare experts that were trained from this very {label} model")
 
 
 def measure(
-    base, models: Mapping, *, eta: float = ETA, k: int = 256, seed: int = 0, threads: int = 0, report=None,
+    base, models: Mapping, *, eta: float = ETA, k: int = 256, seed: int = 0, threads: int = 0, layers: Sequence[int] = (),
+    report=None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(jaccard, cosine) over all layers, matrices and pairs, as stored and in bfloat16; models as for `Stream`."""
-    check_models(base, models)
+    """(jaccard, cosine) over all layers, matrices and pairs, as stored and in bfloat16; models as for `Stream`.
+
+    `layers`: those that are looked at, where these are not all; StudyError for one that the models do not have.
+    """
+    check_models(base, models, layers=layers)
     work, names = matrices(base.meta), list(models)
+    if lacking := sorted(set(layers) - {layer for layer, _, _ in work}):
+        raise StudyError(f"layer {lacking[0]} is asked for, the models have {len({layer for layer, _, _ in work})}, counted from "
+                         "0: change analysis.layers")
+    work = [entry for entry in work if entry[0] in layers or not layers]
     table, cosines = [], []
     stream = Stream(base, models, eta=eta, k=k, seed=seed, threads=threads)([name for _, _, name in work])
     for done, ((layer, matrix, _), (name, *ways)) in enumerate(zip(work, stream, strict=True), 1):
@@ -243,6 +256,11 @@ def measure(
     return pd.DataFrame(table), pd.DataFrame(cosines)
 
 
+def opened(folder: Path) -> Checkpoint:
+    """A model's folder, or one of some layers of it."""
+    return Checkpoint(folder, [folder / PART] if (folder / PART).is_file() else ())
+
+
 def build(ctx) -> None:
     """jaccard.parquet and cosine.parquet of the experts against `sft`; `a` and `b` are domains.
 
@@ -251,10 +269,9 @@ def build(ctx) -> None:
     settings, names = ctx.stage.settings, [name for name in ctx.inputs if name != "sft"]
     domains = [name.removeprefix("rl-") for name in names]
     with ExitStack() as stack:
-        base, *models = (stack.enter_context(Checkpoint(Path(ctx.inputs[name])))
-                         for name in ("sft", *names))
+        base, *models = (stack.enter_context(opened(Path(ctx.inputs[name]))) for name in ("sft", *names))
         at = {eta: measure(base, dict(zip(domains, models, strict=True)), eta=eta, k=settings["random_projection"],
-                           seed=settings["seed"], report=ctx.progress.step)
+                           seed=settings["seed"], layers=settings.get("layers", ()), report=ctx.progress.step)
               for eta in (settings["eta"], *settings["etas"])}
     for i, name in enumerate(("jaccard", "cosine")):
         at[settings["eta"]][i].to_parquet(ctx.out / f"{name}.parquet", index=False)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from m2rl_core.adapters.foreign import line_for
 from m2rl_core.errors import StudyError
 from m2rl_core.models.qwen3 import Shape, Weights, hidden_states, prepare
 from m2rl_core.slim import without
@@ -177,6 +178,8 @@ def load_tokenizer(folder: Path):
 def load_weights(folder: Path) -> Weights:
     """All tensors of a folder, sharded or not, as they are stored."""
     index = folder / "model.safetensors.index.json"
+    if not index.exists() and not (folder / "model.safetensors").exists():
+        raise StudyError(f"{folder}: {line_for(folder) or 'no model.safetensors: copy the model again'}")
     if not index.exists():
         return load_file(folder / "model.safetensors")
     weights: Weights = {}

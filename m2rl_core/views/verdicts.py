@@ -37,12 +37,13 @@ def evidence(run, *frames: str) -> Evidence:
     unknown = [name for name in wanted if name not in FRAMES]
     if unknown:
         raise ValueError(f"unknown evidence {unknown[0]!r}; there is {', '.join(FRAMES)}")
-    if "scores" in wanted:
+    scored = not run.profile.only
+    if "scores" in wanted and scored:
         two = [name.removeprefix("eval-") for name in run.stages if name.startswith("eval-pair-")]
         models = (*run.members.models, *two) if "pairs" in wanted else run.members.models
         found["scores"] = run.scores(models)
         found["prices"] = {model: run.seconds_a_rollout(model) for model in models}
-    if "along" in wanted and run.members.trained:
+    if "along" in wanted and run.members.trained and scored:
         found["along"] = scores.along_with_start(run.along(), run.scores(["sft"]))
     if "costs" in wanted and run.members.trained:
         found["costs"] = scores.costs(run)  # a claim of 3.2 rests on what rl-multi noted while it trained
