@@ -42,7 +42,7 @@ def test_a_study_that_needs_nothing_can_begin(tmp_path):
     assert "0 missing" in dry.table(list(found.values()), "smoke")
 
 
-@pytest.mark.parametrize("name", ["gpu", "paper", "paper-released-code", "released", "byo"])
+@pytest.mark.parametrize("name", ["gpu", "paper", "paper-released-code", "released", "released-layer17", "byo"])
 def test_every_profile_gives_a_whole_list_within_a_minute(name, tmp_path, capsys, monkeypatch):
     """Faults: a dry run that raises at the first thing that is missing, waits for ever, or ends with an error."""
     monkeypatch.setenv("M2RL_ARTIFACTS", str(tmp_path))

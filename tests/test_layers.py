@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from m2rl_core import dry, imports, layers, post
 from m2rl_core.adapters import checkpoints
 from m2rl_core.adapters.foreign import PART
+from m2rl_core.cost import bill
+from m2rl_core.cost.told import sure
 from m2rl_core.domains import DOMAINS
 from m2rl_core.errors import StudyError
 from m2rl_core.imports import ModelError
@@ -285,12 +287,24 @@ def test_mistakes_in_a_profile(tmp_path, changes, expected):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_released_checkpoints_by_their_layer_alone():
+def test_the_released_checkpoints_by_their_layer_alone(tmp_path):
+    """Faults: a model of the paper's other sections asked for; an estimate of seven whole models."""
     found = load_profile("released-layer17")
     stages = study(found)
     assert found.parts == (16, 17) and found.analysis.layer == 17
     assert list(stages) == ["sft", "rl-math", "rl-coding", "rl-science", "rl-if", "rl-agent", "weights"]
     assert {stage.kind for stage in study(load_profile("released")).values()} > {"eval", "merge"}
+    disk = bill.frame(open_run("released-layer17", tmp_path), bill.Given(gpu="h100")).set_index("stage")["disk"]
+    matrices = 2560 * 128 * (32 + 32 + 8 + 8) + 3 * 2560 * 9728  # of a layer of Qwen3-4B: q, o, k, v; gate, up, down
+    assert all(abs(disk[name] / (2 * 2 * matrices) - 1) < 1e-3 for name in stages if name != "weights")
+
+
+def test_an_estimate_with_nothing_left_to_be_made(brought, tmp_path):
+    """Fault: a traceback when all is made."""
+    path = profile(tmp_path, brought)
+    run = open_run(str(path), tmp_path / "art")
+    run.need("weights")
+    assert bill.frame(run)["done"].all() and "how sure" not in "".join(sure(run, bill.frame(run)))
 
 
 def test_3_3_shows_the_layer_of_seven_published_models_and_says_what_is_not_run(hub, tmp_path, monkeypatch):
@@ -319,3 +333,5 @@ def test_3_3_shows_the_layer_of_seven_published_models_and_says_what_is_not_run(
     lines = open_run(str(path), tmp_path / "art").claims()
     assert {line["note"] for line in lines if line["run_verdict"] == "not run"} == {"no along"}
     assert {line["run_verdict"] for line in lines} > {"not run"}
+    for name in ("3.6_self_verification", "A_training_details"):  # whose cells ask for judgements, and for SFT whole
+        assert not toy_notebooks.execute(name, profile=str(path))[-1][1].startswith("error"), name

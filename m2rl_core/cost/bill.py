@@ -195,6 +195,8 @@ def disk(stage: Stage, parts: plan.Parts, shape: shapes.Shape | None, told: Mapp
     """Bytes that a finished stage keeps: a model in float32, or its answers as text; a sweep keeps no models."""
     if shape is None:
         return math.nan
+    if stage.kind == "import" and "layers" in stage.settings:
+        return 2 * len(stage.settings["layers"]) * shape.layer  # bfloat16, as models are published
     kept = FULL * shape.parameters if stage.kind in ("base", "sft", "rl", "opd", "merge", "import") else 0
     return kept + (TEXT * tokens_of(parts, told, here) if stage.kind in ("eval", "judge", "sweep") else 0)
 

@@ -85,7 +85,7 @@ def left_out(run, found: pd.DataFrame) -> list[str]:
 
 def sure(run, found: pd.DataFrame) -> list[str]:
     """How sure it is, and why."""
-    kinds = found.loc[~found["done"], "from"].str.partition(",")[0].value_counts()
+    kinds = found.loc[~found["done"], "from"].str.split(",").str[0].value_counts()  # none where all is made
     told = ["how sure: " + "; ".join(f"{n} stages {label}" for label, n in kinds.items())] if len(kinds) else []
     if found["gpus"].max():
         fit = table2.fit()

@@ -81,13 +81,14 @@ def table7_shown(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def quality(rows: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
+def quality(rows: pd.DataFrame | None, evidence: Evidence) -> pd.DataFrame:
     """For each model, benchmark and mode, in percent: accuracy, balanced with low and high, yes, right, unreadable, n.
 
     `balanced` is NaN where all judged answers were right, or all wrong; its interval is over items, and undefined
     where there is a single answer of a kind. `right` is the share of right answers among those that were judged; a
     reply that is neither yes nor no is unreadable and counts as wrong.
     """
+    rows = evidence.frame("judged") if rows is None else rows  # Missing, where nobody judged
     lines, cells = [], _kinds(rows, evidence)
     for (model, benchmark, mode), part in rows.groupby(["model", "benchmark", "mode"], sort=False):
         both = part["truth"].nunique() == 2

@@ -9,6 +9,7 @@ import pandas as pd
 
 from m2rl_core.run import BuilderContext, Run
 from m2rl_core.store import UNHASHED, sha256
+from m2rl_core.study import ALONE, NotInStudy
 from m2rl_core.training import grpo
 
 STEPS, PROMPTS, GROUP, EVERY = 6, 4, 4, 2
@@ -53,6 +54,8 @@ def prove(run: Run, model: str, broken_at: int) -> pd.DataFrame:
 
 def _context(run: Run, model: str, home: Path) -> BuilderContext:
     """The stage of `model`, cut down to a few small steps, in folders of its own."""
+    if "layers" in run.stages["sft"].settings:
+        raise NotInStudy(f"training needs SFT whole, and {ALONE}")
     small = replace(run.profile.rl, prompts=PROMPTS, group=GROUP, checkpoint_every=EVERY, eval_every=STEPS + 1)
     stage = replace(run.stages[model], settings={**run.stages[model].settings, "steps": STEPS})
     out, state = home / "out", home / "state"
