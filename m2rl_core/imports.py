@@ -28,7 +28,6 @@ WHOLE = 2**23  # bytes up to which a file is read whole
 SAMPLE = 8192  # bytes of each tensor of a larger one
 LINKED = (".safetensors",)
 NEEDED = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json")
-LEFT_OUT = (".git", ".cache")
 MARKS = ("<|im_end|>", "<|endoftext|>")
 
 

@@ -7,6 +7,7 @@ which no tool here takes for a whole model. A part's key is that of its model's 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -165,7 +166,9 @@ def write(place: Place, wanted: Sequence[Slice], out: Path, begun: Path, step) -
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of their size
     head, parts, read = len(text).to_bytes(8, "little") + text, joined(wanted), 0
-    if not begun.is_file() or not len(head) <= begun.stat().st_size <= len(head) + at:
+    with open(begun, "rb") if begun.is_file() else io.BytesIO() as file:
+        fits = file.read(len(head)) == head and file.seek(0, os.SEEK_END) <= len(head) + at
+    if not fits:
         begun.write_bytes(head)
     with open(begun, "ab") as file:
         done = file.tell() - len(head)
@@ -214,8 +217,8 @@ def _fetched(place: Place, file: str, begin: int, end: int) -> Iterator[bytes]:
         post.wait(attempt)
         try:
             for piece in _answer(place, file, begin, end):
+                yield piece[:end - begin]
                 begin, attempt = begin + len(piece), 0
-                yield piece
             if begin < end:
                 raise ConnectionError(f"the connection ended {end - begin} bytes early")
         except ModelError:

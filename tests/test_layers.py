@@ -45,7 +45,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self, folders: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folders, self.served, self.faults = folders, [], {}
+        self.folders, self.served, self.faults, self.logins = folders, [], {}, set()
 
     def of(self, suffix: str) -> int:
         return sum(size for path, size in self.served if path.endswith(suffix))
@@ -63,6 +63,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if parts[0] == "api":
             return self.answer(200, json.dumps({"sha": SHA, "siblings": []}).encode())
         path = self.server.folders[parts[1]] / parts[-1]
+        self.server.logins.add(self.headers.get("Authorization"))
         if path.suffix == ".safetensors" and self.server.of(".safetensors") > self.server.faults.get("dead after", 1e9):
             self.close_connection = True
             return None
@@ -198,8 +199,10 @@ def refusal(work, *args) -> str:
     return str(caught.value)
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(brought, hub, tmp_path):
-    """Faults: a whole range, or a whole model, read again; half a tensor taken for one; a file that is there half."""
+def test_a_broken_connection_is_taken_up_where_it_broke(brought, hub, tmp_path, monkeypatch):
+    """Faults: a whole range, or a whole model, read again; half a tensor taken for one; a file that is there half; a login
+    that only the first request has."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.faults["breaks"] = 2
     run = open_run(str(on_hub(tmp_path)), tmp_path / "art")
     folder, expected = run.need("rl-math"), wanted(brought["rl-math"])
@@ -211,6 +214,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(brought, hub, tmp_path):
     kept = run.store.folder(run.stages["rl-units"])
     assert not (kept / PART).exists() and (kept / "state" / PART).stat().st_size > 1000
     del hub.faults["dead after"]
+    assert hub.logins == {"Bearer hf_secret"}
     folder = run.need("rl-units")
     tensors, whole = load_file(folder / PART), wanted(brought["rl-units"])["tensors"]
     assert all(torch.equal(tensors[name], part) for name, part in whole.items()) and len(tensors) == len(whole)
@@ -238,6 +242,18 @@ def test_a_hub_that_cannot_be_reached_and_a_repository_that_is_not_there(brought
     assert {line.state for line in dry.models(run)} == {dry.MISSING}
     gone = open_run(str(profile(tmp_path, {"sft": str(tmp_path / "nowhere"), "rl-math": "/x", "rl-units": "/y"})), tmp_path / "art")
     assert f"{tmp_path / 'nowhere'} holds no model" in refusal(gone.need, "sft")
+
+
+def test_what_another_run_began_is_not_gone_on_with(brought, tmp_path):
+    """Faults: the start of one file under the header of another; one that is too long, taken for whole."""
+    place = layers.Place(str(brought["sft"]), "", brought["sft"])
+    found, _ = layers.slices(place, ASKED, "sft")
+    outs = [tmp_path / name for name in "abc"]
+    for out, left in zip(outs, (None, b"x" * 3000, b""), strict=True):
+        if left is not None:
+            (tmp_path / "begun").write_bytes(left or outs[0].read_bytes() + b"more")
+        layers.write(place, found, out, tmp_path / "begun", lambda *_: None)
+    assert outs[0].read_bytes() == outs[1].read_bytes() == outs[2].read_bytes()
 
 
 @pytest.mark.parametrize(("spoil", "expected"), [
