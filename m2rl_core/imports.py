@@ -246,9 +246,6 @@ def build(ctx) -> None:
     Beside it stands `origin.json`: where it came from, what was changed, and each file's digest.
     """
     from m2rl_core.adapters import checkpoints
-    if "layers" in ctx.stage.settings:
-        from m2rl_core import layers
-        return layers.build(ctx)
     checked, what = anchored(ctx.profile, ctx.stage.name, ctx.state / "anchors")
     for path in ctx.out.iterdir():  # what an interrupted run left
         if path.is_file() or path.is_symlink():

@@ -141,7 +141,12 @@ def _header(place: Place, file: str, what: str) -> tuple[dict, int]:
 # Writing ----------------------------------------------------------------------------------------------
 
 def build(ctx) -> None:
-    """PART, config.json and origin.json of a model that is brought in part; goes on where an interrupted run stopped."""
+    """PART, config.json and origin.json of a model that is brought in part; goes on where an interrupted run stopped.
+
+    A model that is brought whole is `imports.build`'s.
+    """
+    if "layers" not in ctx.stage.settings:
+        return imports.build(ctx)
     source, layers = imports.source_of(ctx.profile, ctx.stage.name), ctx.stage.settings["layers"]
     what, place = f"{ctx.stage.name} ({source})", find(source)
     if place is None:
