@@ -355,6 +355,29 @@ def test_clean_says_what_stays(path, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(f"removed {tmp_path}/one/smoke; what is at {path} stays\n")
 
 
+# On nodes -------------------------------------------------------------------------------------------------
+
+def test_a_nodes_task_works_on_its_own_disk(path, tmp_path, monkeypatch):
+    """Faults: a node writes to the driver's path; makes again what another one made; leaves its note; forgets its own folder."""
+    here = SimpleNamespace(get_node_id=lambda: "a-node")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: here))
+    driver = machine(tmp_path, "driver")
+    environment = {"M2RL_STORE": str(path.parent)}
+    for disk, stage in (("a", "base"), ("b", "sft")):
+        monkeypatch.setenv("M2RL_NODE_ARTIFACTS", str(tmp_path / disk))
+        cluster.make(driver.profile, str(driver.root), stage, environment)
+    assert set(digests(tmp_path / "a/smoke")) | set(digests(tmp_path / "b/smoke")) == set(digests(path))
+    made = {name: (tmp_path / name / "smoke" / "models").iterdir() for name in ("a", "b")}
+    assert [sorted(each.name.split("-")[0] for each in found) for found in made.values()] == [["base"], ["base", "sft"]]
+    assert not (tmp_path / "driver").exists() and driver.missing("sft") == [] and not list((path / ".running").iterdir())
+    monkeypatch.setattr(cluster, "LAG", 0.2)
+    driver.store.remote.forget(driver.store._where(driver.stages["sft"]))
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(ClusterError, match=f"rl-math: sft is made, but this node does not see it .* is {path} the same for all"):
+        cluster.make(driver.profile, str(driver.root), "rl-math", environment)
+    assert cluster._node_of(driver.store, "rl-math") == "a-node" and cluster._node_of(driver.store, "rl-if") == "none"
+
+
 # With Ray -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
