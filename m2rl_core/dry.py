@@ -43,7 +43,7 @@ class Line:
 
 def check(run) -> list[Line]:
     """All lines of a profile's run."""
-    parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, notebooks, parts_left_out]
+    parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, copies, notebooks, parts_left_out]
     with ThreadPoolExecutor(len(parts)) as pool:
         return [line for part in pool.map(lambda part: _guarded(part, run), parts) for line in part]
 
@@ -332,6 +332,19 @@ def disk(run) -> Iterator[Line]:
             f"{count / 1e6:,.1f} M")
     yield Line("disk", HERE if free > needed else MISSING, told + ("" if free > needed else
                ": make room, or set M2RL_ARTIFACTS to a folder that has it"))
+
+
+def copies(run) -> Iterator[Line]:
+    """The address of the store's copies, where one is set: written to and read."""
+    if run.store.remote:
+        at, name = run.store.remote.at, f".dry-{os.getpid()}"
+        try:
+            at.write(name, b".")
+            at.remove(name)
+        except StudyError as error:
+            yield Line("copies", MISSING, _line(error))
+        else:
+            yield Line("copies", HERE, f"{at.shown} can be written to")
 
 
 def parameters(profile) -> int | None:

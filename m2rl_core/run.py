@@ -172,6 +172,9 @@ class Run:
                     raise
                 raise DiskFull(f"{stage.name}: no space left in {self.root}; make room and start again: "
                                "it goes on from its last checkpoint") from error
+            finally:
+                if copies:
+                    copies.end()
             shown.close()
 
     def _help(self, stage: Stage) -> None:

@@ -19,7 +19,8 @@ from uuid import uuid4
 
 from m2rl_core import imports, ranks
 from m2rl_core.jobs import far_locks
-from m2rl_core.jobs.locks import hold, places
+from m2rl_core.jobs.far_locks import FarLease
+from m2rl_core.jobs.locks import Lease, hold, places
 from m2rl_core.jobs.remote import Damaged, Remote, StateCopies, seconds_of, sha256
 from m2rl_core.study import Stage
 
@@ -76,7 +77,7 @@ class Store:
     def offer(self, stage: Stage) -> None:
         """Push a finished stage that is here and not at the remote address; brought models stay where they are."""
         if self.remote and stage.kind != "import" and self.is_here(stage) and not self._is_there(stage):
-            self.remote.push(self.folder(stage), self._where(stage))
+            self.remote.push(self.folder(stage), self.where(stage))
 
     def manifest(self, stage: Stage) -> dict:
         """The manifest of a finished stage; raises CorruptArtifact where it cannot be read."""
@@ -120,7 +121,7 @@ class Store:
         """What copies the state of a stage that is being made to the remote address; None where there is none."""
         if self.remote is None or stage.kind == "import":
             return None
-        return StateCopies(self.remote, self.folder(stage) / STATE, self._where(stage), say)
+        return StateCopies(self.remote, self.folder(stage) / STATE, self.where(stage), say)
 
     def finish(self, stage: Stage, facts: dict) -> None:
         """Seal a stage: its files reach the disk, then the manifest appears by rename, then state/ goes.
@@ -150,7 +151,7 @@ class Store:
         folder = self.folder(stage)
         if self.remote:
             with far_locks.hold(self.remote.at, contextlib.nullcontext(), stage.name, print):
-                self.remote.forget(self._where(stage))
+                self.remote.forget(self.where(stage))
         if not folder.exists():
             return None
         home = self.root / "set-aside"
@@ -180,10 +181,14 @@ class Store:
         reasons += [f"input {name} is gone" for name in old["inputs"] if name not in stage.inputs]
         return begun + reasons
 
-    def lock(self, stage: str, say: Callable[[str], None] = print):
+    @contextlib.contextmanager
+    def lock(self, stage: str, say: Callable[[str], None] = print) -> Iterator[Lease | FarLease]:
         """Hold `stage` and one of the places while it is made; who finds none, or the stage held, waits and says for whom."""
         here = hold(self.root / ".lock", stage, say, self.jobs)
-        return far_locks.hold(self.remote.at, here, stage, say) if self.remote else here
+        with far_locks.hold(self.remote.at, here, stage, say) if self.remote else here as lease:
+            if self.remote:
+                self.remote.look_again()  # another machine may have finished it while this one waited
+            yield lease
 
     @contextlib.contextmanager
     def lock_all(self, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
@@ -193,16 +198,17 @@ class Store:
                 held.enter_context(hold(path, what, say, alone=True))
             yield
 
-    def _where(self, stage: Stage) -> str:
+    def where(self, stage: Stage) -> str:
+        """The stage's folder, relative to the store's."""
         return self.folder(stage).relative_to(self.root).as_posix()
 
     def _is_there(self, stage: Stage) -> bool:
-        return self.remote is not None and stage.kind != "import" and self.remote.has(self._where(stage))
+        return self.remote is not None and stage.kind != "import" and self.remote.has(self.where(stage))
 
     def _pull(self, stage: Stage, folder: Path) -> None:
         new = self.root / f".pull-{uuid4().hex[:8]}"
         try:
-            self.remote.pull(self._where(stage), new)
+            self.remote.pull(self.where(stage), new)
             shutil.rmtree(folder, ignore_errors=True)  # begun here, finished elsewhere
             folder.parent.mkdir(parents=True, exist_ok=True)
             os.replace(new, folder)
@@ -214,16 +220,16 @@ class Store:
 
     def _take_up(self, stage: Stage, state: Path, say: Callable[[str], None]) -> None:
         """Let a stage go on from the state at the remote address where more work is in it than in the one here."""
-        if stage.kind == "import" or self.remote.state_seconds(self._where(stage)) <= seconds_of(state):
+        if stage.kind == "import" or self.remote.state_seconds(self.where(stage)) <= seconds_of(state):
             return
         new = self.root / f".pull-{uuid4().hex[:8]}"
         try:
-            self.remote.pull_state(self._where(stage), new)
+            self.remote.pull_state(self.where(stage), new)
             shutil.rmtree(state)
             os.replace(new, state)
         except Damaged as error:  # only time is lost
             say(f"{stage.name}: {error}; it goes on from what is on this machine")
-            self.remote.drop_state(self._where(stage))
+            self.remote.drop_state(self.where(stage))
         finally:
             shutil.rmtree(new, ignore_errors=True)
 

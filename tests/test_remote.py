@@ -24,11 +24,11 @@ from fsspec.implementations.local import LocalFileSystem
 from test_cluster import digests, kill_maker, long_profile, more, read_until, start, with_ray
 from whole_study import environment_in
 
-from m2rl_core import post
+from m2rl_core import dry, post
 from m2rl_core import run as runs
 from m2rl_core.__main__ import main
 from m2rl_core.errors import StudyError
-from m2rl_core.jobs import address, cluster, far_locks, locks, remote
+from m2rl_core.jobs import address, cluster, far_locks, live, locks, remote
 from m2rl_core.jobs.cluster import ClusterError
 from m2rl_core.jobs.locks import LockLost, Mark
 from m2rl_core.store import CorruptArtifact
@@ -171,7 +171,7 @@ def test_the_state_with_more_work_in_it_is_taken(far, tmp_path):
     """Faults: a machine goes back to an old copy of its own; or it does not see that another one came further."""
     run = machine(tmp_path, "one")
     stage = run.stages["base"]
-    where = run.store._where(stage)
+    where = run.store.where(stage)
 
     def begun(seconds_here, seconds_there):
         shutil.rmtree(tmp_path / "one", ignore_errors=True)
@@ -192,7 +192,7 @@ def test_a_damaged_state_costs_time_only(far, tmp_path, capsys):
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "done.txt").write_text("1 0.5\n")
-    where = run.store._where(run.stages["base"])
+    where = run.store.where(run.stages["base"])
     run.store.remote.push_state(copy, where, 5.0)
     run.store.remote.at.write(f"{where}/state/{remote.sha256(copy / 'done.txt')}", b"1 0.7\n")
     run.need("base")
@@ -250,6 +250,19 @@ def test_copies_keep_their_pace_and_never_stop_the_work(path, tmp_path, monkeypa
         remote.pace()
 
 
+def test_a_notebook_shows_what_another_machine_makes(path, tmp_path, monkeypatch):
+    """Faults: a cell that says "nothing works on it" while a node does; a curve that waits for the end."""
+    monkeypatch.setenv("M2RL_STORE_MINUTES", "0")
+    maker, run = process(tmp_path, "one", "base", pause=1.0), machine(tmp_path, "two")
+    while not [index for index in path.glob("models/base-*/state/files.json") if "progress.jsonl" in index.read_text()]:
+        assert maker.poll() is None
+        time.sleep(0.1)
+    assert live.working(run, "base")
+    shown = live.picture(run, "base", ["base"])
+    assert re.search(r"base · step \d/6 · reward 0.\d", shown) and "<svg" in shown
+    assert maker.wait() == 0 and live.missing(run, "base") == []
+
+
 # Locks ----------------------------------------------------------------------------------------------------
 
 def test_two_machines_do_not_make_the_same_stage(path, tmp_path):
@@ -259,6 +272,17 @@ def test_two_machines_do_not_make_the_same_stage(path, tmp_path):
     assert [each.returncode for each in both] == [0, 0] and not list(path.glob(".lock/*"))
     assert made.count("base · step 1/6") == 1 and "step" not in waited
     assert re.match(rf"waiting: process \d+ on \S+ works on base \(its mark is at {path}/.lock\)", waited)
+
+
+def test_who_waited_looks_again(far, tmp_path, monkeypatch):
+    """Fault: what another machine finished a moment ago is made again, because it was not there a moment before."""
+    monkeypatch.setattr(remote, "FORGET", 1000.0)
+    one, two = machine(tmp_path, "one"), machine(tmp_path, "two")
+    assert not two.has("base")
+    one.need("base")
+    assert not two.has("base")
+    with two.store.lock("base"):
+        assert two.has("base")
 
 
 def test_a_lost_machines_mark_is_void_and_a_living_ones_is_not(path, tmp_path, monkeypatch):
@@ -348,6 +372,15 @@ def test_what_fails_once_is_tried_again(path, monkeypatch):
     assert len(asked) == 4
 
 
+def test_a_dry_run_asks_the_address(path, tmp_path, monkeypatch):
+    run = machine(tmp_path, "one")
+    (told,) = dry.copies(run)
+    assert (told.state, told.told) == ("here", f"{path} can be written to") and not list(path.iterdir())
+    monkeypatch.setattr(run.store.remote.at.fs, "pipe_file", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+    (told,) = dry.copies(run)
+    assert told.state == "MISSING" and "cannot be written (PermissionError: no)" in told.told
+
+
 def test_clean_says_what_stays(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("M2RL_ARTIFACTS", str(tmp_path / "one"))
     machine(tmp_path, "one").need("base")
@@ -371,7 +404,7 @@ def test_a_nodes_task_works_on_its_own_disk(path, tmp_path, monkeypatch):
     assert [sorted(each.name.split("-")[0] for each in found) for found in made.values()] == [["base"], ["base", "sft"]]
     assert not (tmp_path / "driver").exists() and driver.missing("sft") == [] and not list((path / ".running").iterdir())
     monkeypatch.setattr(cluster, "LAG", 0.2)
-    driver.store.remote.forget(driver.store._where(driver.stages["sft"]))
+    driver.store.remote.forget(driver.store.where(driver.stages["sft"]))
     shutil.rmtree(tmp_path / "b")
     with pytest.raises(ClusterError, match=f"rl-math: sft is made, but this node does not see it .* is {path} the same for all"):
         cluster.make(driver.profile, str(driver.root), "rl-math", environment)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from m2rl_core.errors import StudyError
 from m2rl_core.jobs.address import SETTING, Address, RemoteError, line
+from m2rl_core.jobs.far_locks import FOLDER as LOCKS
+from m2rl_core.jobs.locks import Mark
 
 PACE = "M2RL_STORE_MINUTES"
 MANIFEST, FILES, STATE = "manifest.json", "files.json", "state"
@@ -52,6 +54,10 @@ class Remote:
             else:
                 self._absent[where] = time.monotonic()
         return where in self._there
+
+    def look_again(self) -> None:
+        """Forget what was not there a moment ago."""
+        self._absent.clear()
 
     def push(self, folder: Path, where: str) -> None:
         """Copy a finished artifact; the manifest is written last, and the state is no longer needed then."""
@@ -103,6 +109,18 @@ class Remote:
         target.mkdir(parents=True)
         for name, digest in self._state(where)["files"].items():
             self._fetch(f"{where}/{STATE}/{digest}", target, name, digest)
+
+    def pull_trace(self, where: str, name: str, target: Path) -> None:
+        """One small file of a state, to be looked at; nothing where there is none, or where it is being replaced."""
+        digest = self._state(where).get("files", {}).get(name)
+        with contextlib.suppress(Damaged):
+            if digest:
+                self._fetch(f"{where}/{STATE}/{digest}", target.parent, target.name, digest)
+
+    def makers(self) -> set[str]:
+        """The stages that have a mark at the address (see `far_locks`)."""
+        marks = [Mark.read(name) for name in self.at.names(LOCKS)]
+        return {mark.stage for mark in marks if mark is not None}
 
     def drop_state(self, where: str) -> None:
         self.at.remove(f"{where}/{STATE}/{FILES}")
