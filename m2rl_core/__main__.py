@@ -127,7 +127,7 @@ def clean(args) -> int:
                     shutil.rmtree(path)
                 elif ".lock" not in path.name:
                     path.unlink()
-        print(f"removed {folder}")
+        print(f"removed {folder}" + (f"; what is at {store.remote.at.shown} stays" if store.remote else ""))
     else:
         print(f"{folder} does not exist: nothing to remove")
     return 0

@@ -45,9 +45,9 @@ class Line:
 
 def check(run) -> list[Line]:
     """All lines of a profile's run."""
-    parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, notebooks, parts_left_out]
+    parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, copies, notebooks, parts_left_out]
     if {stage.kind for stage in run.stages.values()} <= {"import", "weights"}:  # nothing is sampled
-        parts = [models, disk, notebooks, parts_left_out]
+        parts = [models, disk, copies, notebooks, parts_left_out]
     with ThreadPoolExecutor(len(parts)) as pool:
         return [line for part in pool.map(lambda part: _guarded(part, run), parts) for line in part]
 
@@ -266,6 +266,8 @@ def machine(run) -> Iterator[Line]:
         yield _judge()
     if "agent" in profile.domains and profile.rows == "real":
         yield _workplace()
+    if os.environ.get("M2RL_ENVIRONMENTS"):
+        yield from _environments()
 
 
 def _gpus() -> list[str]:
@@ -280,7 +282,9 @@ def _gpus() -> list[str]:
 def _sandbox(real: bool) -> Line:
     address = os.environ.get("M2RL_SANDBOX", "")
     if address.startswith("http"):
-        return _reach("sandbox", address, "start SandboxFusion there, or unset M2RL_SANDBOX for bubblewrap")
+        told = [_reach("sandbox", one.strip(), "start SandboxFusion there, or unset M2RL_SANDBOX for bubblewrap")
+                for one in address.split(",") if one.strip()]
+        return next((line for line in told if line.state == MISSING), told[0])
     from m2rl_core import sandbox
     told = sandbox.probe()
     weak = shutil.which("bwrap") is None or "nterpreter" in told
@@ -307,6 +311,20 @@ def _workplace() -> Line:
     if address is None:
         return _package("workplace", workbench_wheel.PACKAGE, workbench_wheel.INSTALL)
     return _reach("workplace", address, f"start the server there, or unset {workbench_server.SETTING} for the wheel's tools")
+
+
+def _environments() -> Iterator[Line]:
+    """Servers of environments: there, with our secret and our code."""
+    from m2rl_core.domains import far_environments
+    for address in filter(None, map(str.strip, os.environ["M2RL_ENVIRONMENTS"].split(","))):
+        try:
+            line, count = far_environments.Server(address).connect()
+        except far_environments.GONE + (StudyError,) as error:
+            yield Line("environments", MISSING, f"{address}: {_line(error)}: start `python -m m2rl_core.domains."
+                                                "environment_server` there, with the same secret")
+        else:
+            line.close()
+            yield Line("environments", HERE, f"{address} answers, {count} steps at once")
 
 
 def _reach(what: str, address: str, mend: str) -> Line:
@@ -337,6 +355,19 @@ def disk(run) -> Iterator[Line]:
             f"{count / 1e6:,.1f} M")
     yield Line("disk", HERE if free > needed else MISSING, told + ("" if free > needed else
                ": make room, or set M2RL_ARTIFACTS to a folder that has it"))
+
+
+def copies(run) -> Iterator[Line]:
+    """The address of the store's copies, where one is set: written to and read."""
+    if run.store.remote:
+        at, name = run.store.remote.at, f".dry-{os.getpid()}"
+        try:
+            at.write(name, b".")
+            at.remove(name)
+        except StudyError as error:
+            yield Line("copies", MISSING, _line(error))
+        else:
+            yield Line("copies", HERE, f"{at.shown} can be written to")
 
 
 def parameters(profile) -> int | None:

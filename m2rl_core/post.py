@@ -17,16 +17,20 @@ TRIES, PAUSE, LONGEST = 5, 0.5, 30.0  # attempts; seconds before the second one,
 LARGEST = 64 * 2**20  # bytes of an answer
 
 
+class Unreachable(StudyError):
+    """Nobody answers at the address, or not in time."""
+
+
 def post(url: str, message: Mapping, who: str, seconds: float, headers: Mapping[str, str] | None = None,
-         jar: http.cookiejar.CookieJar | None = None) -> dict:
+         jar: http.cookiejar.CookieJar | None = None, patience: int = TRIES) -> dict:
     """The JSON object that `url` answers to `message`, within `seconds` for each attempt; `jar` keeps a session's cookies.
 
-    StudyError, one line that begins with `who`, where the address is none, refuses, gives no JSON object, or cannot be
-    reached in `TRIES` attempts.
+    StudyError, one line that begins with `who`, where the address is none, refuses, or gives no JSON object; Unreachable
+    where it cannot be reached in `TRIES` attempts, of which `patience` may get no answer at all.
     """
     where = f"{who} at {shown(url)}"
     data = json.dumps(message).encode()
-    said = ""
+    said, silent = "", 0
     for attempt in range(TRIES):
         wait(attempt)
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
@@ -39,8 +43,11 @@ def post(url: str, message: Mapping, who: str, seconds: float, headers: Mapping[
             if error.code not in AGAIN:
                 raise StudyError(f"{where} refuses with {said}") from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time limits are OSErrors
-            said = _line(str(getattr(error, "reason", error)) or type(error).__name__)
-    raise StudyError(f"{where} cannot be reached ({TRIES} attempts; the last: {said}): is it running, is the address right?")
+            said, silent = _line(str(getattr(error, "reason", error)) or type(error).__name__), silent + 1
+            if silent >= patience:
+                break
+    raise Unreachable(f"{where} cannot be reached ({attempt + 1} attempts; the last: {said}): is it running, is the address "
+                      "right?")
 
 
 def wait(attempt: int) -> None:

@@ -1,6 +1,7 @@
 """Where a result comes from: commit, packages and machine, for manifests and run cards."""
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -34,6 +35,15 @@ def commit() -> str:
     except FileNotFoundError:  # no git on this machine
         return "unknown"
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def code() -> str:
+    """8 hex digits of this package's files, changes that are in no commit included."""
+    home, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(home.rglob("*")):
+        if path.suffix in (".py", ".yaml", ".csv", ".json", ".jinja", ".txt"):
+            digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
 
 
 def machine() -> dict:

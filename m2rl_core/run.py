@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from m2rl_core import domains, imports, layers, progress, ranks
 from m2rl_core.errors import StudyError
+from m2rl_core.jobs import remote
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.publishing import publish
@@ -80,7 +81,7 @@ class Run:
             domains.LABELS.update(benchmarks.labels(profile.eval))
         self.stages = study(profile)
         self.members = Members.of(profile)
-        self.store = Store(root / profile.name, profile.jobs)
+        self.store = Store(root / profile.name, profile.jobs, remote.opened(profile.name))
 
     # Making ---------------------------------------------------------------------------------------
 
@@ -116,6 +117,8 @@ class Run:
             elif self.stages[part].kind in TOGETHER:
                 self._help(self.stages[part])
             ranks.agree(part)
+        for stage in upstream(self.stages, name) if ranks.first() else ():
+            self.store.offer(stage)  # it may have been made before there was an address
         return self.path(name)
 
     def need_seeds(self, model: str) -> list[Path]:
@@ -150,8 +153,9 @@ class Run:
             if ranks.agree(self.store.is_complete(stage)):  # another process made it while this one waited
                 return self.store.sweep(stage)
             inputs = self._inputs(stage)
-            out = self.store.begin(stage)
-            spent = _Spent(out / STATE / "seconds", lease.check)
+            out = self.store.begin(stage, progress.say)
+            copies = self.store.copies(stage, progress.say)
+            spent = _Spent(out / STATE / "seconds", lease.check, copies.look if copies else lambda: None)
             shown = progress.Progress(stage.name, spent.tick, out / STATE / progress.TRACE)
             build, context = self._ready(stage, inputs, out, shown)
             try:
@@ -160,6 +164,8 @@ class Run:
                 if stage.settings.get("engine") == "vllm":
                     from m2rl_core.engines import vllm_engine
                     facts["packages"]["vllm"] = vllm_engine.version()
+                if copies:
+                    copies.end()
                 lease.check()
                 self.store.finish(stage, facts)
             except Exception as error:  # only to give one cause a name of its own; all others pass unchanged
@@ -167,6 +173,9 @@ class Run:
                     raise
                 raise DiskFull(f"{stage.name}: no space left in {self.root}; make room and start again: "
                                "it goes on from its last checkpoint") from error
+            finally:
+                if copies:
+                    copies.end()
             shown.close()
 
     def _help(self, stage: Stage) -> None:
@@ -255,8 +264,7 @@ class Run:
         """Benchmarks that some finished evaluation went on without, each with one line why; empty where all were had."""
         found = {}
         for name, stage in self.stages.items():
-            path = self.store.folder(stage) / NOT_RUN
-            if stage.kind == "eval" and path.is_file() and self.has(name):
+            if stage.kind == "eval" and self.has(name) and (path := self.store.fetch(stage) / NOT_RUN).is_file():
                 found |= json.loads(path.read_text(encoding="utf-8"))
         return found
 
@@ -327,7 +335,8 @@ def open_run(profile: str | Path, root: Path | str | None = None) -> Run:
     root = root or os.environ.get("M2RL_ARTIFACTS") or repo_root() / "artifacts"
     if "://" in str(root):
         raise StudyError(f"M2RL_ARTIFACTS={root}: a store is a folder, since it renames folders and makes files that only "
-                         "one may make, which object stores cannot; mount a shared file system and give its path")
+                         f"one may make, which object stores cannot; set {remote.SETTING}={root} for copies there, and let "
+                         "M2RL_ARTIFACTS be a folder of this machine")
     is_file = str(profile).endswith((".yaml", ".yml"))
     return Run(load_profile(profile), Path(root).absolute(), str(Path(profile).absolute()) if is_file else str(profile))
 
@@ -346,12 +355,16 @@ def _measured(folder: Path, stage: Stage) -> tuple[float, dict] | None:
 
 
 class _Spent:
-    """Seconds that a stage has taken over all its attempts, kept in its state/ as long as `check` does not raise."""
+    """Seconds that a stage has taken over all its attempts, kept in its state/ as long as `check` does not raise.
 
-    def __init__(self, path: Path, check: Callable[[], None] = lambda: None):
-        self.path, self.check = path, check
+    `after` is called when they are written.
+    """
+
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None):
+        self.path, self.check, self.after = path, check, after
         self.before = float(path.read_text()) if path.is_file() and path.read_text() else 0.0
 
     def tick(self, seconds: float) -> None:
         self.check()
         self.path.write_text(f"{self.before + seconds:.1f}")
+        self.after()

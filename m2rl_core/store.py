@@ -2,22 +2,26 @@
 
 artifacts/<profile>/<group>/<name>-<key8>/. Where manifest.json is missing the stage is unfinished and
 goes on from state/. A finished folder is never written again: `set_aside` moves it away first. Digests
-are checked when an artifact is opened. Nothing here imports torch.
+are checked when an artifact is opened. With M2RL_STORE an artifact may lie at an address instead (`jobs.remote`): it
+is pulled when it is opened, and pushed when it is finished. Nothing here imports torch.
 """
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 from m2rl_core import imports, ranks
-from m2rl_core.jobs.locks import hold, places
+from m2rl_core.jobs import far_locks
+from m2rl_core.jobs.far_locks import FarLease
+from m2rl_core.jobs.locks import Lease, hold, places
+from m2rl_core.jobs.remote import Damaged, Remote, StateCopies, seconds_of, sha256
 from m2rl_core.study import Stage
 
 MANIFEST = "manifest.json"
@@ -41,10 +45,13 @@ class DiskFull(RuntimeError):
 
 
 class Store:
-    """The artifacts of one profile under `root` (artifacts/<profile>); `jobs` (0: any number) may be made at once."""
+    """The artifacts of one profile under `root` (artifacts/<profile>); `jobs` (0: any number) may be made at once.
 
-    def __init__(self, root: Path, jobs: int = 1):
-        self.root, self.jobs = Path(root), jobs
+    `remote`: their copies at an address, which other machines push to and pull from.
+    """
+
+    def __init__(self, root: Path, jobs: int = 1, remote: Remote | None = None):
+        self.root, self.jobs, self.remote = Path(root), jobs, remote
         self._checked: set[tuple[Path, int]] = set()
 
     def folder(self, stage: Stage) -> Path:
@@ -52,7 +59,25 @@ class Store:
         return self.root / stage.group / f"{stage.name}-{stage.key[:8]}"
 
     def is_complete(self, stage: Stage) -> bool:
+        """Whether it is finished, here or at the remote address."""
+        return self.is_here(stage) or self._is_there(stage)
+
+    def is_here(self, stage: Stage) -> bool:
         return (self.folder(stage) / MANIFEST).is_file()
+
+    def fetch(self, stage: Stage) -> Path:
+        """The folder of a finished stage, pulled first where it is at the remote address alone; raises CorruptArtifact."""
+        folder = self.folder(stage)
+        if not self.is_here(stage) and self._is_there(stage):
+            with hold(self.root / ".lock", stage.name, count=0):  # not while a process of this machine makes it
+                if not self.is_here(stage):
+                    self._pull(stage, folder)
+        return folder
+
+    def offer(self, stage: Stage) -> None:
+        """Push a finished stage that is here and not at the remote address; brought models stay where they are."""
+        if self.remote and stage.kind != "import" and self.is_here(stage) and not self._is_there(stage):
+            self.remote.push(self.folder(stage), self.where(stage))
 
     def manifest(self, stage: Stage) -> dict:
         """The manifest of a finished stage; raises CorruptArtifact where it cannot be read."""
@@ -60,7 +85,7 @@ class Store:
 
     def open(self, stage: Stage) -> Path:
         """The folder of a finished stage, its digests checked (once a process); raises CorruptArtifact."""
-        folder = self.folder(stage)
+        folder = self.fetch(stage)
         mark = (folder, (folder / MANIFEST).stat().st_mtime_ns)
         if mark not in self._checked:
             manifest = self._read(folder, stage.name)
@@ -76,7 +101,7 @@ class Store:
             self._checked.add(mark)
         return folder
 
-    def begin(self, stage: Stage) -> Path:
+    def begin(self, stage: Stage, say: Callable[[str], None] = print) -> Path:
         """An unfinished stage's folder with state/ in it, old or new; raises DiskFull before any work is lost."""
         folder = self.folder(stage)
         if self.is_complete(stage):
@@ -88,7 +113,15 @@ class Store:
         if free < needed:
             raise DiskFull(f"{stage.name}: {free / 2**20:.0f} MB free in {self.root}, about "
                            f"{needed / 2**20:.0f} MB needed; make room and start again: nothing is lost")
+        if self.remote:
+            self._take_up(stage, folder / STATE, say)
         return folder
+
+    def copies(self, stage: Stage, say: Callable[[str], None]) -> StateCopies | None:
+        """What copies the state of a stage that is being made to the remote address; None where there is none."""
+        if self.remote is None or stage.kind == "import":
+            return None
+        return StateCopies(self.remote, self.folder(stage) / STATE, self.where(stage), say)
 
     def finish(self, stage: Stage, facts: dict) -> None:
         """Seal a stage: its files reach the disk, then the manifest appears by rename, then state/ goes.
@@ -106,6 +139,7 @@ class Store:
                     "settings": stage.settings, "inputs": stage.inputs, "digests": digests, **facts}
         write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         self.sweep(stage)
+        self.offer(stage)
 
     def sweep(self, stage: Stage) -> None:
         """Remove the state/ that a crash between manifest and clean-up left behind."""
@@ -115,6 +149,9 @@ class Store:
     def set_aside(self, stage: Stage) -> Path | None:
         """Move the stage's folder into set-aside/, so that it is made afresh; its new place, None if there was none."""
         folder = self.folder(stage)
+        if self.remote:
+            with far_locks.hold(self.remote.at, contextlib.nullcontext(), stage.name, print):
+                self.remote.forget(self.where(stage))
         if not folder.exists():
             return None
         home = self.root / "set-aside"
@@ -144,9 +181,14 @@ class Store:
         reasons += [f"input {name} is gone" for name in old["inputs"] if name not in stage.inputs]
         return begun + reasons
 
-    def lock(self, stage: str, say: Callable[[str], None] = print):
+    @contextlib.contextmanager
+    def lock(self, stage: str, say: Callable[[str], None] = print) -> Iterator[Lease | FarLease]:
         """Hold `stage` and one of the places while it is made; who finds none, or the stage held, waits and says for whom."""
-        return hold(self.root / ".lock", stage, say, self.jobs)
+        here = hold(self.root / ".lock", stage, say, self.jobs)
+        with far_locks.hold(self.remote.at, here, stage, say) if self.remote else here as lease:
+            if self.remote:
+                self.remote.look_again()  # another machine may have finished it while this one waited
+            yield lease
 
     @contextlib.contextmanager
     def lock_all(self, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
@@ -155,6 +197,41 @@ class Store:
             for path in places(self.root / ".lock", self.jobs):
                 held.enter_context(hold(path, what, say, alone=True))
             yield
+
+    def where(self, stage: Stage) -> str:
+        """The stage's folder, relative to the store's."""
+        return self.folder(stage).relative_to(self.root).as_posix()
+
+    def _is_there(self, stage: Stage) -> bool:
+        return self.remote is not None and stage.kind != "import" and self.remote.has(self.where(stage))
+
+    def _pull(self, stage: Stage, folder: Path) -> None:
+        new = self.root / f".pull-{uuid4().hex[:8]}"
+        try:
+            self.remote.pull(self.where(stage), new)
+            shutil.rmtree(folder, ignore_errors=True)  # begun here, finished elsewhere
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new, folder)
+        except Damaged as error:
+            raise CorruptArtifact(f"{stage.name}: {error}; mend: `{command()} rebuild {stage.name} --profile "
+                                  f"{self.root.name}`") from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _take_up(self, stage: Stage, state: Path, say: Callable[[str], None]) -> None:
+        """Let a stage go on from the state at the remote address where more work is in it than in the one here."""
+        if stage.kind == "import" or self.remote.state_seconds(self.where(stage)) <= seconds_of(state):
+            return
+        new = self.root / f".pull-{uuid4().hex[:8]}"
+        try:
+            self.remote.pull_state(self.where(stage), new)
+            shutil.rmtree(state)
+            os.replace(new, state)
+        except Damaged as error:  # only time is lost
+            say(f"{stage.name}: {error}; it goes on from what is on this machine")
+            self.remote.drop_state(self.where(stage))
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     def _check_brought(self, stage: Stage, folder: Path) -> None:
         """Weights that are linked are theirs that were brought, by `imports.file_digest`."""
@@ -210,12 +287,6 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
 def _short(value) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def sha256(path: Path) -> str:
-    """64 hex digits of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size(folder: Path) -> int:

@@ -29,6 +29,7 @@ from m2rl_core.jobs.tasks import notebook_stages, stage_tasks, with_stages
 from m2rl_core.profile import ProfileError, load_profile
 from m2rl_core.publishing.report import NOTEBOOKS, POLICIES, TRAIN, Job, notebook_tasks
 from m2rl_core.run import open_run
+from m2rl_core.store import Store
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: `make ray`")
 TIMED = {"table2", "policies", "headline", "decision", "readings"}  # tables with seconds, which differ from run to run
@@ -141,7 +142,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
 def test_what_another_node_wrote_is_waited_for(tmp_path):
     """Catches a stage that is made twice because a machine still remembers that it was not there."""
     threading.Timer(0.4, (tmp_path / "manifest.json").touch).start()
-    assert cluster._appears(tmp_path / "manifest.json", 30) and not cluster._appears(tmp_path / "never", 0.2)
+    assert cluster._appears(tmp_path, "manifest.json", 30) and not cluster._appears(tmp_path, "never", 0.2)
 
 
 # With Ray ---------------------------------------------------------------------------------------------
@@ -171,10 +172,10 @@ def more(nodes, **options):
                 raise
 
 
-def start(nodes, folder: Path, *arguments: str) -> subprocess.Popen:
-    """The command line, on that cluster."""
+def start(nodes, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """The command line, on that cluster; `environment` beside the usual one."""
     return subprocess.Popen([sys.executable, "-m", "m2rl_core", *arguments, "--engine", "ray", "--address", nodes.address],
-                            cwd=folder, env=environment_in(folder) | {"OMP_NUM_THREADS": "1"}, text=True,
+                            cwd=folder, env=environment_in(folder) | {"OMP_NUM_THREADS": "1"} | environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -295,12 +296,13 @@ def test_a_path_that_is_not_shared_is_one_line(two_nodes, tmp_path, monkeypatch)
     ray.init(address=two_nodes.address, logging_level="ERROR", log_to_driver=False)
     try:
         nodes = [Node(node["NodeID"], node["NodeManagerAddress"], 2, 0) for node in ray.nodes() if node["Alive"]]
-        cluster.check_nodes(ray, nodes, tmp_path / "store")
+        store = Store(tmp_path / "store")
+        cluster.check_nodes(ray, nodes, store)
         assert not list((tmp_path / "store").iterdir())
         there, look = str(tmp_path / "other"), cluster.look
-        monkeypatch.setattr(cluster, "look", lambda file, node: look(f"{there}/{node}", node))
+        monkeypatch.setattr(cluster, "look", lambda where, token, node: look(f"{there}/{node}", token, node))
         with pytest.raises(ClusterError, match=r"^node [\d.]+ does not share .*/store with the driver: .*M2RL_ARTIFACTS"):
-            cluster.check_nodes(ray, nodes, tmp_path / "store")
+            cluster.check_nodes(ray, nodes, store)
     finally:
         ray.shutdown()
 

@@ -74,7 +74,7 @@ class Notebook:
         self.manager.shutdown_kernel(now=True)
 
 
-CELL = ("from m2rl_core import live\nfrom m2rl_core.run import open_run\n"
+CELL = ("from m2rl_core.jobs import live\nfrom m2rl_core.run import open_run\n"
         "run = open_run('live.yaml')\nlive.train(run, 'rl-math')\nprint('next cell')")
 
 

@@ -4,25 +4,31 @@ A module that verifies rows, or a file of one's own, may have `environment(row)`
 text after `</think>` and gives the tools' replies, a list of texts (UserSays: the user's words), or None where the
 episode is over. Such objects live in processes that can be killed (`environment_host`); where one has been, the others'
 answers are played again in a new one. A module whose environments cannot hang says so by `steps_here(row)`; one whose
-steps may take longer than LIMIT sets STEP_SECONDS.
+steps may take longer than LIMIT sets STEP_SECONDS. With M2RL_ENVIRONMENTS they live on other machines (`far_environments`).
 """
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from m2rl_core.domains import MODULES, OWN, Row, Verdict, environment_host, home_of
 from m2rl_core.domains.environment_host import Failed, Host, host, made, replies
 from m2rl_core.errors import StudyError
 
+if TYPE_CHECKING:
+    from m2rl_core.domains.far_environments import Far, Lane
+
 LIMIT = 10.0  # seconds of wall time for a step, as the released code allows a tool
+PLAYED_OTHER = "environment lost with its process; played again, it replied something else"
 
 _numbers = itertools.count()
 
 
-def open_environment(row: Row) -> Here | Hosted | None:
+def open_environment(row: Row) -> Here | Hosted | Far | None:
     """A fresh episode of `row`, whose `step` raises nothing that is the row's own fault; None where nobody replies."""
     if row.domain not in MODULES and row.domain not in OWN:  # a judge's question belongs to no domain
         return None
@@ -31,12 +37,15 @@ def open_environment(row: Row) -> Here | Hosted | None:
         return None
     if getattr(home, "steps_here", lambda _: False)(row):
         return Here(home.environment, row)
+    if os.environ.get("M2RL_ENVIRONMENTS"):
+        from m2rl_core.domains.far_environments import Far
+        return Far(home.__name__, row, getattr(home, "STEP_SECONDS", LIMIT))
     return Hosted(home.__name__, row, getattr(home, "STEP_SECONDS", LIMIT))
 
 
-def step_all(environments: Sequence[Here | Hosted], answers: Sequence[str]) -> list[list[str] | None]:
+def step_all(environments: Sequence[Here | Hosted | Far], answers: Sequence[str]) -> list[list[str] | None]:
     """One step of each, in order; those that live in different processes at the same time."""
-    lanes: dict[int, list[int]] = {}
+    lanes: dict[int | Lane, list[int]] = {}
     for i, environment in enumerate(environments):
         lanes.setdefault(environment.lane, []).append(i)
     found: list[list[str] | None] = [None] * len(environments)
@@ -122,7 +131,7 @@ class Hosted:
         process.ask((self.home, self.number, self.row, None, self.seconds), self.seconds)
         for answer, replied in self.past:
             if self._ask(process, answer) != replied:
-                raise Failed("environment lost with its process; played again, it replied something else")
+                raise Failed(PLAYED_OTHER)
 
     def _ask(self, process: Host, answer: str) -> list[str] | None:
         return process.ask((self.home, self.number, None, answer, self.seconds), self.seconds)

@@ -1,16 +1,16 @@
 """A Ray cluster as an executor of stages: where each runs, what it may take of a node, and what follows when one is lost.
 
-Ray places the tasks and tells how they ended, no more: models stay in the store, which all nodes must see at one path. Before
-any work, each node shows that it sees the store and that its code and packages are the driver's.
+Ray places the tasks and tells how they ended, no more: models stay in the store, which all nodes see at one path, or have
+on disks of their own with copies at one address (M2RL_STORE). Before any work, each node shows that it sees that path or
+address and that its code and packages are the driver's.
 """
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import platform
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ from types import ModuleType
 from uuid import uuid4
 
 from m2rl_core.errors import StudyError
+from m2rl_core.jobs.remote import SETTING, Remote, RemoteError
 from m2rl_core.jobs.schedule import Result, Task, run_id
 from m2rl_core.profile import Profile, ProfileError
-from m2rl_core.provenance import commit, packages
+from m2rl_core.provenance import code, commit, packages
 from m2rl_core.run import MissingArtifact, Run
 from m2rl_core.specs import Resources
-from m2rl_core.store import MANIFEST, CorruptArtifact, DiskFull, write_atomic
+from m2rl_core.store import CorruptArtifact, DiskFull, Store, write_atomic
 
 RETRIES = 2  # how often a stage is tried again, from its last state, after its worker or its node is gone or it failed there
 ANSWER = 120  # seconds in which a node must answer the first question
@@ -31,7 +32,8 @@ KNOCK = 10  # seconds in which an address must take a connection
 SLOW = "timed out during startup"  # Ray's words for a node whose processes are not up within half a minute
 FINAL = (StudyError, ProfileError, MissingArtifact, CorruptArtifact, DiskFull)  # another node would find the same
 LAG = 90.0  # seconds after which one node must see what another one wrote
-RUNNING = "running"  # folder of the store: on which node each stage is made
+RUNNING = "running"  # folder of the store, or of its address: on which node each stage is made
+OWN_DISK = "M2RL_NODE_ARTIFACTS"  # of a node's own environment: its folder, where nodes share an address and no path
 
 
 class ClusterError(StudyError):
@@ -62,11 +64,13 @@ class Nodes:
         self.run, self.say = run, say
         self._failed: dict[str, list[str]] = {}  # stage -> the nodes on which it failed
         self._refs: dict[str, object] = {}
-        self.ray = connect(address)
+        self.ray = connect(address, told=run.store.remote is not None)
         try:
             nodes = self.nodes()
             check_sizes(run.profile, {stage.kind for stage in run.stages.values()}, nodes)
-            check_nodes(self.ray, nodes, run.store.root)
+            check_nodes(self.ray, nodes, run.store)
+            for stage in run.stages.values():
+                run.store.offer(stage)  # what is made on this machine already
         except BaseException:
             self.close()
             raise
@@ -89,7 +93,8 @@ class Nodes:
         if any(node.id not in failed and node.has(wanted) for node in self.nodes()):
             options |= {"label_selector": {"ray.io/node-id": f"!in({','.join(failed)})"}} if failed else {
                 "scheduling_strategy": "SPREAD"}
-        environment = {name: value for name, value in os.environ.items() if name.startswith("M2RL_")} | {"M2RL_RUN": run_id()}
+        environment = {name: value for name, value in os.environ.items()
+                       if name.startswith("M2RL_") and name != OWN_DISK} | {"M2RL_RUN": run_id()}
         ref = self._make.options(**options).remote(self.run.profile, str(self.run.root), task.name, environment)
         self._refs[task.name] = ref
         return ref.future()
@@ -98,14 +103,14 @@ class Nodes:
         del self._refs[task.name]
         try:
             result = Result(task.name, "completed", future.result())
-            _appears(self.run.store.folder(self.run.stages[task.name]) / MANIFEST, LAG)  # before a notebook looks for it
+            _waits(lambda: self.run.has(task.name), LAG)  # before a notebook looks for it
             return result
         except self.ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             reason = (str(cause).strip().splitlines() or [""])[0][:300]
             reason = reason if isinstance(cause, FINAL) else f"{type(cause).__name__}: {reason}"
         failed = self._failed.setdefault(task.name, [])
-        failed.append(_node_of(self.run.store.root, task.name))
+        failed.append(_node_of(self.run.store, task.name))
         if isinstance(cause, FINAL) or len(failed) > RETRIES:
             return Result(task.name, "failed", reason=reason)
         self.say(f"{task.name}: {reason}; it goes on from its last state, on another node if there is one "
@@ -123,20 +128,24 @@ def make(profile: Profile, root: str, name: str, environment: dict[str, str]) ->
     """In a worker of a node: make one stage whose inputs are made; its seconds."""
     import ray
     began, node = time.monotonic(), ray.get_runtime_context().get_node_id()
-    run = Run(profile, Path(root))
-    run.store.jobs = 0  # Ray counts what runs on a node
-    note = run.store.root / RUNNING / name
-    note.parent.mkdir(exist_ok=True)
-    write_atomic(note, node)
-    for old in [key for key in os.environ if key.startswith("M2RL_")]:
+    for old in [key for key in os.environ if key.startswith("M2RL_") and key != OWN_DISK]:
         del os.environ[old]  # of the task before: a worker serves several
-    os.environ.update(environment | {"M2RL_LOG": str(run.store.root / f"reproduce-{node[:8]}.log")})
+    os.environ.update(environment)
+    own = os.environ.get(OWN_DISK) if SETTING in environment else None
+    run = Run(profile, Path(own or root).absolute())
+    if run.store.remote is None:  # the driver reads it there; what is said on another disk comes to it through Ray
+        os.environ["M2RL_LOG"] = str(run.store.root / f"reproduce-{node[:8]}.log")
+    run.store.jobs = 0  # Ray counts what runs on a node
+    _note(run.store, name, node)
     for part in run.stages[name].needs:  # what another node has just made; unseen, it would be made here again
-        if not _appears(run.store.folder(run.stages[part]) / MANIFEST, LAG):
-            raise ClusterError(f"{name}: {part} is made, but this node does not see it {LAG:.0f} seconds later: "
-                               f"is {run.store.root} a path that all nodes share?")
+        if run.store.remote and run.stages[part].kind == "import":
+            run.need(part)  # brought models lie on each node, or come from the hub
+        elif not _waits(lambda part=part: run.has(part), LAG):
+            raise ClusterError(f"{name}: {part} is made, but this node does not see it {LAG:.0f} seconds later: is "
+                               + (f"{run.store.remote.at.shown} the same for all nodes?" if run.store.remote else
+                                  f"{run.store.root} a path that all nodes share?"))
     run.need(name)
-    note.unlink(missing_ok=True)
+    _note(run.store, name, None)
     return round(time.monotonic() - began, 1)
 
 
@@ -146,14 +155,17 @@ def takes(profile: Profile, kind: str) -> dict[str, float]:
     return {"num_cpus": given.cpus or profile.threads_of(kind), "num_gpus": given.gpus}
 
 
-def connect(address: str) -> ModuleType:
-    """Ray, connected to `auto`, host:port, ray://host:port or `local`: a cluster of this machine alone that ends with us."""
+def connect(address: str, told: bool = False) -> ModuleType:
+    """Ray, connected to `auto`, host:port, ray://host:port or `local`: a cluster of this machine alone that ends with us.
+
+    `told`: what tasks say on other machines comes to this process's standard output.
+    """
     try:
         import ray
     except ModuleNotFoundError as error:
         raise ClusterError("--engine ray needs Ray, which is not installed here: `make ray` installs it") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    quiet = {"logging_level": "ERROR", "log_to_driver": told}
     if address == "local":  # nothing large passes through Ray's memory, so the least that it takes
         quiet |= {"include_dashboard": False, "object_store_memory": 80 * 2**20}
     for patience in (2, 1, 0):
@@ -189,56 +201,74 @@ def check_sizes(profile: Profile, kinds, nodes: list[Node]) -> None:
                 f"{profile.name}")
 
 
-def check_nodes(ray: ModuleType, nodes: list[Node], root: Path) -> None:
-    """Raise ClusterError for the first node that does not share the store's path, or that has other versions than this one."""
+def check_nodes(ray: ModuleType, nodes: list[Node], store: Store) -> None:
+    """Raise ClusterError for the first node that does not share the store, or that has other versions than this one.
+
+    Shared is a path, or the address of the copies where there is one: each must see what the other one wrote.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-    root.mkdir(parents=True, exist_ok=True)
-    file, here = root / f".token-{uuid4().hex}", versions()
-    write_atomic(file, file.name)
+    store.root.mkdir(parents=True, exist_ok=True)
+    token, here = f".token-{uuid4().hex}", versions()
+    place = store.remote or store.root
+    _leave(place, token)
+    where = (store.remote.at.address, store.remote.at.name) if store.remote else str(store.root)
     ask = ray.remote(num_cpus=0, max_retries=0)(look)
+    left = [token]
     try:
         there = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)) for node in nodes]
-        asked = [(node, task.remote(str(file), node.id)) for node, task in zip(nodes, there, strict=True)]
+        asked = [(node, task.remote(where, token, node.id)) for node, task in zip(nodes, there, strict=True)]
+        left += [f"{token}.{node.id}" for node in nodes]
         for node, ref in asked:
             try:
-                found, sees = ray.get(ref, timeout=ANSWER)
+                found, fault = ray.get(ref, timeout=ANSWER)
             except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
                 continue  # it left the cluster a moment ago; Ray gives it no stage
             except ray.exceptions.RayError as error:
                 last = (str(getattr(error, "cause", None) or error).strip().splitlines() or [""])[-1]
                 raise ClusterError(f"node {node.name} cannot answer ({last[:200]}): is the same commit of this repository "
                                    "installed there, with its requirements?") from error
-            if fault := difference(node.name, here, found):
-                raise ClusterError(fault)
-            if not sees or not _appears(Path(f"{file}.{node.id}")):
-                raise ClusterError(f"node {node.name} does not share {root} with the driver: the store must lie on a path "
-                                   "that all nodes see and may write to (M2RL_ARTIFACTS=/shared/folder)")
+            if other := difference(node.name, here, found):
+                raise ClusterError(other)
+            if fault is None and _appears(place, f"{token}.{node.id}"):
+                continue
+            if store.remote:
+                raise ClusterError(f"node {node.name} does not share {store.remote.at.shown} with the driver"
+                                   + (f": {fault}" if fault else ": it must reach that address, with the right to write there"))
+            raise ClusterError(f"node {node.name} does not share {store.root} with the driver: the store must lie on a path "
+                               "that all nodes see and may write to (M2RL_ARTIFACTS=/shared/folder), or have its copies at "
+                               "an address (M2RL_STORE=s3://bucket/folder)")
     finally:
-        for path in root.glob(f"{file.name}*"):
-            path.unlink(missing_ok=True)
+        for name in left:
+            store.remote.at.remove(name) if store.remote else (store.root / name).unlink(missing_ok=True)
 
 
-def look(file: str, node: str) -> tuple[dict[str, str], bool]:
-    """On a node: its versions, and whether it sees the driver's file; leaves one beside it for the driver to see."""
-    sees = _appears(Path(file))
-    with contextlib.suppress(OSError):
-        Path(f"{file}.{node}").touch() if sees else None
-    return versions(), sees
+def look(where: str | tuple[str, str], token: str, node: str) -> tuple[dict[str, str], str | None]:
+    """On a node: its versions, and what is wrong with the store ("" where the driver's file is not seen, None for nothing).
+
+    Leaves a file beside the driver's, for the driver to see. `where`: a path, or an address and the name there.
+    """
+    try:
+        place = Path(where) if isinstance(where, str) else Remote(*where)
+        fault = None if _appears(place, token) else ""
+        if fault is None:
+            _leave(place, f"{token}.{node}")
+    except (StudyError, OSError) as error:
+        fault = str(error)
+    return versions(), fault
+
+
+def _leave(place: Path | Remote, name: str) -> None:
+    place.at.write(name, b".") if isinstance(place, Remote) else write_atomic(place / name, name)
+
+
+def _appears(place: Path | Remote, name: str, seconds: float = 5.0) -> bool:
+    return _waits(lambda: place.at.exists(name) if isinstance(place, Remote) else (place / name).exists(), seconds)
 
 
 def versions() -> dict[str, str]:
     """What must be the same on all nodes."""
     import ray
     return {"commit": commit(), "code": code(), "Python": platform.python_version(), "ray": ray.__version__, **packages()}
-
-
-def code() -> str:
-    """8 hex digits of this package's files, changes that are in no commit included."""
-    home, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for path in sorted(home.rglob("*")):
-        if path.suffix in (".py", ".yaml", ".csv", ".json", ".jinja", ".txt"):
-            digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:8]
 
 
 def difference(node: str, here: dict[str, str], there: dict[str, str]) -> str:
@@ -253,19 +283,29 @@ def difference(node: str, here: dict[str, str], there: dict[str, str]) -> str:
     return ""
 
 
-def _appears(path: Path, seconds: float = 5.0) -> bool:
-    """Whether a file is there, or comes to be seen in time; a machine may remember for a while that it was not."""
+def _waits(there: Callable[[], bool], seconds: float) -> bool:
+    """Whether something is there, or comes to be seen in time; a machine may remember for a while that it was not."""
     end = time.monotonic() + seconds
-    while not path.exists():
+    while not there():
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
     return True
 
 
-def _node_of(root: Path, stage: str) -> str:
+def _note(store: Store, stage: str, node: str | None) -> None:
+    """Keep on which node a stage is made; None: on none any more."""
+    if store.remote:
+        name = f".{RUNNING}/{stage}"
+        return store.remote.at.write(name, node.encode()) if node else store.remote.at.remove(name)
+    note = store.root / RUNNING / stage
+    note.parent.mkdir(exist_ok=True)
+    write_atomic(note, node) if node else note.unlink(missing_ok=True)
+
+
+def _node_of(store: Store, stage: str) -> str:
     """The node on which a stage was begun last; "none" where it never was."""
     try:
-        return (root / RUNNING / stage).read_text()
-    except FileNotFoundError:
+        return store.remote.at.read(f".{RUNNING}/{stage}").decode() if store.remote else (store.root / RUNNING / stage).read_text()
+    except (FileNotFoundError, RemoteError):
         return "none"

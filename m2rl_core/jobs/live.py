@@ -19,7 +19,7 @@ from m2rl_core.errors import StudyError
 from m2rl_core.jobs import locks
 from m2rl_core.run import Run
 from m2rl_core.store import STATE, write_atomic
-from m2rl_core.study import seeds_of
+from m2rl_core.study import Stage, seeds_of
 
 JOBS = "jobs"  # folder of the store
 EVERY = 1.0  # seconds between two looks
@@ -79,7 +79,23 @@ def working(run: Run, model: str) -> bool:
     left, who = missing(run, model), _job(run, model)
     if left and who.get("machine") == locks.machine_id() and locks.born(who["pid"]) == who["born"]:
         return True
-    return bool({mark.stage for mark in locks.marks(run.store.root / ".lock")} & set(left))
+    return bool(makers(run) & set(left))
+
+
+def makers(run: Run) -> set[str]:
+    """The stages that are being made, on whatever machine that shares the store's path or its address."""
+    there = run.store.remote.makers() if run.store.remote else set()
+    return there | {mark.stage for mark in locks.marks(run.store.root / ".lock")}
+
+
+def trace_of(run: Run, stage: Stage) -> Path:
+    """The lines of a stage's steps: of this machine's state, or of the one that another machine copied to the address."""
+    here = run.store.folder(stage) / STATE / progress.TRACE
+    if here.exists() or run.store.remote is None:
+        return here
+    copy = run.store.root / JOBS / f"{stage.name}.{progress.TRACE}"
+    run.store.remote.pull_trace(run.store.where(stage), progress.TRACE, copy)
+    return copy
 
 
 def stop(run: Run, model: str) -> None:
@@ -113,10 +129,10 @@ def watch(run: Run, model: str) -> None:
 
 def picture(run: Run, model: str, left: list[str]) -> str:
     """HTML of the moment: what is made now, how far it is, and the curve of its reward (or loss)."""
-    marked = [mark.stage for mark in locks.marks(run.store.root / ".lock")]
+    marked = makers(run)
     now = next((name for name in left if name in marked), left[0])
     stage = run.stages[now]
-    steps = steps_so_far(run.store.folder(stage) / STATE / progress.TRACE)
+    steps = steps_so_far(trace_of(run, stage))
     if not steps:
         return f"<code>{html.escape(now)} · {'begins' if now in marked else 'waits'} · {len(left)} to be made</code>"
     last = steps[-1]

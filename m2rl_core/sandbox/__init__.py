@@ -226,8 +226,8 @@ def open_sandbox(limits: Limits = Limits()):
     """A `Sandbox`, or the `Interpreter` (with a warning) where bubblewrap cannot be used.
 
     The environment variable M2RL_SANDBOX forces one: "bubblewrap" (SandboxUnavailable where it fails), "interpreter", or
-    the address of a SandboxFusion server (StudyError where it does not run Python); ValueError for any other value but
-    "auto".
+    the address of a SandboxFusion server, or several with commas (StudyError where it does not run Python); ValueError for
+    any other value but "auto".
     """
     found = _find(limits)
     if found.kind == "interpreter":
@@ -246,8 +246,8 @@ def _find(limits: Limits):
 
     choice = os.environ.get("M2RL_SANDBOX", "auto")
     if choice.startswith(("http://", "https://")):
-        from m2rl_core.sandbox.fusion import Client
-        return Client(choice, limits)
+        from m2rl_core.sandbox import fusion, several
+        return several.Several(choice.split(","), limits) if "," in choice else fusion.Client(choice, limits)
     if choice not in CHOICES:
         raise StudyError(f"M2RL_SANDBOX={choice!r}: one of {', '.join(CHOICES)}, or the address of a SandboxFusion server")
     if choice == "interpreter":

@@ -35,8 +35,9 @@ class Client:
 
     kind = "SandboxFusion"
 
-    def __init__(self, endpoint: str, limits: Limits = Limits()):
+    def __init__(self, endpoint: str, limits: Limits = Limits(), patience: int = post.TRIES):
         """Runs one program, so that StudyError comes here where the server is not there or is none."""
+        self.patience = patience
         self.url = post.check(endpoint, "M2RL_SANDBOX") + "/run_code"
         self.about, self.limits = f"{WHO} at {post.shown(endpoint)}", limits
         said, error = self._ask("print(6*7)", "", LEAST)
@@ -47,10 +48,10 @@ class Client:
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
         """The outcome of each program, in order; equal programs run once. StudyError where the server fails."""
         different = list(dict.fromkeys(programs))
-        found = dict(zip(different, self._pool.map(self._one, different), strict=True))
+        found = dict(zip(different, self._pool.map(self.one, different), strict=True))
         return [found[program] for program in programs]
 
-    def _one(self, program: Program) -> Outcome:
+    def one(self, program: Program) -> Outcome:
         """Input after input, up to the first failure: no verdict depends on what follows it."""
         outputs = []
         for number, text in enumerate(program.inputs, 1):
@@ -67,7 +68,7 @@ class Client:
                    "code": code, "stdin": stdin, "language": "python", "files": {}, "fetch_files": []}
         for attempt in range(TRIES):
             post.wait(attempt)
-            reply = post.post(self.url, request, WHO, COMPILE + seconds + GRACE)
+            reply = post.post(self.url, request, WHO, COMPILE + seconds + GRACE, patience=self.patience)
             if reply.get("status") != "SandboxError":
                 return read(reply)
         # Its own fault, or a program's that it could not stand, as one that prints no UTF-8: no reason to end a training.
