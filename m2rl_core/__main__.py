@@ -15,6 +15,7 @@ import yaml
 
 from m2rl_core import ranks
 from m2rl_core.errors import StudyError
+from m2rl_core.jobs import launch
 from m2rl_core.jobs.tasks import notebook_stages
 from m2rl_core.profile import ProfileError, repo_root
 from m2rl_core.progress import duration
@@ -138,6 +139,8 @@ def _nodes(args, run: Run):
     if args.engine == "local":
         if args.address:
             raise runner.ReportError(f"--address {args.address}: only --engine ray has one")
+        if not ranks.launched():
+            launch.check(run.profile, [stage.kind for stage in run.stages.values() if not run.has(stage.name)])
         return None
     from m2rl_core.jobs.cluster import Nodes
     return Nodes(run, args.address or os.environ.get("RAY_ADDRESS") or "local")
