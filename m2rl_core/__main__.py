@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--address", default="", help="of Ray: auto, HOST:6379, ray://HOST:10001 or local")
         if function is estimate:
             command.add_argument("--gpu", default="", help="for GPUs of this make: h100, h200, h800, a100 (this machine)")
-            command.add_argument("--gpus", type=int, default=0, help="for so many of them (as few as hold the model)")
+            command.add_argument("--gpus", type=int, default=0, help="for so many (as the profile's resources say)")
             for rate, what in (("sampling", "samples"), ("training", "trains on")):
                 command.add_argument(f"--{rate}", type=float, default=0.0, metavar="TOKENS/S",
                                      help=f"tokens a second that a GPU {what}")
