@@ -73,6 +73,18 @@ def test_whoever_is_killed_the_others_end_and_any_number_goes_on(one, tmp_path):
     assert "processes" not in assert_same_expert(one, store)
 
 
+def test_what_a_killed_one_left_is_removed_by_the_next(tmp_path):
+    """Catches folders that pile up, and one that is taken from a launch that still runs, here or on another machine."""
+    (stage, dead), here = (open_run("smoke", tmp_path).stages["rl-math"], "2147483000,1"), launch.who()
+    machine = here.split(",")[0]
+    for name, told in {"rl-math-00000001": f"{machine},{dead}", "rl-math-00000002": here, "rl-math-00000003": f"m,{dead}",
+                       "rl-multi-00000004": f"{machine},{dead}"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / launch.ASKED).write_text(told)
+    launch._sweep(tmp_path, stage)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "3", "4"]
+
+
 def test_an_error_of_a_rank_and_an_interrupt_end_a_launch(one, tmp_path):
     """Catches a launcher's own words in place of the ranks', a launch that Ctrl-C does not reach, and one that hangs."""
     store = beginning(one, tmp_path, TWO)
@@ -121,6 +133,20 @@ def test_of_many_errors_the_cause_is_raised(tmp_path):
     assert isinstance(found, ranks.RankLost) and str(found) == f"KeyError: 'x'; its traceback is in {log}"
     found = launch._error(errors(tmp_path / "e"), stage, 1, log)
     assert type(found) is launch.LaunchFailed and "ValueError: no such key" in str(found) and not isinstance(found, ranks.RankLost)
+
+
+def test_why_another_node_could_not_begin_is_raised(tmp_path, monkeypatch):
+    """Catches the first node's word that somebody is missing, in place of the missing one's own."""
+    run = open_run(small(tmp_path, TWO | {"nodes": 2}), tmp_path)
+
+    class Others(launch.Others):
+        def close(self):
+            self.fault = ClusterError("node b does not see it")
+    run.others, closed = lambda folder: Others(), []
+    monkeypatch.setattr(launch, "attend", lambda *arguments: closed.append(arguments) or 1)
+    with pytest.raises(ClusterError, match="^node b does not see it$"):
+        launch.make(run, run.stages["rl-math"])
+    assert len(closed) == 1 and not list((run.store.root / launch.LAUNCHES).iterdir())
 
 
 @pytest.mark.parametrize(("error", "kept"), [

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from m2rl_core.run import Run
 
 LAUNCHES = "launch"  # folder of the store
-WORK, CONFIG, RANK, ERROR, SAID = "work", "config.yaml", "rank-", "error-", "said-"  # files of one launch
-MAKER = "M2RL_MAKER"  # environment of a rank: id and birth of the process on its machine that needs the stage
+WORK, CONFIG, ASKED, RANK, ERROR, SAID = "work", "config.yaml", "asked", "rank-", "error-", "said-"  # files of one launch
+MAKER = "M2RL_MAKER"  # environment of a rank: the process on its machine that has started the launcher
 LOOK = 0.2  # seconds between two looks
 PATIENCE = 40.0  # seconds in which a launcher ends that was asked to; it gives the ranks 30
 SHORT = 5.0  # seconds in which ranks see that their launcher has ended
@@ -61,6 +61,7 @@ class Others:
     """The launchers on the other machines of a stage; here, none."""
 
     place = Place()
+    fault: Exception | None = None  # why one of them could not begin; known when all have ended
 
     def ended(self) -> bool:
         """Whether one of them has ended."""
@@ -111,9 +112,11 @@ def make(run: Run, stage: Stage) -> None:
     if how.nodes > 1 and run.others is None:
         check(run.profile, [stage.kind])
     folder = run.store.root / LAUNCHES / f"{stage.name}-{uuid4().hex[:8]}"
+    _sweep(folder.parent, stage)
     folder.mkdir(parents=True)
     others = Others()
     try:
+        (folder / ASKED).write_text(who())
         (folder / CONFIG).write_text(_content(how.config), encoding="utf-8")
         (folder / WORK).write_bytes(pickle.dumps((run.profile, run.root, run.source, run.store.jobs, stage.name)))
         progress.say(f"{stage.name} · {how.processes} processes begin")
@@ -122,7 +125,7 @@ def make(run: Run, stage: Stage) -> None:
         code = attend(run, stage, folder, others.place, others.ended)
         others.close()
         if not run.has(stage.name):
-            raise _error(folder, stage, code, log_of(run, stage, 0))
+            raise others.fault or _error(folder, stage, code, log_of(run, stage, 0))
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # by which launchers on other machines see that it is over
 
@@ -136,7 +139,7 @@ def attend(run: Run, stage: Stage, folder: Path, place: Place, stopped: Callable
                "--num_processes", how.processes, "--num_machines", how.nodes, "--machine_rank", place.machine, *where,
                "--main_process_port", place.port, "-m", "m2rl_core.jobs.rank", folder]
     environment = os.environ | {
-        MAKER: f"{os.getpid()},{locks.born(os.getpid())}", "M2RL_LOG": os.environ.get("M2RL_LOG", str(said)),
+        MAKER: who(), "M2RL_LOG": os.environ.get("M2RL_LOG", str(said)),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with open(log, "ab") as sink:  # a session of its own: Ctrl-C is for this process, which ends them one after the other
         launcher = subprocess.Popen([str(part) for part in command], env=environment, stdin=subprocess.DEVNULL, stdout=sink,
@@ -158,6 +161,25 @@ def attend(run: Run, stage: Stage, folder: Path, place: Place, stopped: Callable
 def log_of(run: Run, stage: Stage, machine: int) -> Path:
     """What a stage's launcher and its ranks say themselves, tracebacks and warnings."""
     return run.store.root / LAUNCHES / f"{stage.name}{f'-{machine}' if machine else ''}.log"
+
+
+def who() -> str:
+    """This process, as `lives` reads it."""
+    return f"{locks.machine_id()},{os.getpid()},{locks.born(os.getpid())}"
+
+
+def lives(told: str) -> bool:
+    """Whether a process of this machine is still there; False for those of others."""
+    machine, pid, born = told.split(",")
+    return machine == locks.machine_id() and locks.born(int(pid)) == born
+
+
+def _sweep(home: Path, stage: Stage) -> None:
+    """Remove what launches of a stage left behind whose asker on this machine was killed."""
+    for asked in home.glob(f"{stage.name}-????????/{ASKED}"):
+        told = asked.read_text()
+        if told.startswith(locks.machine_id()) and not lives(told):
+            shutil.rmtree(asked.parent, ignore_errors=True)
 
 
 def _wait(run: Run, stage: Stage) -> None:
@@ -192,11 +214,11 @@ def _end(launcher: subprocess.Popen, folder: Path) -> None:
             launcher.wait()
     end = time.monotonic() + SHORT
     for path in folder.glob(f"{RANK}*"):
-        machine, pid, born = path.read_text().split(",")
-        while machine == locks.machine_id() and locks.born(int(pid)) == born:
+        told = path.read_text()
+        while lives(told):
             if time.monotonic() > end:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(int(told.split(",")[1]), signal.SIGKILL)
             time.sleep(0.05)
 
 

@@ -47,9 +47,15 @@ class Others(launch.Others):
         return bool(self.ray.wait(self.refs, timeout=0)[0])
 
     def close(self) -> None:
-        _, late = self.ray.wait(self.refs, num_returns=len(self.refs), timeout=launch.PATIENCE)
+        over, late = self.ray.wait(self.refs, num_returns=len(self.refs), timeout=launch.PATIENCE)
         for ref in late:
             self.ray.cancel(ref, force=True)
+        for ref in over:
+            try:
+                self.ray.get(ref)
+            except self.ray.exceptions.RayError as error:  # a lost node is told by the ranks that miss its ranks
+                cause = getattr(error, "cause", None)
+                self.fault = cause if isinstance(cause, StudyError) else self.fault
 
 
 def help_make(run: Run, name: str, folder: Path, place: launch.Place) -> None:

@@ -13,17 +13,18 @@ import time
 import traceback
 from pathlib import Path
 
-from m2rl_core.jobs import locks
+from m2rl_core import ranks
+from m2rl_core.jobs import launch
+from m2rl_core.jobs.cluster import FINAL
+from m2rl_core.run import Run
 
 EVERY = 0.3  # seconds between two looks
 
 
 def stay_with(parent: int, maker: str, folder: Path) -> None:
-    """Let this process end when its parent is another one, `maker` ("id,birth") is no more, or the launch is over."""
-    pid, born = maker.split(",")
-
+    """Let this process end when its parent is another one, `maker` is no more, or the launch is over."""
     def look() -> None:
-        while os.getppid() == parent and locks.born(int(pid)) == born and folder.exists():
+        while os.getppid() == parent and launch.lives(maker) and folder.exists():
             time.sleep(EVERY)
         os._exit(1)
 
@@ -32,11 +33,7 @@ def stay_with(parent: int, maker: str, folder: Path) -> None:
 
 def main(folder: Path, rank: str) -> int:
     """Make the stage that the folder names, with the others; an error is left there for the one who asked."""
-    from m2rl_core import ranks
-    from m2rl_core.jobs.cluster import FINAL
-    from m2rl_core.jobs.launch import ERROR, WORK, RankFailed
-    from m2rl_core.run import Run
-    profile, root, source, jobs, name = pickle.loads((folder / WORK).read_bytes())
+    profile, root, source, jobs, name = pickle.loads((folder / launch.WORK).read_bytes())
     try:
         run = Run(profile, root, source)
         run.store.jobs = jobs
@@ -44,17 +41,15 @@ def main(folder: Path, rank: str) -> int:
         return 0
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        known = (type(error), text) if isinstance(error, FINAL) else (RankFailed, f"{type(error).__name__}: {text}")
-        (folder / f"{ERROR}{rank}").write_bytes(pickle.dumps(known))
+        known = (type(error), text) if isinstance(error, FINAL) else (launch.RankFailed, f"{type(error).__name__}: {text}")
+        (folder / f"{launch.ERROR}{rank}").write_bytes(pickle.dumps(known))
         traceback.print_exc()
         ranks.tell(error)
         return 2
 
 
 if __name__ == "__main__":
-    from m2rl_core.jobs.launch import MAKER, RANK
-    from m2rl_core.ranks import leave
     here, number = Path(sys.argv[1]), os.environ["RANK"]
-    stay_with(os.getppid(), os.environ[MAKER], here)
-    (here / f"{RANK}{number}").write_text(f"{locks.machine_id()},{os.getpid()},{locks.born(os.getpid())}")
-    leave(main(here, number))
+    stay_with(os.getppid(), os.environ[launch.MAKER], here)
+    (here / f"{launch.RANK}{number}").write_text(launch.who())
+    ranks.leave(main(here, number))
