@@ -15,6 +15,7 @@ import yaml
 
 from m2rl_core import ranks
 from m2rl_core.errors import StudyError
+from m2rl_core.jobs import launch
 from m2rl_core.jobs.tasks import notebook_stages
 from m2rl_core.profile import ProfileError, repo_root
 from m2rl_core.progress import duration
@@ -138,6 +139,8 @@ def _nodes(args, run: Run):
     if args.engine == "local":
         if args.address:
             raise runner.ReportError(f"--address {args.address}: only --engine ray has one")
+        if not ranks.launched():
+            launch.check(run.profile, [stage.kind for stage in run.stages.values() if not run.has(stage.name)])
         return None
     from m2rl_core.jobs.cluster import Nodes
     return Nodes(run, args.address or os.environ.get("RAY_ADDRESS") or "local")
@@ -167,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--address", default="", help="of Ray: auto, HOST:6379, ray://HOST:10001 or local")
         if function is estimate:
             command.add_argument("--gpu", default="", help="for GPUs of this make: h100, h200, h800, a100 (this machine)")
-            command.add_argument("--gpus", type=int, default=0, help="for so many of them (as few as hold the model)")
+            command.add_argument("--gpus", type=int, default=0, help="for so many (as the profile's resources say)")
             for rate, what in (("sampling", "samples"), ("training", "trains on")):
                 command.add_argument(f"--{rate}", type=float, default=0.0, metavar="TOKENS/S",
                                      help=f"tokens a second that a GPU {what}")

@@ -19,10 +19,12 @@ from typing import Any, Literal
 import yaml
 
 from m2rl_core.domains import BENCHMARKS, DOMAINS, module
-from m2rl_core.specs import ModelSpec, PretrainedSpec, Profile
+from m2rl_core.specs import ModelSpec, PretrainedSpec, Profile, Resources
 
 KINDS = ("base", "sft", "rl", "opd", "merge", "eval", "weights", "kl", "judge", "sweep",
          "import")  # of stages
+TOGETHER = ("base", "sft", "rl", "opd", "eval")  # kinds that several processes make together
+SEVERAL = ("FSDP", "MULTI_GPU")  # accelerate's distributed_type, where its launcher starts as many processes as it is told
 MEASURED = ("interference_every", "variance_every")  # 0: never
 
 
@@ -133,7 +135,7 @@ def _over(under: dict, over: dict, where: str, path: Path, files: Files) -> dict
 
 
 def _placed(profile: Profile, path: Path) -> Profile:
-    """The profile with absolute paths: of folders that are there, and of files of domains."""
+    """The profile with absolute paths: of folders that are there, of files of domains and of accelerate's config files."""
     path = path.absolute()
     home = path.parent.parent if path.parent.name == "params" else path.parent
 
@@ -147,7 +149,9 @@ def _placed(profile: Profile, path: Path) -> Profile:
     model = profile.model
     if isinstance(model, PretrainedSpec):
         model = dataclasses.replace(model, source=full(model.source))
-    return dataclasses.replace(profile, domains=domains, model=model,
+    resources = {kind: dataclasses.replace(taken, config=str((home / Path(taken.config).expanduser()).absolute()))
+                 if taken.config else taken for kind, taken in profile.resources.items()}
+    return dataclasses.replace(profile, domains=domains, model=model, resources=resources,
                                imports={name: full(source) for name, source in profile.imports.items()})
 
 
@@ -234,8 +238,7 @@ def _check(profile: Profile, files: Files) -> None:
 
     names("resources", profile.resources, KINDS)
     for kind, taken in profile.resources.items():
-        if taken.gpus < 0 or taken.cpus < 0:
-            fail(f"resources.{kind}", f"{taken.gpus:g} GPUs and {taken.cpus} cores: nothing takes less than none")
+        _check_taken(f"resources.{kind}", kind, taken, fail)
     _check_models(profile, fail)
     own = tuple(profile.files)
     names("rl.rows", profile.rl.rows, (*DOMAINS, *own), profile.domain_names)
@@ -306,6 +309,31 @@ def _check(profile: Profile, files: Files) -> None:
             fail(f"{where}.top_p", f"{asked['top_p']} is not in (0, 1]: the share of the likeliest tokens that is drawn from")
         if min(asked.values()) < 0:
             fail(where, f"{asked}: nothing of this can be below 0")
+
+
+def _check_taken(where: str, kind: str, taken: Resources, fail) -> None:
+    """What a kind of stage takes, and by how many processes it is made; `fail(place, what)`."""
+    n, nodes = taken.processes, taken.nodes
+    if taken.gpus < 0 or taken.cpus < 0:
+        fail(where, f"{taken.gpus:g} GPUs and {taken.cpus} cores: nothing takes less than none")
+    if n < 1 or nodes < 1 or n % nodes:
+        fail(where, f"{n} processes on {nodes} nodes: each node has as many as the others, at least one")
+    if n > 1 and not taken.config:
+        fail(f"{where}.config", f"missing; a file of params/accelerate says how {n} processes hold the model")
+    if not taken.config:
+        return
+    if kind not in TOGETHER:
+        fail(where, f"one process makes a stage of kind {kind}; several make {', '.join(TOGETHER)}")
+    if taken.gpus and n > taken.gpus * nodes:
+        fail(where, f"{n // nodes} processes on a node that gives {taken.gpus:g} GPUs: each takes one")
+    try:
+        content = yaml.safe_load(Path(taken.config).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        fail(f"{where}.config", f"{taken.config} cannot be read ({str(error).splitlines()[0]}): name a file of accelerate's, "
+                                "such as params/accelerate/fsdp-1node-8.yaml")
+    how = content.get("distributed_type") if isinstance(content, dict) else None
+    if how not in SEVERAL:
+        fail(f"{where}.config", f"{taken.config}: distributed_type is {how}, and this trainer has {' and '.join(SEVERAL)}")
 
 
 def _check_models(profile: Profile, fail) -> None:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from m2rl_core import domains, imports, layers, progress, ranks
 from m2rl_core.errors import StudyError
-from m2rl_core.jobs import remote
-from m2rl_core.profile import Profile, load_profile, repo_root
+from m2rl_core.jobs import launch, remote
+from m2rl_core.profile import TOGETHER, Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
 from m2rl_core.publishing import publish
 from m2rl_core.store import NOT_RUN, STATE, DiskFull, Store, command, is_disk_full
@@ -37,9 +37,6 @@ BUILDERS = {
     "weights": "m2rl_core.metrics.weights:build", "kl": "m2rl_core.metrics.divergence:build",
     "judge": "m2rl_core.judge:build", "sweep": "m2rl_core.sweep:build", "import": "m2rl_core.layers:build",
 }
-
-
-TOGETHER = ("base", "sft", "rl", "opd", "eval")  # kinds that all ranks of a launch make; the others are rank 0's
 
 
 class MissingArtifact(LookupError):
@@ -82,6 +79,7 @@ class Run:
         self.stages = study(profile)
         self.members = Members.of(profile)
         self.store = Store(root / profile.name, profile.jobs, remote.opened(profile.name))
+        self.others: Callable[[Path], launch.Others] | None = None  # a cluster's other nodes, for a stage that takes several
 
     # Making ---------------------------------------------------------------------------------------
 
@@ -111,7 +109,9 @@ class Run:
         if away:
             self.stages = study(self.profile)
         for part in ranks.agree(self.missing(name)):
-            if ranks.first():
+            if not ranks.launched() and launch.taken(self.profile, self.stages[part].kind).config:
+                launch.make(self, self.stages[part])
+            elif ranks.first():
                 with ranks.alone() if self.stages[part].kind not in TOGETHER else contextlib.nullcontext():
                     self._make(self.stages[part])
             elif self.stages[part].kind in TOGETHER:
@@ -161,6 +161,8 @@ class Run:
             try:
                 build(context)
                 facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
+                if ranks.launched():
+                    facts["processes"] = ranks.size()
                 if stage.settings.get("engine") == "vllm":
                     from m2rl_core.engines import vllm_engine
                     facts["packages"]["vllm"] = vllm_engine.version()

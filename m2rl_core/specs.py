@@ -228,10 +228,16 @@ class VllmSpec:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a stage takes of a Ray cluster's node; no `cpus`: a core for each of its threads."""
+    """What a stage takes of a Ray cluster's node (no `cpus`: a core for each of its threads), and by how many it is made.
+
+    With `config`, a file of accelerate's, it is made by `processes`, shared evenly by so many `nodes` (see `jobs.launch`).
+    """
 
     gpus: float = 0.0
     cpus: int = 0
+    processes: int = 1
+    nodes: int = 1
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ class Profile:
     `only`: "weights" leaves all out but SFT, the experts and section 3.3's look at their weights; with `analysis.layers`,
     models that are brought are then read in part (see `layers`).
     `rows`: the miniatures' or those of the paper's data sets, see `data`.
-    `resources` are for kinds of stages ("rl", "eval", ...) on a Ray cluster; they stand in no key.
+    `resources` are for kinds of stages ("rl", "eval", ...): of a Ray cluster, and how many processes; they stand in no key.
     """
 
     name: str

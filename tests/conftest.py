@@ -14,6 +14,13 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def one(tmp_path_factory):
+    """A folder with a short smoke study whose rl-math one process has made."""
+    import toy_launch
+    return toy_launch.make_by_one(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
 def words():
     """A tokenizer."""
     import toy_policy

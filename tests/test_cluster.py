@@ -18,11 +18,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import toy_launch
 import yaml
 from whole_study import ROOT, environment_in
 
 from m2rl_core.__main__ import main
-from m2rl_core.jobs import cluster, locks
+from m2rl_core.jobs import cluster, launch, locks
 from m2rl_core.jobs.cluster import ClusterError, Node, check_sizes, difference, takes
 from m2rl_core.jobs.schedule import Result, Task, scheduled
 from m2rl_core.jobs.tasks import notebook_stages, stage_tasks, with_stages
@@ -273,6 +274,36 @@ def long_profile(folder: Path, study) -> Path:
         if made.name.startswith(("base-", "sft-")):
             shutil.copytree(made, folder / "artifacts" / "long" / "models" / made.name)
     return path
+
+
+@with_ray
+def test_two_processes_on_a_node_with_one_killed_make_what_one_makes(two_nodes, one, tmp_path):
+    """Catches a node that looks for the driver's file, a rank that is lost for good, and ranks that are left on a node."""
+    store = toy_launch.beginning(one, tmp_path, toy_launch.TWO)
+    process, said = start(two_nodes, tmp_path, "run", "rl-math", "--profile", str(tmp_path / "small.yaml")), []
+    read_until(process, "rl-math · 2 processes begin", said)
+    read_until(process, "rl-math · step 2/", said)
+    os.kill(toy_launch.rank_file(store, 1), signal.SIGKILL)
+    again = read_until(process, "rl-math: rank 1 of 2 (process ", said)
+    assert "has ended; all ranks stop" in again and again.endswith("on another node if there is one (1 of 2)")
+    assert int(re.search(r"step (\d+)/", read_until(process, "rl-math · step", said))[1]) > 1
+    said += process.stdout.readlines()
+    assert process.wait() == 0, "".join(said[-40:])
+    assert toy_launch.assert_same_expert(one, store)["processes"] == 2
+    assert [path.name for path in (store / launch.LAUNCHES).iterdir()] == ["rl-math.log"]
+    toy_launch.assert_nobody_left(tmp_path)
+
+
+@with_ray
+def test_a_stage_over_two_nodes_is_the_one_of_a_process(two_nodes, one, tmp_path):
+    """Catches a launcher that is not started on the second node, two in one place, and an address where nobody listens."""
+    store = toy_launch.beginning(one, tmp_path, toy_launch.TWO | {"nodes": 2})
+    process = start(two_nodes, tmp_path, "run", "rl-math", "--profile", str(tmp_path / "small.yaml"))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert toy_launch.assert_same_expert(one, store)["processes"] == 2
+    assert sorted(path.name for path in (store / launch.LAUNCHES).iterdir()) == ["rl-math-1.log", "rl-math.log"]
+    toy_launch.assert_nobody_left(tmp_path)
 
 
 @with_ray

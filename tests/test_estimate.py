@@ -204,6 +204,17 @@ def test_more_gpus_are_sooner_and_dearer(tmp_path):
     assert math.isclose(few["tokens"], many["tokens"])
 
 
+def test_as_many_gpus_as_the_profile_gives_a_stage(tmp_path):
+    """Catches a bill for another number than the one that the run will take."""
+    config = Path(__file__).parent.parent / "params" / "accelerate" / "fsdp-1node-8.yaml"
+    path = tmp_path / "nodes.yaml"
+    path.write_text("extends: paper\nresources:\n  eval: {gpus: 1}\n"
+                    f"  rl: {{gpus: 8, processes: 16, nodes: 2, config: {config}}}\n")
+    run = open_run(path, tmp_path)
+    assert bill.source(run, bill.Given("h100")).cluster.gpus == 16
+    assert bill.source(run, bill.Given("h100", 32)).cluster.gpus == 32
+
+
 def test_given_rates_are_reached(tmp_path):
     """A user's own tokens a second: shares of a GPU are set so that a step has them; half the rate, twice the time."""
     run = open_run("paper", tmp_path)

@@ -63,8 +63,8 @@ def calibratable(profile: Profile) -> bool:
 
 @dataclass(frozen=True)
 class Given:
-    """What the user says of the machines: a GPU's name, how many (0: as few as hold the model), and the tokens a second that
-    each samples and trains on (0: as the fit says). An empty name: this machine."""
+    """What the user says of the machines: a GPU's name, how many (0: the most that `resources` give a stage, else as few as
+    hold the model), and the tokens a second that each samples and trains on (0: as the fit says). No name: this machine."""
 
     gpu: str = ""
     gpus: int = 0
@@ -96,7 +96,8 @@ def source(run, given: Given = Given(), measure: bool = False) -> Source:
     tokens = max(speed.MICRO_TOKENS, rl.max_new_tokens + modelled.PROMPT)
     trains = any(stage.kind in ("sft", "rl", "opd") for stage in run.stages.values())
     fewest = speed.sharding(shape, named, 1024, tokens) if trains else memory.sharded_engine(shape, named, 1024)
-    gpus = gpus or fewest or 1024
+    stated = max((math.ceil(taken.gpus * taken.nodes) for taken in profile.resources.values()), default=0)
+    gpus = gpus or stated or fewest or 1024
     prompt = min(modelled.PROMPT, profile.model.context - rl.max_new_tokens) if profile.model else modelled.PROMPT
     row = min(table2.MEAN, profile.model.context / 2) if profile.model else table2.MEAN
     cluster = modelled.Cluster(

@@ -18,12 +18,13 @@ from types import ModuleType
 from uuid import uuid4
 
 from m2rl_core.errors import StudyError
+from m2rl_core.jobs import launch, places
 from m2rl_core.jobs.remote import SETTING, Remote, RemoteError
 from m2rl_core.jobs.schedule import Result, Task, run_id
 from m2rl_core.profile import Profile, ProfileError
 from m2rl_core.provenance import code, commit, packages
+from m2rl_core.ranks import RankLost
 from m2rl_core.run import MissingArtifact, Run
-from m2rl_core.specs import Resources
 from m2rl_core.store import CorruptArtifact, DiskFull, Store, write_atomic
 
 RETRIES = 2  # how often a stage is tried again, from its last state, after its worker or its node is gone or it failed there
@@ -64,17 +65,21 @@ class Nodes:
         self.run, self.say = run, say
         self._failed: dict[str, list[str]] = {}  # stage -> the nodes on which it failed
         self._refs: dict[str, object] = {}
+        self._groups: dict[str, object] = {}  # stage -> its places on several nodes
         self.ray = connect(address, told=run.store.remote is not None)
         try:
             nodes = self.nodes()
-            check_sizes(run.profile, {stage.kind for stage in run.stages.values()}, nodes)
+            kinds = {stage.kind for stage in run.stages.values()}
+            check_sizes(run.profile, kinds, nodes)
+            if run.store.remote:
+                check_disks(run.profile, kinds)
             check_nodes(self.ray, nodes, run.store)
             for stage in run.stages.values():
                 run.store.offer(stage)  # what is made on this machine already
         except BaseException:
             self.close()
             raise
-        self._make = self.ray.remote(make)
+        self._make, self._profile = self.ray.remote(make), launch.portable(run.profile)
         say(f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}: "
             + ", ".join(f"{node.name} ({node.cpus:g} cores, {node.gpus:g} GPUs)" for node in nodes))
 
@@ -87,20 +92,26 @@ class Nodes:
         return True
 
     def submit(self, task: Task) -> Future:
-        wanted = takes(self.run.profile, self.run.stages[task.name].kind)
+        kind = self.run.stages[task.name].kind
+        wanted, count = takes(self.run.profile, kind), launch.taken(self.run.profile, kind).nodes
         options = {"name": task.name, "max_retries": 0, **wanted}
         failed = self._failed.get(task.name, [])
-        if any(node.id not in failed and node.has(wanted) for node in self.nodes()):
+        if count > 1:
+            self._groups[task.name] = group = places.keep(wanted, count)
+            options["scheduling_strategy"] = places.at(group, 0)
+        elif any(node.id not in failed and node.has(wanted) for node in self.nodes()):
             options |= {"label_selector": {"ray.io/node-id": f"!in({','.join(failed)})"}} if failed else {
                 "scheduling_strategy": "SPREAD"}
         environment = {name: value for name, value in os.environ.items()
                        if name.startswith("M2RL_") and name != OWN_DISK} | {"M2RL_RUN": run_id()}
-        ref = self._make.options(**options).remote(self.run.profile, str(self.run.root), task.name, environment)
+        ref = self._make.options(**options).remote(self._profile, str(self.run.root), task.name, environment)
         self._refs[task.name] = ref
         return ref.future()
 
     def result(self, task: Task, future: Future) -> Result | None:
         del self._refs[task.name]
+        if group := self._groups.pop(task.name, None):
+            self.ray.util.remove_placement_group(group)
         try:
             result = Result(task.name, "completed", future.result())
             _waits(lambda: self.run.has(task.name), LAG)  # before a notebook looks for it
@@ -111,8 +122,10 @@ class Nodes:
             reason = reason if isinstance(cause, FINAL) else f"{type(cause).__name__}: {reason}"
         failed = self._failed.setdefault(task.name, [])
         failed.append(_node_of(self.run.store, task.name))
-        if isinstance(cause, FINAL) or len(failed) > RETRIES:
+        if isinstance(cause, FINAL) and not isinstance(cause, RankLost) or len(failed) > RETRIES:
             return Result(task.name, "failed", reason=reason)
+        if group and not _room(self.run.profile, self.run.stages[task.name].kind, self.nodes()):
+            return Result(task.name, "failed", reason=f"{reason}; too few nodes are left for it, its state is kept")
         self.say(f"{task.name}: {reason}; it goes on from its last state, on another node if there is one "
                  f"({len(failed)} of {RETRIES})")
         return None
@@ -124,8 +137,9 @@ class Nodes:
         self.ray.shutdown()
 
 
-def make(profile: Profile, root: str, name: str, environment: dict[str, str]) -> float:
-    """In a worker of a node: make one stage whose inputs are made; its seconds."""
+def make(profile: Profile, root: str, name: str, environment: dict[str, str],
+         helps: tuple[Path, launch.Place] | None = None) -> float:
+    """In a worker of a node: make one stage whose inputs are made, or help the node that makes it; its seconds."""
     import ray
     began, node = time.monotonic(), ray.get_runtime_context().get_node_id()
     for old in [key for key in os.environ if key.startswith("M2RL_") and key != OWN_DISK]:
@@ -144,15 +158,24 @@ def make(profile: Profile, root: str, name: str, environment: dict[str, str]) ->
             raise ClusterError(f"{name}: {part} is made, but this node does not see it {LAG:.0f} seconds later: is "
                                + (f"{run.store.remote.at.shown} the same for all nodes?" if run.store.remote else
                                   f"{run.store.root} a path that all nodes share?"))
+    if helps:
+        places.help_make(run, name, *helps)
+        return round(time.monotonic() - began, 1)
+
+    def begin(strategy, *helps):
+        options = {"name": name, "max_retries": 0, "scheduling_strategy": strategy, **takes(profile, run.stages[name].kind)}
+        return ray.remote(make).options(**options).remote(profile, root, name, environment, helps)
+
+    run.others = lambda folder: places.Others(begin, launch.taken(profile, run.stages[name].kind).nodes, folder)
     run.need(name)
     _note(run.store, name, None)
     return round(time.monotonic() - began, 1)
 
 
 def takes(profile: Profile, kind: str) -> dict[str, float]:
-    """What a stage of this kind takes of its node: as the profile's `resources` say, else a core for each of its threads."""
-    given = profile.resources.get(kind, Resources())
-    return {"num_cpus": given.cpus or profile.threads_of(kind), "num_gpus": given.gpus}
+    """What a stage takes of each of its nodes: as `resources` say, else a core for each of its threads or processes there."""
+    given = launch.taken(profile, kind)
+    return {"num_cpus": given.cpus or max(profile.threads_of(kind), given.processes // given.nodes), "num_gpus": given.gpus}
 
 
 def connect(address: str, told: bool = False) -> ModuleType:
@@ -199,6 +222,24 @@ def check_sizes(profile: Profile, kinds, nodes: list[Node]) -> None:
                 f"a stage of kind {kind} takes {wanted['num_cpus']:g} cores and {wanted['num_gpus']:g} GPUs, and no node has them: "
                 f"{largest.name} has {largest.cpus:g} and {largest.gpus:g}; lower resources.{kind} (or threads) of the profile "
                 f"{profile.name}")
+        if not _room(profile, kind, nodes):
+            raise ClusterError(
+                f"a stage of kind {kind} takes {launch.taken(profile, kind).nodes} nodes with {wanted['num_cpus']:g} cores and "
+                f"{wanted['num_gpus']:g} GPUs each, and {sum(node.has(wanted) for node in nodes)} of {len(nodes)} have them: "
+                f"lower resources.{kind} of the profile {profile.name}, or start more nodes")
+
+
+def check_disks(profile: Profile, kinds) -> None:
+    """Raise ClusterError, where nodes have disks of their own, for a kind of stage that is made on several at once."""
+    for kind in sorted(kinds):
+        if launch.taken(profile, kind).nodes > 1:
+            raise ClusterError(f"resources.{kind} takes {launch.taken(profile, kind).nodes} nodes, which must share the store's folder "
+                               f"while they make one stage: {SETTING} is for nodes that share none; unset it, or take nodes: 1")
+
+
+def _room(profile: Profile, kind: str, nodes: list[Node]) -> bool:
+    """Whether there are as many nodes as a kind of stage takes, each with what it takes of one."""
+    return sum(node.has(takes(profile, kind)) for node in nodes) >= launch.taken(profile, kind).nodes
 
 
 def check_nodes(ray: ModuleType, nodes: list[Node], store: Store) -> None:

@@ -76,6 +76,9 @@ class World:
         self.seconds = float(os.environ.get("M2RL_RANK_TIMEOUT", PATIENCE))
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
+            if torch.cuda.device_count() < here():
+                raise StudyError(f"{here()} processes on {socket.gethostname()}, a GPU each, and they see "
+                                 f"{torch.cuda.device_count()} GPUs: start as many as that")
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         limit = timedelta(seconds=self.seconds)
