@@ -164,7 +164,7 @@ class Run:
                 facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
                 if stage.settings.get("engine") == "vllm":
                     from m2rl_core.engines import vllm_engine
-                    facts["packages"]["vllm"] = vllm_engine.version()
+                    facts["packages"]["vllm"] = vllm_engine.version(vllm_engine.servers_of(self.profile))
                 lease.check()
                 self.store.finish(stage, facts)
             except Exception as error:  # only to give one cause a name of its own; all others pass unchanged
