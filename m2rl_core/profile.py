@@ -279,6 +279,8 @@ def _check(profile: Profile, files: Files) -> None:
             fail(f"vllm.servers[{i}]", f"{address!r} is no server: write host:port, as in node2:8123")
         if profile.vllm.servers.count(address) > 1:
             fail("vllm.servers", f"{address} stands there twice")
+    if profile.vllm.servers and profile.jobs > 1:
+        fail("jobs", f"{profile.jobs} stages at a time, but a vLLM server serves one of them: jobs: 1")
     if not 0 < profile.gpu_memory < 1:
         fail("gpu_memory", f"{profile.gpu_memory} is not in (0, 1): vLLM and the trainer share the GPU")
     if not 0 < profile.merge.density <= 1:

@@ -172,7 +172,7 @@ def test_weights_change_in_place_and_one_trainer_is_served(local, toy, toy_rows,
 
 def test_a_lost_servers_share_goes_to_the_other_once(local, toy, toy_rows, pair, capsys, monkeypatch):
     """Faults: an answer that is waited for in vain; rows that get lost with their server, or other draws for them; a run
-    that goes on and on with ever fewer; a loss that does not say who."""
+    that goes on and on with ever fewer; a loss that does not say who; a server that goes on computing for nobody."""
     with VllmEngine(1, servers=[one.address for one in pair]) as engine:
         wanted = draw(engine, toy, toy_rows, n=8, max_new_tokens=120)
         threading.Timer(0.2, os.kill, (pair[1].worker(), signal.SIGKILL)).start()
@@ -182,23 +182,14 @@ def test_a_lost_servers_share_goes_to_the_other_once(local, toy, toy_rows, pair,
         assert said.count(f"the vLLM server {pair[1].address} is lost (it ended with status -9; ") == 1
         assert "its share goes to the other 1" in said
         engine.links[0].wire.wait(0.5)
+        worker = pair[0].worker()
         pair[0].process.send_signal(signal.SIGSTOP)
         with pytest.raises(StudyError) as caught:
-            draw(engine, toy, toy_rows[:1])
-        pair[0].process.send_signal(signal.SIGCONT)
+            draw(engine, toy, toy_rows, n=8, max_new_tokens=120)
     assert str(caught.value).startswith(f"the vLLM server {pair[0].address} is lost: it did not answer within 0.5 s (M2RL_V")
     assert "it is the second one" in str(caught.value) and "\n" not in str(caught.value) and not engine.links
-
-
-def test_a_trainer_that_goes_away_in_the_middle_leaves_nothing_behind(local, toy, toy_rows, pair):
-    """Faults: a server that computes an answer for nobody, and refuses the next trainer meanwhile."""
-    until(lambda: _claim(pair[0].address, toy))
-    link, worker = Remote(pair[0].address, described(toy)), pair[0].worker()
-    prompt = policies.encode_prompt(toy, toy_rows[0].messages)
-    link.wire.send(call="sample", prompts=[prompt] * 200, limits=[200] * 200, seeds=[*range(200)], temperature=1.0, stops=[])
-    time.sleep(0.3)
-    link.end()
-    until(lambda: not Path(f"/proc/{worker}").exists())
+    pair[0].process.send_signal(signal.SIGCONT)  # it reads the question of a trainer that has hung up
+    until(lambda: pair[0].worker() != worker)
     assert pair[0].process.poll() is None
 
 
@@ -224,7 +215,8 @@ def door(monkeypatch):
     """A server in this process, without a vLLM; returns the function that opens one more."""
     def wait(self, wire, model):
         wire.send(about="nothing")
-        wire.receive()
+        while wire.file.read(2**16):  # whatever is asked
+            pass
     monkeypatch.setattr(servers.Server, "_work", wait)
     opened = []
 
@@ -290,6 +282,20 @@ def test_a_second_trainer_waits_for_the_end_of_the_first(door, toy):
     until(lambda: _claim(one, toy))
     first.end()
     until(lambda: _claim(other, toy))
+
+
+def test_another_thread_may_stop_it(door, toy, toy_rows):
+    """Faults: a call that waits for ever, or a vLLM that is started once more, after its stage has ended."""
+    engine = VllmEngine(1, servers=[door()])
+    with ThreadPoolExecutor(1) as pool, engine:
+        waiting = pool.submit(draw, engine, toy, toy_rows[:1])
+        until(lambda: engine.links)
+        time.sleep(0.2)
+        engine.stop()
+        with pytest.raises(StudyError, match="^vLLM was stopped while it worked$"):
+            waiting.result(30)
+        with pytest.raises(StudyError, match="^vLLM was stopped while it worked$"):
+            draw(engine, toy, toy_rows[:1])
 
 
 def test_versions_must_agree(door, toy, monkeypatch):

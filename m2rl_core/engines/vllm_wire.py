@@ -139,7 +139,7 @@ def connect(address: str) -> tuple[Wire, str]:
     except (OSError, KeyError) as error:
         wire.close()
         raise StudyError(f"{who} does not answer as one ({error}): another program's port, or a busy machine") from error
-    if not hmac.compare_digest(str(found.get("proof", "")), _proof(key, "server", theirs, ours)):
+    if not _shown(found, _proof(key, "server", theirs, ours)):
         wire.close()
         raise StudyError(f"{who} has another secret than M2RL_VLLM_SECRET here")
     if found["code"] != (here := code()):
@@ -159,7 +159,7 @@ def greet(wire: Wire, key: bytes, about: dict) -> bool:
     wire.send(**{"m2rl-vllm": ours})
     said = wire.receive(LINE)
     theirs = str(said.get("nonce", ""))
-    if not hmac.compare_digest(str(said.get("proof", "")), _proof(key, "trainer", ours, theirs)):
+    if not _shown(said, _proof(key, "trainer", ours, theirs)):
         wire.send(error="another secret")
         return False
     wire.send(proof=_proof(key, "server", ours, theirs), code=code(), **about)
@@ -180,6 +180,10 @@ def patience() -> float:
 
 def _proof(key: bytes, side: str, server: str, trainer: str) -> str:
     return hmac.new(key, f"{side} {server} {trainer}".encode(), "sha256").hexdigest()
+
+
+def _shown(said: dict, wanted: str) -> bool:
+    return hmac.compare_digest(str(said.get("proof", "")).encode(), wanted.encode())
 
 
 def _probe(connected: socket.socket) -> None:
