@@ -20,12 +20,12 @@ import pytest
 import torch
 import toy_policy
 from safetensors.torch import load_file
-from test_ranks import HOME, environment, launch
+from test_ranks import HOME, PARTS, environment, launch
 from test_vllm import NEAR, SPEC, draw, mismatch
 
 from m2rl_core import dry
 from m2rl_core.engines import server as servers
-from m2rl_core.engines import vllm_engine, vllm_wire
+from m2rl_core.engines import vllm_engine, vllm_link, vllm_wire
 from m2rl_core.engines.vllm_engine import VllmEngine
 from m2rl_core.engines.vllm_link import Remote, described
 from m2rl_core.errors import StudyError
@@ -136,10 +136,10 @@ def test_two_ranks_with_a_worker_each_give_what_one_process_gives(local, root, t
 
 
 def test_two_ranks_ask_the_servers_once(local, root, tmp_path, pair):
-    """Faults: every rank asks for itself and the second is refused; a rank that learns from other rollouts. The servers
-    have kept their workers: nothing is started."""
+    """Faults: every rank asks for itself and the second is refused; a rank that learns from other rollouts; rank 0 alone
+    puts together the weights of a model in parts. The servers have kept their workers: nothing is started."""
     before = [one.worker() for one in pair]
-    trained(2, root, tmp_path, M2RL_VLLM=",".join(one.address for one in pair))
+    trained(2, root, tmp_path, M2RL_VLLM=",".join(one.address for one in pair), **PARTS)
     assert_same(local, tmp_path / STAGE / "out", root)
     assert [one.worker() for one in pair] == before and None not in before
 
@@ -322,9 +322,11 @@ def test_what_is_no_server_is_one_line(toy):
 
 
 def test_the_server_says_whom_it_lets_in(monkeypatch, capsys):
-    """Fault: a port that is open to the world without a word."""
-    monkeypatch.setattr(servers.Server, "serve", lambda self, listener: None)
-    assert servers.main(["--port", "0"]) == 0
+    """Faults: a port that is open to the world without a word; an option that nobody reads."""
+    served = []
+    monkeypatch.setattr(servers.Server, "serve", lambda self, listener: served.append(self.settings))
+    assert servers.main(["--port", "0", "--tensor-parallel", "2", "--gpu-memory", "0.8", "--threads", "3"]) == 0
+    assert served == [(vllm_link.interpreter(), 3, 0.8, 2)]
     assert "for this machine alone; `--host 0.0.0.0` lets other machines in" in capsys.readouterr().out
     assert servers.main(["--port", "0", "--host", "0.0.0.0"]) == 0
     assert "for every machine that can reach it and has the secret" in capsys.readouterr().out
