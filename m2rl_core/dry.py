@@ -250,10 +250,7 @@ def machine(run) -> Iterator[Line]:
     profile = run.profile
     gpus = _gpus()
     if profile.engine == "vllm":
-        from m2rl_core.engines import vllm_engine
-        told = vllm_engine.version()
-        there = told != "not installed"
-        yield Line("engine vllm", HERE if there else MISSING, told if there else vllm_engine.MEND)
+        yield from _vllm(profile)
     real = profile.rows == "real" or profile.eval.rows == "real"
     if gpus or not real:
         yield Line("GPUs", HERE, "; ".join(gpus) or "none, and none needed at this size")
@@ -268,6 +265,21 @@ def machine(run) -> Iterator[Line]:
         yield _workplace()
     if os.environ.get("M2RL_ENVIRONMENTS"):
         yield from _environments()
+
+
+def _vllm(profile) -> Iterator[Line]:
+    """This machine's vLLM, or each of the servers that a profile names."""
+    from m2rl_core.engines import vllm_engine, vllm_link
+    servers = vllm_engine.servers_of(profile)
+    for address in servers:
+        try:
+            yield Line(f"vllm {address}", HERE, vllm_engine.version([address]))
+        except StudyError as error:
+            yield Line(f"vllm {address}", MISSING, _line(error))
+    if not servers:
+        told = vllm_engine.version()
+        there = told != "not installed"
+        yield Line("engine vllm", HERE if there else MISSING, told if there else vllm_link.MEND)
 
 
 def _gpus() -> list[str]:

@@ -271,9 +271,19 @@ def _check(profile: Profile, files: Files) -> None:
         fail("rl.group", "GRPO compares the rollouts of a group: at least 2 are needed")
     if profile.jobs < 1:
         fail("jobs", f"{profile.jobs}: at least one stage must be made at a time")
-    for name, number in dataclasses.asdict(profile.vllm).items():
+    for name in ("replicas", "tensor_parallel"):
+        number = getattr(profile.vllm, name)
         if number < 1:
             fail(f"vllm.{name}", f"{number}: at least one GPU computes")
+        if number > 1 and profile.vllm.servers:
+            fail(f"vllm.{name}", f"{number}, beside vllm.servers, which have what they were started with: give one of them")
+    for i, address in enumerate(profile.vllm.servers):
+        if not re.fullmatch(r"([^:\s]+|\[[\da-fA-F:]+\]):\d+", address):
+            fail(f"vllm.servers[{i}]", f"{address!r} is no server: write host:port, as in node2:8123")
+        if profile.vllm.servers.count(address) > 1:
+            fail("vllm.servers", f"{address} stands there twice")
+    if profile.vllm.servers and profile.jobs > 1:
+        fail("jobs", f"{profile.jobs} stages at a time, but a vLLM server serves one of them: jobs: 1")
     if not 0 < profile.gpu_memory < 1:
         fail("gpu_memory", f"{profile.gpu_memory} is not in (0, 1): vLLM and the trainer share the GPU")
     if not 0 < profile.merge.density <= 1:

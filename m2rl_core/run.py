@@ -165,7 +165,7 @@ class Run:
                     facts["processes"] = ranks.size()
                 if stage.settings.get("engine") == "vllm":
                     from m2rl_core.engines import vllm_engine
-                    facts["packages"]["vllm"] = vllm_engine.version()
+                    facts["packages"]["vllm"] = vllm_engine.version(vllm_engine.servers_of(self.profile))
                 if copies:
                     copies.end()
                 lease.check()

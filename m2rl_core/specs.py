@@ -220,10 +220,14 @@ class AnalysisSpec:
 
 @dataclass(frozen=True)
 class VllmSpec:
-    """How vLLM uses several GPUs: `replicas` of the model, each on `tensor_parallel` GPUs. See `vllm_engine`."""
+    """How vLLM uses several GPUs: `replicas` of the model, each on `tensor_parallel` GPUs; or `servers`, each host:port.
+
+    See `vllm_engine` and `server`; none of it stands in a key.
+    """
 
     replicas: int = 1
     tensor_parallel: int = 1
+    servers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

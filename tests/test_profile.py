@@ -97,6 +97,10 @@ def test_unknown_profile_names_the_nearest():
     ("seeds", -2, "seeds: -2: every policy needs at least one training run"),
     ("seeds", "three", "seeds: expected int, found 'three'"),
     ("engine", "vlm", "engine: unknown value 'vlm'; did you mean 'vllm'?"),
+    ("vllm", {"servers": ["node2"]}, "vllm.servers[0]: 'node2' is no server: write host:port, as in node2:8123"),
+    ("vllm", {"servers": ["a:1", "a:1"]}, "vllm.servers: a:1 stands there twice"),
+    ("vllm", {"servers": ["a:1"]}, "jobs: 2 stages at a time, but a vLLM server serves one of them: jobs: 1"),
+    ("vllm", {"servers": ["a:1"], "replicas": 2}, "vllm.replicas: 2, beside vllm.servers, which have what they were"),
     ("gpu_memory", 1.0, "gpu_memory: 1.0 is not in (0, 1)"),
     ("name", "other", "name: not a key here"),
 ])

