@@ -24,6 +24,8 @@ class Engine(Protocol):
 
     def logprobs(self, policy, rollouts, temperature) -> list: ...
 
+    def stop(self) -> None: ...  # a call that another thread makes: it may fail, and nothing is started again
+
     def __enter__(self) -> Engine: ...
 
     def __exit__(self, *_) -> None: ...
@@ -34,6 +36,9 @@ class TorchEngine:
 
     sample = staticmethod(rollout.sample)
     logprobs = staticmethod(rollout.logprobs)
+
+    def stop(self) -> None:
+        pass
 
     def __enter__(self) -> TorchEngine:
         return self
@@ -48,14 +53,20 @@ class SharedEngine:
     def __init__(self, engine: Engine):
         self.engine, self.logprobs = engine, engine.logprobs
 
-    def sample(self, policy, rows, n, *, generator, max_new_tokens, **settings) -> list[rollout.Rollout]:
-        """As `rollout.sample`, with the same draws: the numbers of the rows before this share are passed over."""
+    def own(self, policy, rows, n, *, generator, max_new_tokens, **settings) -> list[rollout.Rollout]:
+        """This process's share, with the draws of the whole: the numbers of the rows before it are passed over."""
         begin, end = ranks.bounds(len(rows))
         for _ in range(begin):
             torch.rand(n, max_new_tokens, generator=generator)
-        own = self.engine.sample(policy.whole(), rows[begin:end], n, generator=generator, max_new_tokens=max_new_tokens,
-                                 **settings)
-        return [found for part in ranks.gather(own) for found in part]
+        return self.engine.sample(policy.whole(), rows[begin:end], n, generator=generator, max_new_tokens=max_new_tokens,
+                                  **settings)
+
+    def sample(self, policy, rows, n, **settings) -> list[rollout.Rollout]:
+        """As `rollout.sample`, with the same draws."""
+        return [found for part in ranks.gather(self.own(policy, rows, n, **settings)) for found in part]
+
+    def stop(self) -> None:
+        self.engine.stop()
 
     def __enter__(self) -> SharedEngine:
         self.engine.__enter__()
