@@ -28,7 +28,7 @@ from m2rl_core.domains import DOMAINS, training_rows
 from m2rl_core.errors import StudyError
 from m2rl_core.run import BuilderContext, store_of
 
-BUILD = {"rl-multi": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build, "sft": sft.build_sft}
+BUILD = {"rl-multi": grpo.build, "rl-multi-ahead": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build, "sft": sft.build_sft}
 STEPS, PROMPTS = 3, 3  # 2 ranks have unequal shares, and one of 4 has nothing to sample
 
 
@@ -49,7 +49,7 @@ def fail_at(what: str, count: int, who: int) -> None:
 
 
 def profile(stage: str):
-    toy = toy_training.profile()
+    toy = toy_training.profile(int(stage.endswith(toy_training.AHEAD)))
     lesson = dataclasses.replace(toy.opd, prompts=PROMPTS, steps=STEPS, variance_every=2,
                                  loss="full" if stage.endswith("full") else "sampled")
     return dataclasses.replace(toy, opd=lesson, sft=dataclasses.replace(toy.sft, steps=STEPS),
@@ -59,10 +59,11 @@ def profile(stage: str):
 def make(root: Path, stage: str, folder: Path) -> None:
     """One stage, by all ranks."""
     made = {path.name: path for path in (root / "models").iterdir()}
+    name = stage.removesuffix("-full").removesuffix(toy_training.AHEAD)
     home = folder / stage if ranks.first() else ranks.scratch()
     (home / "out").mkdir(parents=True, exist_ok=True)
     shown = (progress.Progress if ranks.first() else progress.Silent)(stage)
-    BUILD[stage](BuilderContext(profile(stage), SimpleNamespace(name=stage.removesuffix("-full"), settings={"steps": STEPS}), {
+    BUILD[stage](BuilderContext(profile(stage), SimpleNamespace(name=name, settings={"steps": STEPS}), {
         **made, "base": made["sft"]}, home / "out", home / "state", shown, shown.log, toy_training.SEED))
 
 
