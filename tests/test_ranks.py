@@ -163,10 +163,12 @@ def test_a_killed_run_goes_on_with_other_processes(root, tmp_path, before, after
 
 
 @pytest.mark.parametrize(("stage", "moment", "seconds", "wanted"), [
-    ("rl-multi", "hang 2 1", "12", r"error: rank 1 of 2 \(process \d+ on .*\) did not answer within 12 s \(M2RL_RANK_TIMEOUT\); all"),
+    ("rl-multi", "hang 2 1", "12",
+     r"error: rank 1 of 2 \(process \d+ on .*\) did not answer within 12 s \(M2RL_RANK_TIMEOUT\); all"),
     ("rl-multi", "raise 2 1", "60", r"error: rank 1(:| of 2 .* has ended:) no room on this rank's disk"),
     ("rl-multi-ahead", "raise 2 1", "60", r"error: rank 1(:| of 2 .* has ended:) no room on this rank's disk"),
-    ("rl-multi", "die 2 0", "60", r"error: rank 0 of 2 \(process \d+ on .*\) has ended; all ranks stop, what was made is kept")])
+    ("rl-multi", "die 2 0", "60",
+     r"error: rank 0 of 2 \(process \d+ on .*\) has ended; all ranks stop, what was made is kept")])
 def test_all_stop_with_one_line_that_names_who_is_lost(root, tmp_path, stage, moment, seconds, wanted):
     """Faults: the others wait for ever; one line from each rank, or none; the wrong rank named, or not why."""
     done = launch(2, root, stage, tmp_path, moment, M2RL_RANK_TIMEOUT=seconds)

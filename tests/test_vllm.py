@@ -242,7 +242,7 @@ def few_steps(engine, toy, tmp_path, monkeypatch, **settings) -> SimpleNamespace
     profile = dataclasses.replace(SMOKE, engine="vllm", rl=rl)
 
     class Kept:
-        sample, logprobs = engine.sample, engine.logprobs
+        sample, logprobs, stop = engine.sample, engine.logprobs, lambda self: None
         __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
 
     monkeypatch.setattr(grpo, "open_engine", lambda asked: Kept() if asked.engine == "vllm" else None)
