@@ -26,6 +26,7 @@ KINDS = ("base", "sft", "rl", "opd", "merge", "eval", "weights", "kl", "judge", 
 TOGETHER = ("base", "sft", "rl", "opd", "eval")  # kinds that several processes make together
 SEVERAL = ("FSDP", "MULTI_GPU")  # accelerate's distributed_type, where its launcher starts as many processes as it is told
 MEASURED = ("interference_every", "variance_every")  # 0: never
+MAY_BE_0 = ("warmup", "overlap", *MEASURED)
 
 
 class ProfileError(ValueError):
@@ -269,6 +270,8 @@ def _check(profile: Profile, files: Files) -> None:
             fail(f"rl.{name}", f"{getattr(profile.rl, name)}: a weight below 0 would push the wrong way; 0 leaves it out")
     if profile.rl.group < 2:
         fail("rl.group", "GRPO compares the rollouts of a group: at least 2 are needed")
+    for name in ("rl", "opd"):
+        _check_overlap(name, getattr(profile, name), fail)
     if profile.jobs < 1:
         fail("jobs", f"{profile.jobs}: at least one stage must be made at a time")
     for name in ("replicas", "tensor_parallel"):
@@ -294,7 +297,7 @@ def _check(profile: Profile, files: Files) -> None:
         for field in dataclasses.fields(getattr(profile, spec)) if getattr(profile, spec) else ():
             value = getattr(getattr(profile, spec), field.name)
             for key, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if type(number) is int and number < (0 if field.name in ("warmup", *MEASURED) else 1):
+                if type(number) is int and number < (0 if field.name in MAY_BE_0 else 1):
                     fail(f"{spec}.{field.name}" + (f".{key}" if key else ""), f"must be at least 1, not {number}")
     for spec in ("rl", "opd", "eval"):
         sampled, context = getattr(profile, spec), profile.model and profile.model.context
@@ -344,6 +347,18 @@ def _check_taken(where: str, kind: str, taken: Resources, fail) -> None:
     how = content.get("distributed_type") if isinstance(content, dict) else None
     if how not in SEVERAL:
         fail(f"{where}.config", f"{taken.config}: distributed_type is {how}, and this trainer has {' and '.join(SEVERAL)}")
+
+
+def _check_overlap(name: str, spec, fail) -> None:
+    """Rollouts that are one update old need importance weights, or the gradient is another policy's."""
+    if not 0 <= spec.overlap <= 1:
+        fail(f"{name}.overlap", f"{spec.overlap} is neither 0 nor 1: a batch is sampled at most one step ahead")
+    if spec.overlap and spec.is_correction == "none":
+        fail(f"{name}.overlap", f"1 samples with weights that are one update old, and {name}.is_correction: none would leave "
+                                "that bias in the gradient; set it to mis or tis, or overlap to 0")
+    if spec.overlap and spec.loss == "full":
+        fail(f"{name}.overlap", f"1 needs importance weights, which {name}.loss: full has not; set it to sampled, or "
+                                "overlap to 0")
 
 
 def _check_models(profile: Profile, fail) -> None:

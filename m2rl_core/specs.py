@@ -93,6 +93,7 @@ class RlSpec:
     `kl` weighs a KL term to the SFT model and `entropy` a bonus; `is_level`: of what the ratio to the sampler is
     taken; `scale_rewards`: what divides a centred reward, its group's standard deviation or nothing. See `losses`.
     `interference_every`: at every so many steps of rl-multi the domains' gradients are compared; 0 for never.
+    `overlap`: 1 samples each batch during the step before, with weights one update old; see `training.batches`.
     """
 
     rows: dict[str, int]
@@ -122,6 +123,7 @@ class RlSpec:
     entropy: float = 0.0
     scale_rewards: Literal["group", "none"] = "group"
     interference_every: int = 0
+    overlap: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class OpdSpec:
     """Multi-teacher on-policy distillation (appendix A): the student's own rollouts, routed teachers.
 
     `variance_every`: at every so many steps the noise of both losses' gradients is measured; 0 for never.
+    `overlap` as in `RlSpec`.
     """
 
     prompts: int
@@ -148,6 +151,7 @@ class OpdSpec:
     max_turns: int
     loss: Literal["sampled", "full"]
     variance_every: int = 0
+    overlap: int = 0
 
 
 @dataclass(frozen=True)

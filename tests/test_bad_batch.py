@@ -11,7 +11,7 @@ import toy_training
 import torch
 from safetensors.torch import load_file
 
-from m2rl_core.training import collect, grpo, opd
+from m2rl_core.training import batches, collect, grpo, opd
 from m2rl_core.models import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS, Verdict
@@ -53,13 +53,12 @@ def test_a_loss_that_is_no_number_keeps_state_and_batch(inputs, tmp_path, monkey
     """Faults: weights of NaN, saved over the good ones; another step's batch kept; a run that cannot go on from there."""
     step, real = [0], grpo.policy_loss
 
-    def collect(*args):
+    def counted(*args):
         step[0] += 1
-        return grpo_collect(*args)
+        return collect.collect(*args)
 
-    grpo_collect = grpo.collect
     with monkeypatch.context() as patch:
-        patch.setattr(STAGES[stage], "collect", collect)
+        patch.setattr(batches, "collect", counted)
         patch.setattr(grpo, "policy_loss", lambda *args: real(*args) * (math.nan if step[0] == 4 else 1.0))
         with pytest.raises(TrainingDiverged, match="^step 4: loss nan, gradient norm nan; the state before it is kept"):
             toy_training.attempt(stage, tmp_path, inputs)

@@ -9,7 +9,7 @@ import torch
 import toy_policy
 
 from m2rl_core.training import grpo
-from m2rl_core.training.collect import summary
+from m2rl_core.training.collect import collect, summary
 from m2rl_core.domains import Verdict
 from m2rl_core.training.grpo import backward
 from m2rl_core.training.losses import (
@@ -265,7 +265,7 @@ def test_rows_of_one_prompt_are_groups_of_their_own(policy, toy_rows):
     row = toy_rows[0]
     other = dataclasses.replace(row, id=row.id + "-again", truth={**row.truth, "answer": "-1"})
     spec = dataclasses.replace(load_profile("smoke").rl, group=3, max_new_tokens=6)
-    rollouts, _, scores, _ = grpo.collect(policy, [row, other, row], spec, 4)
+    rollouts, _, scores, _ = collect(policy, [row, other, row], spec, 4)
     assert scores.shape == (3, 3)
     assert [r.row.id for r in rollouts] == [row.id] * 3 + [other.id] * 3 + [row.id] * 3
     found = advantages(torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 0]]))

@@ -28,7 +28,7 @@ from m2rl_core.training.trainer import read_lines
 HOME = Path(__file__).parent.parent
 CONFIGS = HOME / "params" / "accelerate"
 PARTS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-STAGES = ("rl-multi", "mt-opd", "mt-opd-full", "sft")
+STAGES = ("rl-multi", "mt-opd", "mt-opd-full", "sft", "rl-multi-ahead")
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -121,7 +121,8 @@ def test_draws_of_a_share_are_those_of_the_whole():
                          ids=["2 whole", "4 whole", "2 in parts"])
 def test_more_processes_give_the_same_trajectory(root, tmp_path, n, settings, stages):
     """Faults: a mean over ranks of means over unequal shares; another rank's draws; a KL term, a teacher or an importance
-    weight of the wrong rollout; statistics of rank 0 alone; a rank without a prompt that the others wait for."""
+    weight of the wrong rollout; statistics of rank 0 alone; a rank without a prompt that the others wait for; a message
+    of the thread that samples ahead taken for one of the update's."""
     done = launch(n, root, ",".join(stages), tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     for stage in stages:
@@ -149,33 +150,39 @@ def test_parts_have_the_gradient_of_the_whole(root, tmp_path):
 
 # ---- what is lost and taken up again
 
-@pytest.mark.parametrize(("before", "after", "n"), [(PARTS, {}, 1), ({}, PARTS, 2)], ids=["parts to one", "whole to parts"])
-def test_a_killed_run_goes_on_with_other_processes(root, tmp_path, before, after, n):
-    """Faults: a checkpoint that only as many ranks can read, or that lacks Adam's moments; no word on who was lost."""
+@pytest.mark.parametrize(("before", "after", "n", "stage"), [
+    (PARTS, {}, 1, "rl-multi"), ({}, PARTS, 2, "rl-multi"), (PARTS, {}, 1, "rl-multi-ahead")],
+    ids=["parts to one", "whole to parts", "ahead, parts to one"])
+def test_a_killed_run_goes_on_with_other_processes(root, tmp_path, before, after, n, stage):
+    """Faults: a checkpoint that only as many ranks can read, or that lacks Adam's moments, or the other ranks' share of a
+    batch that was sampled ahead; no word on who was lost."""
     # its fourth sampling is in the evaluation after the third step, which has no checkpoint yet
-    done = launch(2, root, "rl-multi", tmp_path, "die 4 1", M2RL_RANK_TIMEOUT="60", **before)
+    done = launch(2, root, stage, tmp_path, "die 4 1", M2RL_RANK_TIMEOUT="60", **before)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and lines[0].startswith("error: rank 1 of 2 (process ") and "goes on from the last" in lines[0]
-    kept = [path.name for path in (tmp_path / "rl-multi" / "state").glob("step-*")]
-    assert kept == ["step-000002"] and not (tmp_path / "rl-multi" / "out" / "model.safetensors").exists()
-    again = launch(n, root, "rl-multi", tmp_path, **after)
+    kept = [path.name for path in (tmp_path / stage / "state").glob("step-*")]
+    assert kept == ["step-000002"] and not (tmp_path / stage / "out" / "model.safetensors").exists()
+    again = launch(n, root, stage, tmp_path, **after)
     assert again.returncode == 0, again.stderr
     assert "step 3/3" in again.stdout and "step 2/3" not in again.stdout
-    assert_same_trajectory(root, tmp_path, "rl-multi")
+    assert_same_trajectory(root, tmp_path, stage)
 
 
-@pytest.mark.parametrize(("moment", "seconds", "wanted"), [
-    ("hang 2 1", "12", r"error: rank 1 of 2 \(process \d+ on .*\) did not answer within 12 s \(M2RL_RANK_TIMEOUT\); all"),
-    ("raise 2 1", "60", r"error: rank 1(:| of 2 .* has ended:) no room on this rank's disk"),
-    ("die 2 0", "60", r"error: rank 0 of 2 \(process \d+ on .*\) has ended; all ranks stop, what was made is kept")])
-def test_all_stop_with_one_line_that_names_who_is_lost(root, tmp_path, moment, seconds, wanted):
+@pytest.mark.parametrize(("stage", "moment", "seconds", "wanted"), [
+    ("rl-multi", "hang 2 1", "12",
+     r"error: rank 1 of 2 \(process \d+ on .*\) did not answer within 12 s \(M2RL_RANK_TIMEOUT\); all"),
+    ("rl-multi", "raise 2 1", "60", r"error: rank 1(:| of 2 .* has ended:) no room on this rank's disk"),
+    ("rl-multi-ahead", "raise 2 1", "60", r"error: rank 1(:| of 2 .* has ended:) no room on this rank's disk"),
+    ("rl-multi", "die 2 0", "60",
+     r"error: rank 0 of 2 \(process \d+ on .*\) has ended; all ranks stop, what was made is kept")])
+def test_all_stop_with_one_line_that_names_who_is_lost(root, tmp_path, stage, moment, seconds, wanted):
     """Faults: the others wait for ever; one line from each rank, or none; the wrong rank named, or not why."""
-    done = launch(2, root, "rl-multi", tmp_path, moment, M2RL_RANK_TIMEOUT=seconds)
+    done = launch(2, root, stage, tmp_path, moment, M2RL_RANK_TIMEOUT=seconds)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and re.match(wanted, lines[0]), done.stderr
-    assert not (tmp_path / "rl-multi" / "out" / "model.safetensors").exists()
+    assert not (tmp_path / stage / "out" / "model.safetensors").exists()
 
 
 # ---- accelerate's config files

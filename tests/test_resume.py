@@ -123,10 +123,11 @@ def trained(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("stage", ["rl-math", "rl-multi", "mt-opd", "eval-sft"])
+@pytest.mark.parametrize("stage", ["rl-math", "rl-multi", "mt-opd", "rl-multi-ahead", "mt-opd-ahead", "eval-sft"])
 def test_every_kind_of_training_resumes_to_the_same_bytes(trained, stage):
     """Faults: as above, for the mix, distillation and evaluation: a domain's order or a teacher's part lost, a cosine
-    or an accuracy on the way that is missing, doubled, or measured on other weights than an unbroken run's."""
+    or an accuracy on the way that is missing, doubled, or measured on other weights than an unbroken run's; a batch that
+    was sampled ahead and is drawn again from newer weights."""
     whole, broken = files(trained / "whole" / stage / "out"), files(trained / "broken" / stage / "out")
     assert {name for name in whole if whole[name] != broken.get(name)} == set() and whole.keys() == broken.keys()
     attempts = [[int(step) for step in part.split()]
@@ -135,8 +136,10 @@ def test_every_kind_of_training_resumes_to_the_same_bytes(trained, stage):
         assert set(whole) == {"rows.parquet"} and len(attempts) == 2
         return
     assert set(whole) >= {"model.safetensors", "metrics.jsonl", "along.parquet", "rollouts.jsonl"}
-    assert ("interference.parquet" in whole) == (stage == "rl-multi")
-    assert attempts == [[1], [1, 2], [1, 2, 3], [3], [3, 4, 5, 6]]
+    assert ("interference.parquet" in whole) == stage.startswith("rl-multi")
+    assert attempts == [[] if stage.endswith("-ahead") else [1], [1, 2], [1, 2, 3], [3], [3, 4, 5, 6]]
+    stale = [json.loads(line).get("staleness") for line in whole["metrics.jsonl"].splitlines()]
+    assert stale == ([0, 1, 1, 1, 1, 1] if stage.endswith("-ahead") else [None] * 6)
     start = (trained / "models" / "sft" / "model.safetensors").read_bytes()
     assert whole["model.safetensors"] != start
     assert all(json.loads(line)["grad_norm"] > 0 for line in whole["metrics.jsonl"].splitlines())

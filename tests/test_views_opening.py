@@ -155,10 +155,21 @@ def test_the_worst_step_of_all_runs_is_told():
     assert "Sampled by vllm: over 72 steps" in text and "at most 2.5e-01 (rl-if, step" in text
     assert "kept is 50.00 % of its tokens (rl-if, step 1)" in text
     assert "no token was masked" in details.agreement_sentence({"rl-math": gain().assign(kept=1.0)}, "torch")
+    assert "overlap" not in text
     idle = {"rl-math": gain().assign(skipped_groups=1.0)}
     assert "No step recorded" in details.agreement_sentence(idle, "torch")
     for shown in (frame, details.agreement(idle)):  # a run of a few idle steps must not end the notebook
         assert drawing.png(plots.trajectories(shown, "t", "", "panel", "g", 2)).startswith(b"\x89PNG")
+
+
+def test_staleness_is_told_beside_what_it_makes():
+    """Catches runs without overlap, or first steps, counted among the stale ones."""
+    stale = gain().assign(staleness=[0] + [1] * 39, mismatch_mean=[1e-6] + [0.02] * 39, kept=[1.0] + [0.9] * 39)
+    text = details.agreement_sentence({"rl-math": stale, "rl-if": gain()}, "vllm")
+    old = int(training.defined(stale)["kept"].iloc[1:].notna().sum())
+    assert f"one update behind in {old} of 72 steps (rl-math). " in text
+    assert "Rollouts one update old: mean mismatch 2e-02 nats, 90.00 % of the tokens kept; fresh ones: mean" in text
+    assert "overlap" not in details.agreement_sentence({"rl-math": gain().assign(staleness=0)}, "vllm")
 
 
 def test_step_zero_is_the_sft_model_on_the_same_items():
@@ -184,6 +195,8 @@ def test_the_cost_of_a_run_adds_up():
     table = training.cost_table(timing, gain(2), 12.0).set_index("part")
     assert table.loc["all", "seconds"] == 12.0 and table.loc["evaluation on the way, checkpoints, loading",
                                                              "seconds"] == 3.0
+    ahead = training.cost_table(timing.assign(seconds_wait=[1.5, np.nan]), gain(2), 12.0).set_index("part")["seconds"]
+    assert ahead["waiting for rollouts and verdicts"] == 3.5 + 1.5 and ahead["all"] == 12.0  # once, not beside the update too
     text = training.cost_sentence(timing, gain(2), "rl-multi", 12.0)
     assert "2,000 tokens at 333 a second" in text and "10,050.6 GPU hours, 63.7 %" in text
 

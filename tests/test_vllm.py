@@ -36,7 +36,7 @@ from m2rl_core.models.policy import Policy, encode_prompt
 from m2rl_core.models.qwen3 import token_logprobs
 from m2rl_core.profile import load_profile, repo_root
 from m2rl_core.run import open_run
-from m2rl_core.training import collect, grpo
+from m2rl_core.training import batches, collect, grpo
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux")
 
@@ -234,22 +234,28 @@ def test_profiles_choose_the_engine():
     assert not opened.links  # nothing starts before something is asked
 
 
-def test_grpo_steps_with_new_weights_each(engine, toy, tmp_path, monkeypatch, loads):
-    """Faults: a step that samples with the weights of the step before; an evaluation on the way by another engine; the
-    correction fed with something else than vLLM's log-probs."""
+def few_steps(engine, toy, tmp_path, monkeypatch, **settings) -> SimpleNamespace:
+    """What `grpo.build` is to make of the toy in three steps, by the module's process, which the stage does not end."""
     policies.save(toy, tmp_path / "sft")
-    rl = dataclasses.replace(SMOKE.rl, prompts=4, group=4, max_new_tokens=16, lr=0.02, eval_every=2, eval_items=1)
+    rl = dataclasses.replace(SMOKE.rl, **{"prompts": 4, "group": 4, "max_new_tokens": 16, "lr": 0.02, "eval_every": 2,
+                                          "eval_items": 1, **settings})
     profile = dataclasses.replace(SMOKE, engine="vllm", rl=rl)
-    ctx = SimpleNamespace(profile=profile, stage=SimpleNamespace(name="rl-math", settings={"steps": 3}), seed=1,
-                          inputs={"sft": tmp_path / "sft"}, out=tmp_path / "out", state=tmp_path / "out" / "state",
-                          progress=SimpleNamespace(step=lambda *a, **k: None))
 
-    class Kept:  # the module's process, not ended by the stage
-        sample, logprobs = engine.sample, engine.logprobs
+    class Kept:
+        sample, logprobs, stop = engine.sample, engine.logprobs, lambda self: None
         __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
 
     monkeypatch.setattr(grpo, "open_engine", lambda asked: Kept() if asked.engine == "vllm" else None)
     monkeypatch.setattr(collect, "rewards", lambda rows, turns: [Verdict(float(len(t[0]) % 2), "") for t in turns])
+    return SimpleNamespace(profile=profile, stage=SimpleNamespace(name="rl-math", settings={"steps": 3}), seed=1,
+                           inputs={"sft": tmp_path / "sft"}, out=tmp_path / "out", state=tmp_path / "out" / "state",
+                           progress=SimpleNamespace(step=lambda *a, **k: None))
+
+
+def test_grpo_steps_with_new_weights_each(engine, toy, tmp_path, monkeypatch, loads):
+    """Faults: a step that samples with the weights of the step before; an evaluation on the way by another engine; the
+    correction fed with something else than vLLM's log-probs."""
+    ctx = few_steps(engine, toy, tmp_path, monkeypatch)
     grpo.build(ctx)
     steps = [json.loads(line) for line in (ctx.out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3 and len(loads) == 4  # one a step, and the last for the evaluation after the third
@@ -258,6 +264,69 @@ def test_grpo_steps_with_new_weights_each(engine, toy, tmp_path, monkeypatch, lo
     assert max(float((moved.weights[n] - w).abs().max()) for n, w in toy.weights.items()) > 0.01
     along = pd.read_parquet(ctx.out / "along.parquet")
     assert sorted(along["step"].unique()) == [2, 3] and set(along["benchmark"]) == set(BENCHMARKS)
+
+
+def test_it_samples_ahead_while_the_trainer_computes(engine, toy, tmp_path, monkeypatch):
+    """Faults: a sampling that begins when the update has ended, or ends it; weights that vLLM takes amid a batch, or two
+    updates old. The trainer computes without a pause until the next batch is there."""
+    ctx = few_steps(engine, toy, tmp_path, monkeypatch, overlap=1)
+    copies, learnt, sampling, updating = [], [], [], []
+    copied, learner, share = batches.copied, grpo.learner, batches.share
+
+    def seen_copied(policy, into):
+        copies.append(toy_policy.clone(policy))
+        return copied(policy, into)
+
+    def seen_share(*args):
+        start = time.perf_counter()
+        found = share(*args)
+        sampling.append((start, time.perf_counter()))
+        return found
+
+    def seen_learner(policy, rollouts, *args):
+        learnt.append(rollouts)
+        used, update = learner(policy, rollouts, *args)
+
+        def busy(part):
+            start, stats = time.perf_counter(), update(part)
+            matrix = torch.eye(64)
+            while len(copies) > len(sampling) and time.perf_counter() < start + 120:
+                matrix = matrix @ matrix
+            updating.append((start, time.perf_counter()))
+            return stats
+        return used, busy
+    monkeypatch.setattr(batches, "copied", seen_copied)
+    monkeypatch.setattr(batches, "share", seen_share)
+    monkeypatch.setattr(grpo, "learner", seen_learner)
+    grpo.build(ctx)
+    assert len(learnt) == len(updating) == 3 and len(sampling) == len(copies) == 2
+    for (begin, end), (start, stop) in zip(sampling, updating, strict=False):
+        assert min(end, stop) - max(begin, start) > 0.8 * (end - begin)
+    assert mismatch(toy, learnt[0]) < NEAR
+    for sampler, rollouts in zip(copies, learnt[1:], strict=True):
+        assert mismatch(sampler, rollouts) < NEAR
+    assert mismatch(copies[1], learnt[1]) > 0.01
+    steps = [json.loads(line) for line in (ctx.out / "metrics.jsonl").read_text().splitlines()]
+    assert [step["staleness"] for step in steps] == [0, 1, 1]
+    assert steps[0]["mismatch"] < NEAR and all(step["mismatch"] > 0.01 for step in steps[1:])
+    along = pd.read_parquet(ctx.out / "along.parquet")
+    assert sorted(along["step"].unique()) == [2, 3]
+
+
+def test_what_samples_ahead_is_stopped(toy, toy_rows):
+    """Fault: after Ctrl-C the thread waits for vLLM, or starts it once more when its process is gone."""
+    before, begun, real = workers(), threading.Event(), vllm_engine._Process.ask
+    with VllmEngine(threads=1) as own, pytest.MonkeyPatch.context() as patch:
+        draw(own, toy, toy_rows[:1], 1)
+        patch.setattr(vllm_engine._Process, "ask", lambda self, **request: (begun.set(), real(self, **request))[1])
+        thread = batches.Beside(lambda: draw(own, toy, toy_rows, 64, max_new_tokens=200))
+        assert begun.wait(60)
+        start = time.monotonic()
+        thread.stop()
+        own.stop()
+        thread.join(30)
+        assert not thread.is_alive() and time.monotonic() - start < 25 and thread.error is not None
+        assert own.processes == [] and workers() == before
 
 
 def test_an_evaluation_is_asked_and_scored_as_ever(engine, toy):

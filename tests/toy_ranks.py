@@ -29,7 +29,7 @@ from m2rl_core.run import BuilderContext
 from m2rl_core.store import store_of
 from m2rl_core.training import collect, grpo, opd, sft
 
-BUILD = {"rl-multi": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build, "sft": sft.build_sft}
+BUILD = {"rl-multi": grpo.build, "rl-multi-ahead": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build, "sft": sft.build_sft}
 STEPS, PROMPTS = 3, 3  # 2 ranks have unequal shares, and one of 4 has nothing to sample
 
 
@@ -50,7 +50,7 @@ def fail_at(what: str, count: int, who: int) -> None:
 
 
 def profile(stage: str):
-    toy = toy_training.profile()
+    toy = toy_training.profile(int(stage.endswith(toy_training.AHEAD)))
     lesson = dataclasses.replace(toy.opd, prompts=PROMPTS, steps=STEPS, variance_every=2,
                                  loss="full" if stage.endswith("full") else "sampled")
     return dataclasses.replace(toy, engine=os.environ.get("TOY_ENGINE", "torch"), opd=lesson, sft=dataclasses.replace(toy.sft, steps=STEPS),
@@ -60,10 +60,11 @@ def profile(stage: str):
 def make(root: Path, stage: str, folder: Path) -> None:
     """One stage, by all ranks."""
     made = {path.name: path for path in (root / "models").iterdir()}
+    name = stage.removesuffix("-full").removesuffix(toy_training.AHEAD)
     home = folder / stage if ranks.first() else ranks.scratch()
     (home / "out").mkdir(parents=True, exist_ok=True)
     shown = (progress.Progress if ranks.first() else progress.Silent)(stage)
-    BUILD[stage](BuilderContext(profile(stage), SimpleNamespace(name=stage.removesuffix("-full"), settings={"steps": STEPS}), {
+    BUILD[stage](BuilderContext(profile(stage), SimpleNamespace(name=name, settings={"steps": STEPS}), {
         **made, "base": made["sft"]}, home / "out", home / "state", shown, shown.log, toy_training.SEED))
 
 

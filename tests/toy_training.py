@@ -28,18 +28,21 @@ STEPS, EVERY, SEED = 6, 2, 7
 # (where, which call of it in one attempt is the last): rewards stands between sampling and update, clip between
 # backward and step, look inside the evaluation after a step that was not saved yet, save in the midst of a checkpoint
 TRAINING = (("rewards", 2), ("save", 1), ("clip", 4), ("look", 2))
+AHEAD = "-ahead"  # of stages with `overlap: 1`: the second rewards are a thread's, beside the first update
 STAGES = {"rl-math": (grpo.build, TRAINING), "rl-multi": (grpo.build, TRAINING), "mt-opd": (opd.build, TRAINING),
+          "rl-multi-ahead": (grpo.build, TRAINING), "mt-opd-ahead": (opd.build, TRAINING),
           "eval-sft": (evaluate.build, (("look", 4),))}
 PLACES = {"rewards": (collect, "rewards"), "clip": (torch.nn.utils, "clip_grad_norm_"), "look": (evaluate, "rewards"),
           "save": (trainer.torch, "save")}
 
 
-def profile():
+def profile(overlap: int = 0):
     smoke = load_profile("smoke")
     rl = dataclasses.replace(smoke.rl, prompts=5, group=4, max_new_tokens=10, lr=2e-4, checkpoint_every=EVERY,
-                             eval_every=3, eval_items=1, interference_every=1)
+                             eval_every=3, eval_items=1, interference_every=1, overlap=overlap)
     return dataclasses.replace(
-        smoke, threads=1, rl=rl, opd=dataclasses.replace(smoke.opd, prompts=5, steps=STEPS, lr=2e-4, max_new_tokens=10),
+        smoke, threads=1, rl=rl, opd=dataclasses.replace(smoke.opd, prompts=5, steps=STEPS, lr=2e-4, max_new_tokens=10,
+                                                         overlap=overlap),
         eval=dataclasses.replace(smoke.eval, max_new_tokens=10))
 
 
@@ -71,8 +74,10 @@ def attempt(stage: str, folder: Path, inputs: dict[str, Path], moment=None) -> N
     progress = SimpleNamespace(step=lambda step, total, **numbers: (done.write(f"{step} "), done.flush()))
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    STAGES[stage][0](BuilderContext(profile(), SimpleNamespace(name=stage, settings={"steps": STEPS}), inputs, out,
-                                    folder / "state", progress, print, SEED))
+    name = stage.removesuffix(AHEAD)
+    STAGES[name][0](BuilderContext(
+        profile(int(stage.endswith(AHEAD))), SimpleNamespace(name=name, settings={"steps": STEPS}),
+        inputs, out, folder / "state", progress, print, SEED))
 
 
 def in_a_fork(*args) -> int:
@@ -96,7 +101,7 @@ if __name__ == "__main__":
         policies.save(toy_policy.nudged(sft, 0.5, seed=i) if i else sft, root / "models" / name)
     made = {path.name: path for path in (root / "models").iterdir()}
     for stage, (_, moments) in STAGES.items():
-        inputs = made if stage == "mt-opd" else {"sft": made["sft"]}
+        inputs = made if stage.startswith("mt-opd") else {"sft": made["sft"]}
         for kind, ends in (("whole", ()), ("broken", moments)):
             home = root / kind / stage
             home.mkdir(parents=True)

@@ -2,6 +2,9 @@
 
 Lay it beside `opd.py`: only where the advantage of a token comes from differs. Departures from the released
 code: importance sampling is masked (MIS) as the paper says, not truncated; the bounds are parameters.
+With `overlap: 1` a batch was sampled before the last update. The clipped ratio still refers to the policy that the update
+starts from, and the importance weight, that policy by the sampler's, holds all of the staleness: decoupled PPO
+(arXiv 2110.00641, AReaL's 2505.24298), and what slime's `--use-tis` computes with log-probs scored anew.
 """
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from torch import Tensor
 
 from m2rl_core.models import policy as policies
 from m2rl_core import ranks
-from m2rl_core.training.collect import collect, summary
-from m2rl_core.data import batch_of, training_prompts
+from m2rl_core.training.batches import Batches
+from m2rl_core.training.collect import summary
+from m2rl_core.data import training_prompts
 from m2rl_core.engines import open_engine
 from m2rl_core.evaluate import Watch
 from m2rl_core.training.losses import Loss, Totals, advantages, importance_weights, kl_estimate, policy_loss, reduced
@@ -94,20 +98,22 @@ def build(ctx) -> None:
     reference = beside(policies.load(ctx.inputs["sft"])) if spec.kl else None
     engine = open_engine(ctx.profile)
     watch, interference = Watch(ctx, spec, engine), Interference(ctx, spec.interference_every, domains)
+    steps = ctx.stage.settings["steps"]
+    batches = Batches(ctx, spec, "rl", policy, rows, engine, steps)
 
     def objective(step: int) -> dict:
-        prompts = batch_of(rows, spec.prompts, step, ctx.seed, "rl")
-        rollouts, verdicts, scores, seconds = collect(policy, prompts, spec, ctx.seed * 100_003 + step, engine)
+        rollouts, verdicts, scores, seconds = batches(step)
         used, update = learner(policy, rollouts, advantages(scores, spec.scale_rewards), loss, spec.max_new_tokens, reference)
         seconds |= interference.look(step, policy, used, update)
         start = time.perf_counter()
         stats = update(used)
         watch.keep_examples(step, rollouts, verdicts)
-        return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
+        return {**summary(rollouts, verdicts, scores), **batches.staleness(step), **stats, **seconds,
+                "seconds_update": time.perf_counter() - start}
 
-    with engine:
-        fit(policy, objective, Optimization(ctx.stage.settings["steps"], spec.lr, spec.weight_decay, spec.betas,
-            spec.grad_clip, checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
-            watch.keep_batch)
+    with engine, batches:
+        fit(policy, objective, Optimization(steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
+            checkpoint_every=spec.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
+            watch.keep_batch, batches)
     watch.finish()
     interference.finish()

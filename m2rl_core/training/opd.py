@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m2rl_core import ranks
-from m2rl_core.data import batch_of, training_prompts
+from m2rl_core.data import training_prompts
 from m2rl_core.engines import open_engine
 from m2rl_core.engines.rollout import Rollout, micro_batches, response_hidden
 from m2rl_core.evaluate import Watch
@@ -23,7 +23,8 @@ from m2rl_core.models import policy as policies
 from m2rl_core.models.policy import Policy
 from m2rl_core.models.qwen3 import token_logprobs
 from m2rl_core.ranks.sharded import beside, place
-from m2rl_core.training.collect import collect, summary
+from m2rl_core.training.batches import Batches
+from m2rl_core.training.collect import summary
 from m2rl_core.training.grpo import backward
 from m2rl_core.training.losses import Loss, Totals, reduced, reverse_kl
 from m2rl_core.training.teachers import Teachers, by_domain
@@ -86,6 +87,7 @@ def build(ctx) -> None:
     engine = open_engine(ctx.profile)
     watch, noise = Watch(ctx, ctx.profile.rl, engine), Every(ctx, "variance", spec.variance_every)
     loss = Loss.of(spec, loss="grpo")
+    batches = Batches(ctx, spec, "opd", student, rows, engine, spec.steps)
 
     def update(form: str, part: list[Rollout]) -> dict:
         stats = UPDATES[form](student, teachers, part, loss, Totals.of(part, spec.max_new_tokens))
@@ -94,18 +96,18 @@ def build(ctx) -> None:
     estimators = {form: partial(update, form) for form in UPDATES}
 
     def objective(step: int) -> dict:
-        prompts = batch_of(rows, spec.prompts, step, ctx.seed, "opd")
-        rollouts, verdicts, scores, seconds = collect(student, prompts, spec, ctx.seed * 100_003 + step, engine)
+        rollouts, verdicts, scores, seconds = batches(step)
         parts = gradient_noise.by_prompt(rollouts, spec.group)
         seconds |= noise.look(step, lambda: gradient_noise.measure(student, parts, estimators, seconds))
         start = time.perf_counter()  # scores are recorded, not trained on
         stats = update(spec.loss, rollouts)
         watch.keep_examples(step, rollouts, verdicts)
-        return {**summary(rollouts, verdicts, scores), **stats, **seconds, "seconds_update": time.perf_counter() - start}
+        return {**summary(rollouts, verdicts, scores), **batches.staleness(step), **stats, **seconds,
+                "seconds_update": time.perf_counter() - start}
 
-    with engine:
+    with engine, batches:
         fit(student, objective, Optimization(spec.steps, spec.lr, spec.weight_decay, spec.betas, spec.grad_clip,
             checkpoint_every=ctx.profile.rl.checkpoint_every), ctx.out, ctx.state, ctx.progress, watch.observe,
-            watch.keep_batch)
+            watch.keep_batch, batches)
     watch.finish()
     noise.finish()

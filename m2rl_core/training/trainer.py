@@ -54,18 +54,19 @@ def warmup_cosine(steps: int, warmup: int, floor: float = 0.0) -> Callable[[int]
 
 def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization, out: Path, state: Path, progress,
         observe: Callable[[int, Policy], None] | None = None,
-        keep_batch: Callable[[Path], None] | None = None) -> None:
+        keep_batch: Callable[[Path], None] | None = None, batches=None) -> None:
     """Train in place; writes `metrics.jsonl` (the same bytes on every run) and `timing.jsonl` (seconds) into `out`.
 
     `objective(step)` runs backward and returns a flat dict of numbers with at least `loss` (`seconds_...` go to the
     timing). `observe(step, policy)` is called before the first step and after each, before the checkpoint; what it
     writes must be a function of the step. Checkpoints go to `state`, whole or not at all. Raises TrainingDiverged,
-    before the step, after `keep_batch` has written what the step was made of.
+    before the step, after `keep_batch` has written what the step was made of. `batches` (see there) is asked to `settle`
+    after a step, to `write` its state into a checkpoint and to `read` it again.
     """
     parameters = policy.requires_grad()
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     shared = ranks.agree(state)  # the first process's, for checkpoints; what others write is for nobody
-    done, metrics, timing = _resume(policy, optimizer, shared)
+    done, metrics, timing = _resume(policy, optimizer, shared, batches)
     if done == 0 and observe is not None:
         observe(0, policy)
     for step in range(done, settings.steps):
@@ -83,16 +84,17 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
                                    f"before it is kept in {state}; lower the learning rate or look at the batch"
                                    + (f", {batch}" if keep_batch is not None else ""))
         optimizer.step()
+        waited = batches.settle() if batches is not None else {}
         seconds = {k: round(v, 4) for k, v in record.items() if k.startswith("seconds_")}
         metrics.append({"step": step + 1, **{k: _rounded(v) for k, v in record.items() if k not in seconds},
                         "grad_norm": _rounded(float(norm))})
         timing.append({"step": step + 1, "seconds": round(time.perf_counter() - started, 4), **seconds,
-                       "cpu_seconds": round(time.process_time() - busy, 4)})
+                       **{k: round(v, 4) for k, v in waited.items()}, "cpu_seconds": round(time.process_time() - busy, 4)})
         progress.step(step + 1, settings.steps, **{k: record[k] for k in SHOWN if k in record})
         if observe is not None:
             observe(step + 1, policy)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-            _checkpoint(policy, optimizer, shared, step + 1, metrics, timing)
+            _checkpoint(policy, optimizer, shared, step + 1, metrics, timing, batches)
     for parameter in parameters:
         parameter.requires_grad_(False)
     write_lines(out / "metrics.jsonl", metrics)
@@ -115,7 +117,7 @@ def _rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _checkpoint(policy, optimizer, state, step, metrics, timing):
+def _checkpoint(policy, optimizer, state, step, metrics, timing, batches):
     """Write everything beside the live state, then swap by one rename."""
     fresh = state / f"step-{step:06d}.partial"
     if ranks.first():
@@ -129,17 +131,22 @@ def _checkpoint(policy, optimizer, state, step, metrics, timing):
         torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
     write_lines(fresh / "metrics.jsonl", metrics)
     write_lines(fresh / "timing.jsonl", timing)
+    if batches is not None:
+        batches.write(fresh)
     os.replace(fresh, state / f"step-{step:06d}")
     for old in state.glob("step-*"):
         if old.name != f"step-{step:06d}":
             shutil.rmtree(old)
 
 
-def _resume(policy, optimizer, state) -> tuple[int, list[dict], list[dict]]:
+def _resume(policy, optimizer, state, batches) -> tuple[int, list[dict], list[dict]]:
     """Load the newest complete checkpoint, if any, into policy and optimizer."""
     complete = ranks.agree(sorted(p for p in state.glob("step-*") if p.suffix != ".partial"))
     if not complete:
         return 0, [], []
     newest = complete[-1]
     parts.restore(policy, optimizer, newest)
-    return int(newest.name.split("-")[1]), read_lines(newest / "metrics.jsonl"), read_lines(newest / "timing.jsonl")
+    done = int(newest.name.split("-")[1])
+    if batches is not None:
+        batches.read(newest, done)
+    return done, read_lines(newest / "metrics.jsonl"), read_lines(newest / "timing.jsonl")

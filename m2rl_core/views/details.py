@@ -35,7 +35,8 @@ def used(profile) -> dict[tuple[str, str], object]:
             "steps of an expert": rl.steps, "steps of RL-Multi": rl.multi_steps, "weight decay": rl.weight_decay,
             "optimizer": f"AdamW, betas {rl.betas[0]:g} and {rl.betas[1]:g}, gradients clipped at {rl.grad_clip:g}",
             "learning rate": f"{rl.lr:g} constant", "temperature": rl.temperature,
-            "longest response": f"{rl.max_new_tokens} tokens", "importance sampling": corrections[rl.is_correction],
+            "longest response": f"{rl.max_new_tokens} tokens",
+            "importance sampling": corrections[rl.is_correction] + ("; rollouts are one update old" if rl.overlap else ""),
             "KL penalty": rl.kl,
             "clip range": f"{rl.clip_low:g} and {rl.clip_high:g}; without effect at one update a batch",
             "multi-task batch": "random mixture of the five sets",
@@ -123,7 +124,21 @@ def agreement_sentence(steps: Mapping[str, pd.DataFrame], engine: str) -> str:
         f"the least that a step kept is {100 * least['kept']:.2f} % of its tokens ({least['model']}, step {least['step']})")
     return (f"Sampled by {engine}: over {len(sure):,} steps with an update a token's log-probs differ by "
             f"{sure['mismatch_mean'].mean():.0e} nats on average and by at most {off['mismatch']:.1e} ({off['model']}, "
-            f"step {off['step']}), and {masked}.")
+            f"step {off['step']}), and {masked}.{stale_sentence(sure)}")
+
+
+def stale_sentence(sure: pd.DataFrame) -> str:
+    """How old the rollouts were where runs overlap, and what that made of mismatch and kept share; empty where none does.
+
+    `sure`: the steps with an update of all runs, with a column `model`.
+    """
+    if "staleness" not in sure:
+        return ""
+    old, fresh = (sure[sure["staleness"].fillna(0).gt(0) == stale] for stale in (True, False))
+    parts = [f"{what}: mean mismatch {part['mismatch_mean'].mean():.0e} nats, {100 * part['kept'].mean():.2f} % of the "
+             "tokens kept" for what, part in (("rollouts one update old", old), ("fresh ones", fresh)) if len(part)]
+    return (f" With `overlap`, the weights that sampled are one update behind in {len(old):,} of {len(sure):,} steps "
+            f"({', '.join(old['model'].unique())}). {'; '.join(parts).capitalize()}.") if len(old) else ""
 
 
 def table8(run, rng: np.random.Generator) -> pd.DataFrame:

@@ -152,8 +152,11 @@ def rollouts_table(rollouts: pd.DataFrame, n: int = 2) -> pd.DataFrame:
 
 def cost_table(timing: pd.DataFrame, steps: pd.DataFrame, seconds: float) -> pd.DataFrame:
     """Where the time of a run went; `seconds` is the whole stage's: part, seconds, share (%), seconds a step."""
-    parts = {"sampling rollouts": timing["seconds_sample"].sum(), "verifying": timing["seconds_verify"].sum(),
-             "updating": timing["seconds_update"].sum()}
+    parts = {"sampling rollouts": timing["seconds_sample"].sum(), "verifying": timing["seconds_verify"].sum()}
+    if "seconds_wait" in timing:  # all but the first batch was made beside an update
+        first = timing[["seconds_sample", "seconds_verify"]].iloc[0].sum()
+        parts = {"waiting for rollouts and verdicts": first + timing["seconds_wait"].sum()}
+    parts["updating"] = timing["seconds_update"].sum()
     looks = timing.filter(["seconds_interference", "seconds_variance"])
     if len(looks.columns):
         parts["comparing gradients"] = looks.sum().sum()
