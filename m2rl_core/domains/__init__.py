@@ -85,6 +85,19 @@ def called(benchmark: str) -> str:
     return f"{benchmark} {LABELS.get(benchmark, '(miniature)')}".strip() if benchmark in BENCHMARKS else benchmark
 
 
+def mean_of(benchmarks: Iterable[str]) -> str:
+    """How a mean over these benchmarks is called everywhere: "mean of nine", else of how many, and which are missing.
+
+    Where more of the nine are missing than there, or a benchmark is none of the nine, those that are there are named.
+    """
+    here = list(dict.fromkeys(benchmarks))
+    missing = [name for name in BENCHMARKS if name not in here]
+    if set(here) == set(BENCHMARKS):
+        return "mean of nine"
+    told = f"without {', '.join(missing)}" if set(here) <= set(BENCHMARKS) and len(missing) < len(here) else ", ".join(here)
+    return f"mean of {len(here)} ({told})"
+
+
 def module(domain: str):
     """The module that makes and verifies the rows of `domain`; ValueError for a name that is none."""
     if domain in OWN:
