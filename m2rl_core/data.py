@@ -127,8 +127,14 @@ class RealSft(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[list[int], list[bool]]:
+        return self._encoded(self.rows[index])
+
+    def take(self, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
+        """The rows at `indices`, in that order, read with as few reads as they allow."""
+        return [self._encoded(row) for row in self.rows.take(indices)]
+
+    def _encoded(self, row: dict) -> tuple[list[int], list[bool]]:
         from m2rl_core.real import chat
-        row = self.rows[index]
         ids, learn = chat.encode(self.tokenizer, row["messages"], row["tools"], self.thinking)
         return ids[:self.context], learn[:self.context]
 
@@ -142,15 +148,17 @@ class RealSft(Sequence):
 
 
 def batch_of(rows: Sequence, size: int, step: int, *names: object) -> list:
-    """The `step`-th batch of an endless stream of epochs, each a new permutation; a function of its arguments alone."""
+    """The `step`-th batch of an endless stream of epochs, each a new permutation; a function of its arguments alone.
+
+    Rows that lie in files (`take`) are asked for together.
+    """
     batch, position = [], step * size
     while len(batch) < size:
         epoch, offset = divmod(position, len(rows))
         order = _permutation(len(rows), *names, epoch)
-        take = order[offset:offset + size - len(batch)]
-        batch += [rows[i] for i in take]
-        position += len(take)
-    return batch
+        batch += order[offset:offset + size - len(batch)]
+        position = step * size + len(batch)
+    return rows.take(batch) if hasattr(rows, "take") else [rows[i] for i in batch]
 
 
 @lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from m2rl_core import __main__ as main
 from m2rl_core import paper
@@ -325,6 +327,36 @@ def test_each_way_of_drawing_and_the_report(put, monkeypatch, tmp_path):
     assert {row["place"] for row in Blend(tmp_path / "other")} != {row["place"] for row in blend}
     reasons = sft_blend.drops_frame(told).set_index(["type", "reason"])["rows"]
     assert reasons["Math Formal Proofs", "usable, not drawn"] == 20
+
+
+def test_rows_from_all_over_are_read_group_by_group(put, monkeypatch, tmp_path):
+    """Faults: a group of rows read again for each of its rows; rows in the order of the file in place of the order asked for;
+    a repeated row that is another one the second time."""
+    blend_files(put)
+    table_of(monkeypatch, *KINDS)
+    monkeypatch.setattr(pieces, "GROUP", 3)
+    sft_blend.build(tmp_path / "out", Settings(seed=3, lines=7))
+    blend = Blend(tmp_path / "out")
+    order = random.Random(5).sample(range(len(blend)), len(blend)) + [7, 7]
+    one_by_one = [blend[i] for i in order]
+    reads, files = [], []
+
+    class Counted(parquet.ParquetFile):
+        def __init__(self, path):
+            super().__init__(path)
+            files.append(path)
+
+        def read_row_group(self, group):
+            reads.append((files[-1], group))
+            return super().read_row_group(group)
+
+    monkeypatch.setattr(parquet, "ParquetFile", Counted)
+    assert blend.take(order) == one_by_one and blend.take([]) == []
+    stored = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(reads) == len(set(reads)) == sum(-(-line["written"] // 3) for line in stored)
+    assert len(files) == len(set(files)) == len(stored)
+    with pytest.raises(IndexError):
+        blend.take([len(blend)])
 
 
 def test_a_share_of_table_1(put, monkeypatch, tmp_path):
