@@ -107,7 +107,7 @@ def _trial(profile, name: str) -> str:
 class RealSft(Sequence):
     """The real SFT blend of a profile as rows to learn from, (ids, learn); tokenised when they are asked for.
 
-    Rows longer than `context` are cut there. `told` has a line for each type, as blend.jsonl holds it.
+    Rows longer than `context`, or than the profile's `data.row_tokens`, are cut there. `told` has a line for each type, as blend.jsonl holds it.
     """
 
     def __init__(self, ctx, tokenizer, context: int):
@@ -120,7 +120,7 @@ class RealSft(Sequence):
                                  ctx.log)
         chat.check_tokenizer(tokenizer)
         self.rows, self.tokenizer, self.context, self.thinking = (
-            sft_blend.Blend(folder), tokenizer, context, profile.data.thinking)
+            sft_blend.Blend(folder), tokenizer, min(context, profile.data.row_tokens or context), profile.data.thinking)
         self.told = sft_blend.blend_frame(report).to_dict("records")
 
     def __len__(self) -> int:

@@ -333,6 +333,7 @@ def test_a_prompt_that_does_not_fit_scores_zero_and_says_so(small, policy):
     items = {"ifeval": benchmarks.load("ifeval", 3)}
     long = dataclasses.replace(items["ifeval"][1], messages=({"role": "user", "content": "word " * 999},))
     rows = evaluate(policy, "one", {"ifeval": [items["ifeval"][0], long, items["ifeval"][2]]}, {"ifeval": 2}, spec(), 1)
+    assert rows["reason"].str.startswith(domains.NO_ROOM).tolist() == [False, False, True, True, False, False]
     assert rows["item"].tolist() == [row.id for row in items["ifeval"] for _ in range(2)]
     assert rows["tokens"].gt(0).tolist() == [True, True, False, False, True, True]
     assert rows["score"][2] == 0 and rows["truncated"][2] and " tokens, but 376 fit" in rows["reason"][2]

@@ -71,6 +71,9 @@ class Verdict:
     failed: bool = False
 
 
+NO_ROOM = "no room in the context: "  # begins the reason of an item that did not fit; counted in 3.2
+
+
 class UserSays(str):
     """The user's next words, where an environment replies with these alone and not with the answers of tools."""
 
