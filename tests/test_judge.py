@@ -124,7 +124,8 @@ def test_stage_judges_a_models_own_answers(policy, tmp_path):
     judge.build(ctx)
     assert pd.read_parquet(tmp_path / "rows.parquet")["tokens"].max() == 40 > judge.JUDGE_TOKENS
     asked = [len(policies.encode_prompt(policy, judge_row(a.prompt, a.response, "process", True, a.item).messages))
-             for a in answers[answers["sample"] == 0].groupby("benchmark").head(2).itertuples()]
+             for a in answers[answers["sample"] == 0].groupby("benchmark").head(2).itertuples()
+             if a.benchmark in judge.JUDGED_BENCHMARKS]
     ctx.stage.settings["tokens"] = policy.config.max_position_embeddings - sorted(asked)[3]  # half of the works are longer than what is left
     judge.build(ctx)
     fewer = pd.read_parquet(tmp_path / "rows.parquet").drop_duplicates(["item", "mode"])["mode"].value_counts()
