@@ -67,7 +67,7 @@ def training_prompts(ctx, domains: Sequence[str], tokenizer) -> list[Row]:
     if profile.rows == "miniature":
         return rl_rows(profile.rl, tuple(domains), profile.seed)
     from m2rl_core.real import rl_blend
-    folder, rows = blends(store_of(ctx))["rl"] / _trial(profile, profile.data.template), []
+    folder, rows = blends_of(profile, store_of(ctx))["rl"], []
     if any(domain not in OWN for domain in domains):
         rl_blend.build(folder, rl_blend.Settings(profile.data.template, profile.data.first), ctx.log)
     for domain in domains:
@@ -99,9 +99,16 @@ def blends(store: Path) -> dict[str, Path]:
     return {name: store / "data" / name for name in ("sft", "rl")}
 
 
-def _trial(profile, name: str) -> str:
-    """A folder's name; one for each way of making a blend, which is never made in the place of another."""
-    return name + (f"-first-{profile.data.first}" if profile.data.first else "")
+def blends_of(profile, store: Path) -> dict[str, Path]:
+    """The folders of a profile's own blends; one for each way of making a blend, which is never made in the place of another."""
+    trial = f"-first-{profile.data.first}" if profile.data.first else ""
+    names = {"sft": f"seed-{profile.seed}-share-{profile.data.share:g}", "rl": profile.data.template}
+    return {kind: home / f"{names[kind]}{trial}" for kind, home in blends(store).items()}
+
+
+def overlap_file(store: Path) -> Path:
+    """Where `data check --profile` writes what it found of the benchmarks in a profile's blends."""
+    return store / "data" / "decontamination.json"
 
 
 class RealSft(Sequence):
@@ -114,8 +121,7 @@ class RealSft(Sequence):
         from m2rl_core.real import chat, sft_blend
         profile = ctx.profile
         types = tuple(line.type for line in profile.sft.blend)
-        name = f"seed-{profile.seed}-share-{profile.data.share:g}"
-        folder = blends(store_of(ctx))["sft"] / _trial(profile, name)
+        folder = blends_of(profile, store_of(ctx))["sft"]
         report = sft_blend.build(folder, sft_blend.Settings(profile.seed, profile.data.share, types, profile.data.first),
                                  ctx.log)
         chat.check_tokenizer(tokenizer)

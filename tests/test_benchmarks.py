@@ -144,6 +144,8 @@ def test_the_registry_knows_all_nine(monkeypatch):
         "aime24": (30,), "aime25": (30,), "lcb_v5": (279,), "lcb_v6": (175,), "hle": (2158,), "gpqa_diamond": (198,),
         "ifeval": (541,), "ifbench": (300, 294), "bfcl_v3": (4441,)}
     assert benchmarks.NINE["ifbench"].full(hub.sources()["allenai/IFBench_test"].revision) == (300,)
+    assert benchmarks.NINE["ifbench"].full("a" * 40) == (300, 294), "a commit that is not known may have either"
+    assert benchmarks.labels(spec(items={"ifbench": 300, "ifeval": 541}))["ifbench"] == ""
 
 
 # ---- another number of items
@@ -365,7 +367,7 @@ def test_tables_call_real_benchmarks_by_their_names(tmp_path, monkeypatch):
     """Faults: real scores under the name of a miniature; a trial that looks like the whole benchmark; a miniature after a
     real run in one process that is called real."""
     monkeypatch.setattr(domains, "LABELS", {})
-    for rows, names in (("real", ["ifeval", "ifbench", "hle (first 20)"]),
+    for rows, names in (("real", ["ifeval", "ifbench (294 items)", "hle (first 20)"]),
                         ("miniature", ["ifeval (miniature)", "ifbench (miniature)", "hle (miniature)"])):
         items = SMOKE.eval.items | {"ifeval": 541, "ifbench": 294, "hle": 20}
         Run(dataclasses.replace(SMOKE, eval=dataclasses.replace(SMOKE.eval, items=items, rows=rows)), tmp_path)

@@ -42,9 +42,8 @@ def blend_sentence(table: pd.DataFrame) -> str:
     parts = table[(table["type"] != "Total") & table["paper (%)"].notna()]
     gap = (parts["share without judge rows (%)"] - parts["paper (%)"]).abs()
     extra = table[table["paper (%)"].isna()]
-    return (f"Apart from {', '.join(extra['type'])} ({extra['share (%)'].sum():.1f} % of the rows), no share differs "
-            f"from Table 1 "
-            f"by more than {gap.max():.2f} points ({parts.loc[gap.idxmax(), 'type']}).")
+    apart = f"Apart from {', '.join(extra['type'])} ({extra['share (%)'].sum():.1f} % of the rows), no" if len(extra) else "No"
+    return f"{apart} share differs from Table 1 by more than {gap.max():.2f} points ({parts.loc[gap.idxmax(), 'type']})."
 
 
 def specimen(domain: str, seed: int) -> pd.DataFrame:
