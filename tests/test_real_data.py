@@ -612,6 +612,23 @@ def test_the_released_wording_is_an_option():
     assert one(follow(), template="released") == one(follow())
 
 
+@pytest.mark.parametrize(("more", "answer", "score"), [
+    ({"template_metadata": {"output_regex": r"ANSWER IS\s*([A-Za-z])"}}, "So the Answer is b", 1.0),
+    ({"template_metadata": '{"output_regex": "Final Choice: ([A-Z])"}'}, "Final Choice: B", 1.0),
+    ({"template_metadata": {"output_regex": r"Final Choice: ([A-Z])", "weight": None}}, "Answer: B", 0.0),
+    ({"grading_mode": "strict_single_letter_boxed"}, r"\boxed{A}, no: \boxed{\text{(B)}}", 1.0),
+    (asked(r"Put the letter into \boxed{}. Which?"), r"It is \boxed{B}.", 1.0),
+    ({"template_metadata": None, "grading_mode": None}, r"It is \boxed{B}.", 0.0), ({}, "Answer: B", 1.0)])
+def test_a_science_row_is_verified_in_the_form_that_its_prompt_asks_for(more, answer, score):
+    """Fault: rows whose prompt asks for "ANSWER IS X", or for a box, and that can never be paid."""
+    assert science.verify([one(choice(**more))], [[answer]])[0].score == score
+
+
+def test_a_form_that_is_no_regular_expression_is_named():
+    with pytest.raises(schema.SchemaError, match=r"field template_metadata.output_regex: '\(' is no regular expression"):
+        one(choice(template_metadata={"output_regex": "("}))
+
+
 # ---- decontamination
 
 def run_of(count, start=0):
