@@ -1,14 +1,16 @@
 """Our verdicts beside those that the wheel of nemo-gym ships: its test files' cases, and its example rollouts with rewards.
 
 Nothing of them is copied: cases are read from the installed files, as literals of their syntax tree. The other wheels ship no
-cases: math-verify's and evalscope's tests are not in theirs, bfcl-eval's items are used in test_bfcl. The workplace's cases are
-in test_workbench; its example rollouts have rewards, but the wheel has not their truths.
+cases: math-verify's are in its source distribution alone (unpacked, they are run here), evalscope has none of these, and
+bfcl-eval's items are used in test_bfcl. The workplace's cases are in test_workbench; the wheel has rewards of its example
+rollouts, but not their truths.
 """
 from __future__ import annotations
 
 import ast
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from m2rl_core.real import rl_rows, schema
 
 HOME = Path(importlib.util.find_spec("resources_servers").submodule_search_locations[0])
 SCIENCE = "nano_v3_sft_profiled_stem_mcqa"
+SOURCE = "M2RL_MATH_VERIFY_TESTS"
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
 
 
@@ -139,6 +142,28 @@ def test_math_as_in_the_wheels_test_file_and_rollouts():
             assert math.score(gold, answer, "last_box").reason == "no box"
             bare += 1
     assert (boxed, bare) == (9, 5)
+
+
+@pytest.mark.skipif(not os.environ.get(SOURCE), reason=f"{SOURCE} names the tests/ of math-verify 0.9.0's source distribution")
+def test_math_as_in_the_source_distribution_of_math_verify():
+    """Fault: an answer in one box that math-verify's own tests call right, or wrong, and ours otherwise. Of several boxes ours
+    reads the last, as in the paper, where math-verify joins them; without a box it pays nothing."""
+    agree = several = bare = 0
+    for path in sorted(Path(os.environ[SOURCE]).glob("test_*.py")):
+        for call in calls(ast.parse(path.read_text()), "parametrize"):
+            names = ast.literal_eval(call.args[0])
+            if names != "gold,pred,expected" and names != "gold, pred, expected":
+                continue
+            literal = [case for case in call.args[1].elts if not any(isinstance(part, ast.JoinedStr) for part in ast.walk(case))]
+            for gold, said, right in map(ast.literal_eval, literal):
+                if len(math.boxes(said)) != 1 or len(math.boxes(gold)) > 1:
+                    several += len(math.boxes(said)) > 0
+                    bare += not math.boxes(said)
+                    continue
+                gold = math.boxes(gold)[-1] if math.boxes(gold) else gold
+                assert math.score(gold, said, "last_box").score == right, (path.name, gold, said)
+                agree += 1
+    assert agree > 50 and several > 10 and bare > 100
 
 
 # ---- letters

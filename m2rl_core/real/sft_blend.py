@@ -186,8 +186,8 @@ def _statement(row: dict, place: str, statements: Statements) -> str:
 class Blend(Sequence):
     """The finished blend of a folder as a sequence of {type, messages, tools, place}, repeated rows repeated.
 
-    StudyError for a folder that is not finished. Neighbours come from one group of some rows, which stays in memory; rows
-    from all over are best asked for together (`take`).
+    StudyError for a folder that is not finished. Neighbours come from one group of some rows, which stays in memory;
+    scattered rows are best asked for together (`take`).
     """
 
     def __init__(self, folder: Path):
