@@ -100,7 +100,7 @@ def blends(store: Path) -> dict[str, Path]:
 
 
 def blends_of(profile, store: Path) -> dict[str, Path]:
-    """The folders of a profile's own blends; one for each way of making a blend, which is never made in the place of another."""
+    """The folders of a profile's own blends: one for each way of making a blend; none is made in the place of another."""
     trial = f"-first-{profile.data.first}" if profile.data.first else ""
     names = {"sft": f"seed-{profile.seed}-share-{profile.data.share:g}", "rl": profile.data.template}
     return {kind: home / f"{names[kind]}{trial}" for kind, home in blends(store).items()}
@@ -114,7 +114,8 @@ def overlap_file(store: Path) -> Path:
 class RealSft(Sequence):
     """The real SFT blend of a profile as rows to learn from, (ids, learn); tokenised when they are asked for.
 
-    Rows longer than `context`, or than the profile's `data.row_tokens`, are cut there. `told` has a line for each type, as blend.jsonl holds it.
+    Rows longer than `context`, or than the profile's `data.row_tokens`, are cut there. `told` has a line for each type, as
+    blend.jsonl holds it.
     """
 
     def __init__(self, ctx, tokenizer, context: int):
