@@ -67,7 +67,7 @@ def training_prompts(ctx, domains: Sequence[str], tokenizer) -> list[Row]:
     if profile.rows == "miniature":
         return rl_rows(profile.rl, tuple(domains), profile.seed)
     from m2rl_core.real import rl_blend
-    folder, rows = blends(store_of(ctx))["rl"] / _trial(profile, profile.data.template), []
+    folder, rows = blends_of(profile, store_of(ctx))["rl"], []
     if any(domain not in OWN for domain in domains):
         rl_blend.build(folder, rl_blend.Settings(profile.data.template, profile.data.first), ctx.log)
     for domain in domains:
@@ -99,36 +99,49 @@ def blends(store: Path) -> dict[str, Path]:
     return {name: store / "data" / name for name in ("sft", "rl")}
 
 
-def _trial(profile, name: str) -> str:
-    """A folder's name; one for each way of making a blend, which is never made in the place of another."""
-    return name + (f"-first-{profile.data.first}" if profile.data.first else "")
+def blends_of(profile, store: Path) -> dict[str, Path]:
+    """The folders of a profile's own blends: one for each way of making a blend; none is made in the place of another."""
+    trial = f"-first-{profile.data.first}" if profile.data.first else ""
+    names = {"sft": f"seed-{profile.seed}-share-{profile.data.share:g}", "rl": profile.data.template}
+    return {kind: home / f"{names[kind]}{trial}" for kind, home in blends(store).items()}
+
+
+def overlap_file(store: Path) -> Path:
+    """Where `data check --profile` writes what it found of the benchmarks in a profile's blends."""
+    return store / "data" / "decontamination.json"
 
 
 class RealSft(Sequence):
     """The real SFT blend of a profile as rows to learn from, (ids, learn); tokenised when they are asked for.
 
-    Rows longer than `context` are cut there. `told` has a line for each type, as blend.jsonl holds it.
+    Rows longer than `context`, or than the profile's `data.row_tokens`, are cut there. `told` has a line for each type, as
+    blend.jsonl holds it.
     """
 
     def __init__(self, ctx, tokenizer, context: int):
         from m2rl_core.real import chat, sft_blend
         profile = ctx.profile
         types = tuple(line.type for line in profile.sft.blend)
-        name = f"seed-{profile.seed}-share-{profile.data.share:g}"
-        folder = blends(store_of(ctx))["sft"] / _trial(profile, name)
+        folder = blends_of(profile, store_of(ctx))["sft"]
         report = sft_blend.build(folder, sft_blend.Settings(profile.seed, profile.data.share, types, profile.data.first),
                                  ctx.log)
         chat.check_tokenizer(tokenizer)
         self.rows, self.tokenizer, self.context, self.thinking = (
-            sft_blend.Blend(folder), tokenizer, context, profile.data.thinking)
+            sft_blend.Blend(folder), tokenizer, min(context, profile.data.row_tokens or context), profile.data.thinking)
         self.told = sft_blend.blend_frame(report).to_dict("records")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[list[int], list[bool]]:
+        return self._encoded(self.rows[index])
+
+    def take(self, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
+        """The rows at `indices`, in that order, read with as few reads as they allow."""
+        return [self._encoded(row) for row in self.rows.take(indices)]
+
+    def _encoded(self, row: dict) -> tuple[list[int], list[bool]]:
         from m2rl_core.real import chat
-        row = self.rows[index]
         ids, learn = chat.encode(self.tokenizer, row["messages"], row["tools"], self.thinking)
         return ids[:self.context], learn[:self.context]
 
@@ -142,15 +155,17 @@ class RealSft(Sequence):
 
 
 def batch_of(rows: Sequence, size: int, step: int, *names: object) -> list:
-    """The `step`-th batch of an endless stream of epochs, each a new permutation; a function of its arguments alone."""
+    """The `step`-th batch of an endless stream of epochs, each a new permutation; a function of its arguments alone.
+
+    Rows that lie in files (`take`) are asked for together.
+    """
     batch, position = [], step * size
     while len(batch) < size:
         epoch, offset = divmod(position, len(rows))
         order = _permutation(len(rows), *names, epoch)
-        take = order[offset:offset + size - len(batch)]
-        batch += [rows[i] for i in take]
-        position += len(take)
-    return batch
+        batch += order[offset:offset + size - len(batch)]
+        position = step * size + len(batch)
+    return rows.take(batch) if hasattr(rows, "take") else [rows[i] for i in batch]
 
 
 @lru_cache(maxsize=4)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from m2rl_core import ranks
-from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, environments, generator, prepare, rewards
+from m2rl_core.domains import (
+    BENCHMARKS, NO_ROOM, OWN, Row, Verdict, benchmark_rows, environments, generator, prepare, rewards,
+)
 from m2rl_core.engines import TORCH, Engine, open_engine
 from m2rl_core.engines.rollout import Rollout
 from m2rl_core.errors import StudyError
@@ -100,12 +103,23 @@ def _measure(policy, model, benchmark, rows, k, spec, rng, engine) -> pd.DataFra
         fits = [row for row in rows if row.id not in long]
     rollouts = engine.sample(policy, fits, k, generator=rng, **asked) if fits else []
     verdicts = environments.verdicts(rollouts, lambda *lists: ranks.spread(rewards, *lists))
+    if spec.rows == "real":
+        verdicts = [_roomless(policy, *pair, asked["max_new_tokens"]) for pair in zip(rollouts, verdicts, strict=True)]
     if long:
         done = iter(zip(rollouts, verdicts, strict=True))
-        pairs = [(Rollout(row, [], truncated=True), Verdict(0.0, f"a prompt of {long[row.id]} tokens, but {room} fit"))
+        pairs = [(Rollout(row, [], truncated=True), Verdict(0.0, f"{NO_ROOM}a prompt of {long[row.id]} tokens, but {room} fit"))
                  if row.id in long else next(done) for row in rows for _ in range(k)]
         rollouts, verdicts = zip(*pairs, strict=True)
     return frame(model, benchmark, rollouts, verdicts, k)
+
+
+def _roomless(policy, rollout: Rollout, verdict: Verdict, budget: int) -> Verdict:
+    """The verdict, which names the cause where an episode ended because a reply and the rest of `budget` did not fit."""
+    if not (rollout.truncated and rollout.tokens[-1:] and rollout.tokens[-1] in policy.stop_ids and rollout.length < budget):
+        return verdict
+    held = len(rollout.prompt) + len(rollout.tokens)
+    return replace(verdict, reason=f"{NO_ROOM}{held} tokens after {len(rollout.turns)} answers, and no reply fitted beside the "
+                                   f"{budget - rollout.length} still to be sampled; {verdict.reason}")
 
 
 def frame(model: str, benchmark: str, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], k: int) -> pd.DataFrame:

@@ -19,11 +19,12 @@ from m2rl_core.models import policy as policies
 from m2rl_core.study import JUDGED_BENCHMARKS
 
 MODES = ("outcome", "process")
-JUDGE_TOKENS = 16  # enough for an empty think block and one word
+JUDGE_TOKENS = 16  # enough for an empty think block and one word; a profile whose models think gives them more
 PROMPTS = {
     "outcome": "Judge the answer.\nTask: {task}\nAnswer: {shown}\nIs it right?",
     "process": "Judge the work.\nTask: {task}\nWork: {shown}\nIs it right?",
 }
+COLUMNS = ["model", "benchmark", "item", "sample", "mode", "truth", "said", "correct", "tokens", "response"]
 REPLY = "<think>\n\n</think>\n\n{}"
 
 
@@ -65,27 +66,33 @@ def verdict_of(turn: str) -> int:
 
 
 def build(ctx) -> None:
-    """One model judges its own sampled answers on Table 7's benchmarks (or the stage's), K times each, in both modes."""
+    """One model judges its own sampled answers on Table 7's benchmarks (or the stage's), K times each, in both modes.
+
+    An answer that leaves no room for the judge's words is not judged in that mode; `unjudged.json` counts these.
+    """
     settings = ctx.stage.settings
     model = ctx.stage.name.removeprefix("judge-")
     answers = pd.read_parquet(ctx.inputs[f"eval-{model}"] / "rows.parquet")
     policy = policies.load(ctx.inputs[model])
     answers = answers[answers["benchmark"].isin(settings.get("benchmarks", JUDGED_BENCHMARKS)) & (answers["sample"] == 0)]
     answers = answers.groupby("benchmark").head(settings["items"]).reset_index(drop=True)
-    found = []
+    found, unjudged = [], {}
+    spoken = settings.get("tokens", JUDGE_TOKENS)
+    room = policy.config.max_position_embeddings - settings.get("tokens", settings["max_new_tokens"])
     with open_engine(ctx.profile) as engine:
         for mode in MODES:
             rows = [judge_row(a.prompt, a.response, mode, a.score == 1, a.item) for a in answers.itertuples()]
-            room = policy.config.max_position_embeddings - settings["max_new_tokens"]
             fits = [i for i, row in enumerate(rows) if len(policies.encode_prompt(policy, row.messages)) <= room]
+            unjudged[mode] = {"answers": len(rows), "no room": len(rows) - len(fits), "room": room}
             rng = torch.Generator().manual_seed(generator(ctx.profile.seed, "judge", mode).randrange(2**62))
             rollouts = engine.sample(policy, [rows[i] for i in fits], settings["k"], generator=rng,
-                                     temperature=settings["temperature"], max_new_tokens=JUDGE_TOKENS)
+                                     temperature=settings["temperature"], max_new_tokens=spoken)
             for j, rollout in enumerate(rollouts):
                 answer, truth = answers.iloc[fits[j // settings["k"]]], int(rollout.row.truth["right"])
                 said = verdict_of(rollout.turns[-1])
                 found.append({"model": model, "benchmark": answer.benchmark, "item": answer["item"],
                               "sample": j % settings["k"], "mode": mode, "truth": truth, "said": said,
                               "correct": int(said == truth), "tokens": rollout.length, "response": rollout.turns[-1]})
-    pd.DataFrame(found).to_parquet(ctx.out / "rows.parquet", index=False)
+    pd.DataFrame(found, columns=COLUMNS).to_parquet(ctx.out / "rows.parquet", index=False)
+    (ctx.out / "unjudged.json").write_text(json.dumps(unjudged, indent=2))
     (ctx.out / "prompts.json").write_text(json.dumps(PROMPTS, indent=2))

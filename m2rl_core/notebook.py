@@ -66,7 +66,7 @@ def _without(run: Run) -> dict[str, str]:
     missing = run.not_run()
     lines = {f"not run: {name}": line.removeprefix(f"{name} is not run: ") for name, line in missing.items()}
     others = sum(name not in missing for name in run.profile.benchmarks)
-    return lines | ({"means of benchmarks": f"of the other {others} here, also where a title says nine"} if missing else {})
+    return lines | ({"means of benchmarks": f"of the other {others} here"} if missing else {})
 
 
 def left_out(run: Run) -> list[str]:

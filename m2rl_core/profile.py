@@ -314,8 +314,11 @@ def _check(profile: Profile, files: Files) -> None:
         fail("analysis.layers", f"layer {max(asked)} is asked for, model.layers is {profile.model.layers}")
     if not 0 < profile.data.share <= 1:
         fail("data.share", f"{profile.data.share} is not in (0, 1]: it is the part of Table 1's samples")
-    if profile.data.first < 0 or profile.data.prompt_tokens < 0:
-        fail("data", "first and prompt_tokens: at least 0, which is no limit")
+    if min(profile.data.first, profile.data.prompt_tokens, profile.data.row_tokens) < 0:
+        fail("data", "first, prompt_tokens and row_tokens: at least 0, which is no limit")
+    told, context = profile.analysis.judge_tokens, profile.model and profile.model.context
+    if told < 0 or context and told >= context:
+        fail("analysis.judge_tokens", f"{told} is not from 0 (one word) to below model.context = {context}")
     for name in profile.eval.items:
         asked, where = profile.eval.sampled_by(name), f"eval.sampling.{name}" if name in profile.eval.sampling else "eval"
         if not 0 < asked["top_p"] <= 1:

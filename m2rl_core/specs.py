@@ -37,7 +37,8 @@ class DataSpec:
 
     `share` of Table 1's samples; `first` lines of every file, for a trial (0: all); `thinking` as in `real.chat`;
     `template`: prompts as the data has them, or worded as the released code does; RL prompts of more than
-    `prompt_tokens` are left out (0: none). `rules`: domain -> the rule of its verifier, where it is not the first.
+    `prompt_tokens` are left out (0: none). SFT rows are cut after `row_tokens` (0: where the model's context ends). `rules`:
+    domain -> the rule of its verifier, where it is not the first.
     """
 
     share: float = 1.0
@@ -45,6 +46,7 @@ class DataSpec:
     thinking: Literal["every", "last"] = "every"
     template: Literal["data", "released"] = "data"
     prompt_tokens: int = 2048
+    row_tokens: int = 0
     rules: dict[str, str] = field(default_factory=dict)
 
 
@@ -205,6 +207,7 @@ class AnalysisSpec:
 
     `etas` are other thresholds under which the claims on weights are decided again; each reads the models once more.
     `layers`: those, counted from 0, that the weights are looked at in; none named is all.
+    `judge_tokens`: what a judge may say (0: one word, as models do that do not think first).
     """
 
     eta: float
@@ -220,6 +223,7 @@ class AnalysisSpec:
     pairs: bool
     etas: tuple[float, ...] = (1e-4, 1e-2)
     layers: tuple[int, ...] = ()
+    judge_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,8 @@ def study(profile: Profile) -> dict[str, Stage]:
         on = {"benchmarks": list(here.judged_benchmarks)} if here.judged_benchmarks != JUDGED_BENCHMARKS else {}
         add(f"judge-{name}", "judge", (name, f"eval-{name}"), {
             "items": analysis.judge_items, "k": analysis.judge_k, "temperature": profile.eval.temperature,
-            "max_new_tokens": profile.eval.max_new_tokens, "engine": profile.engine, **seed, **on})
+            "max_new_tokens": profile.eval.max_new_tokens, "engine": profile.engine, **seed, **on,
+            **({"tokens": analysis.judge_tokens} if analysis.judge_tokens else {})})
     for number in range(2, profile.seeds + 1):
         add_policies(number)
         add_evals(replica(name, number) for name in here.models if name not in SHARED and not profile.only)

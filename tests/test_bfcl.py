@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from bfcl_answers import DONE, gold, gold_turns, write
 
 from m2rl_core import sandbox
 from m2rl_core.domains import Row, UserSays, bfcl, bfcl_wheel, rewards
-from m2rl_core.domains.bfcl import CATEGORIES, MULTI, REFUSED, calls_of, code_of
+from m2rl_core.domains.bfcl import CATEGORIES, MULTI, REFUSED, SINGLE, calls_of, code_of
 from m2rl_core.domains.environments import open_environment
 from m2rl_core.engines.rollout import Rollout
 from m2rl_core.errors import StudyError
@@ -31,7 +32,7 @@ from m2rl_core.evaluate import evaluate
 from m2rl_core.metrics import stats
 from m2rl_core.models.policy import Policy
 from m2rl_core.profile import load_profile
-from m2rl_core.real import benchmarks, bfcl_rows, hub
+from m2rl_core.real import benchmarks, bfcl_rows, chat, hub, schema
 from m2rl_core.sandbox.interpreter import Interpreter
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None,
@@ -373,6 +374,30 @@ def test_profiles_let_an_episode_come_to_its_end(items):
         asked = load_profile(path.stem).eval
         if asked.rows == "real":
             assert asked.sampled_by("bfcl_v3")["max_turns"] >= longest == 168, path.name
+
+
+def test_profiles_leave_room_for_the_items(items):
+    """Catches a context in which most multi-turn items cannot end, or an agent's prompt in training not even begin: with
+    32,768 new tokens in a context of 34,816 all 800 items scored 0.
+
+    No tokenizer of Qwen3 is here. In its tokens these prompts have at least 4.0 letters each (measured: 4.04 to 4.79), and the
+    replies to right calls, but for long_context's, at most 1,200 tokens beside the prompt.
+    """
+    def tokens(row):
+        return sum(len(text) for text, _ in chat.spans(row.messages, row.tools)) / 4.0
+
+    talks = [tokens(row) + 1200 for name in MULTI if name != "multi_turn_long_context" for row in items[name]]
+    singles = [tokens(row) for name in SINGLE for row in items[name]]
+    wheel = importlib.util.find_spec("resources_servers").submodule_search_locations[0]
+    example = json.loads((Path(wheel) / "workplace_assistant/data/example.jsonl").open().readline())["responses_create_params"]
+    agent = sum(len(text) for text, _ in chat.spans(example["input"], schema.tools(example["tools"], "here"))) / 4.0
+    assert 4000 < agent < 4500 and 8000 < max(talks) < 9500
+    for path in (Path(__file__).parent.parent / "params").glob("*.yaml"):
+        profile = load_profile(path.stem)
+        if profile.model and profile.eval.rows == "real":
+            context = profile.model.context
+            assert max(*talks, *singles) <= context - profile.eval.sampled_by("bfcl_v3")["max_new_tokens"], path.name
+            assert agent + 2000 <= context - max(profile.rl.max_new_tokens, profile.opd.max_new_tokens), path.name
 
 
 def test_truths_do_not_reach_the_prompt(items):

@@ -8,9 +8,12 @@ import pandas as pd
 import pytest
 from test_bfcl import official
 
+from m2rl_core.claims.evidence import Evidence
+from m2rl_core.domains import NO_ROOM
 from m2rl_core.domains.bfcl import CATEGORIES
 from m2rl_core.metrics import bfcl, stats
 from m2rl_core.metrics.measured import measure
+from m2rl_core.views import categories
 
 SIMPLE, LIVE = ("simple", "java", "javascript"), [name for name in CATEGORIES if name.startswith("live_")]
 
@@ -67,7 +70,8 @@ def test_the_miniature_weighs_its_categories_alike():
 
 
 def test_the_parts_of_a_score():
-    """Catches a group that is averaged by items where the benchmark averages by categories, and the reverse."""
+    """Catches a group that is averaged by items where the benchmark averages by categories, and the reverse; an item that
+    did not fit and is not counted; categories of a miniature under the names of BFCL's."""
     frame = pd.concat([rows({**dict.fromkeys(SIMPLE, 10), "live_simple": 258}), rows({}, model="other")])
     found = bfcl.breakdown(frame, "m", np.random.default_rng(0)).set_index("part")
     simple = (10 / 400 + 10 / 100 + 10 / 50) / 3
@@ -75,4 +79,17 @@ def test_the_parts_of_a_score():
     assert found.loc["Live", "estimate"] == pytest.approx(100 * 258 / 2251)
     assert found.loc["overall", "estimate"] == pytest.approx(100 * (simple / 5 + 258 / 2251) / 3)
     assert found.loc["java", "estimate"] == pytest.approx(10) and found.loc["live_simple", "estimate"] == 100
+    frame.loc[frame["item"] == "multi_turn_base_7", "reason"] = f"{NO_ROOM}a prompt of 9 tokens, but 8 fit"
+    evidence = Evidence(scores=frame.fillna({"reason": "wrong"}), resamples=200)
+    parts = categories.parts(evidence, ["m", "other", "not evaluated"]).set_index(["model", "part"])
+    assert parts.loc[("m", "Non-Live"), "estimate"] == pytest.approx(100 * simple / 5) and len(parts) == 2 * 21
+    lost = parts["no_room"]
+    assert lost["other", "Multi-Turn"] == lost["other", "multi_turn_base"] == lost["m", "overall"] == 1 and lost.sum() == 6
+    shown = categories.shown(parts.reset_index()).data
+    assert shown.count("1 no room") == 6 and "NON-LIVE" in shown and "4441" in shown
+    told = categories.room(evidence).data
+    assert "* bfcl_v3 (miniature): `m` 1 of 4,441, `other` 1 of 4,441" in told
+    own = Evidence(scores=rows({}, {"simple": 2, "multi_turn": 2}).assign(reason="wrong"))
+    assert "*not run*" in categories.shown(categories.parts(own, ["m"])).data
+    assert "found room in its model's context (4 samples)" in categories.room(own).data
     assert found.loc["Live", "n"] == sum(CATEGORIES[name] for name in LIVE) and len(found) == 1 + 3 + 17

@@ -1,14 +1,17 @@
 """Episodes in which the user goes on: BFCL's multi-turn items through both engines; the wheel's world is a stub here."""
 from __future__ import annotations
 
+import copy
+
 import pytest
 import toy_policy
 from bfcl_answers import write
 
-from m2rl_core.domains import Row, UserSays, bfcl, bfcl_wheel, rewards
-from m2rl_core.engines.rollout import logprobs, tool_reply
+from m2rl_core import evaluate
+from m2rl_core.domains import NO_ROOM, Row, UserSays, Verdict, bfcl, bfcl_wheel, rewards
+from m2rl_core.engines.rollout import Rollout, _add_reply, logprobs, tool_reply
 from m2rl_core.engines.vllm_engine import VllmEngine
-from m2rl_core.models.policy import encode_prompt
+from m2rl_core.models.policy import Policy, encode_prompt
 
 THINK = "<think>\n\n</think>\n\n"
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
@@ -73,6 +76,29 @@ def test_an_episode_with_users_words_in_vllms_engine(policy, row, monkeypatch):
     found, = engine.sample(policy, [row], 1, generator=torch.Generator().manual_seed(1), max_new_tokens=200, max_turns=9)
     assert (found.tokens, found.sampled) == wanted and found.turns == SAID
     assert len(asked) == 4 and asked[2] == found.prompt + script(policy, SAID[:2], REPLIES)[0]
+
+
+def test_an_episode_without_room_says_so(policy, row):
+    """Fault: an item that ends because a reply did not fit, and that reads as if the model had stopped too early; the same
+    said of one that spent its own words."""
+    small = Policy(policy.weights, copy.deepcopy(policy.config), policy.tokenizer)
+    prompt = encode_prompt(policy, row.messages, row.tools)
+    spoken = [*policy.tokenizer.encode("Done.", add_special_tokens=False), policy.stop_ids[0]]
+    small.config.max_position_embeddings = len(prompt) + len(spoken) + 40
+    ended = Verdict(0.0, "ended in turn 1 of 2")
+
+    def played(context):
+        found = Rollout(row, prompt, tokens=[*spoken], sampled=[True] * len(spoken))
+        small.config.max_position_embeddings = context
+        return found, _add_reply(small, found, [UserSays("word " * 30)], 40)
+
+    found, reply = played(len(prompt) + 60)
+    assert reply is None and found.truncated
+    said = evaluate._roomless(small, found, ended, 40).reason
+    assert said.startswith(f"{NO_ROOM}{len(prompt) + len(spoken)} tokens after 0 answers") and said.endswith(ended.reason)
+    assert evaluate._roomless(small, found, ended, found.length) == ended, "its own words are spent"
+    found, reply = played(len(prompt) + 400)
+    assert reply and not found.truncated and evaluate._roomless(small, found, ended, 40) == ended
 
 
 def test_the_limit_on_turns_counts_the_whole_episode(policy, row, monkeypatch):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from m2rl_core.models import policy as policies
 from m2rl_core.domains import BENCHMARKS, answer_of, benchmark_rows, generator, is_held_out, module, rewards
 from m2rl_core.judge import MODES, judge_row, training_rows, verdict_of
 from m2rl_core.profile import load_profile
+from m2rl_core.views import judging as views
 
 RIGHT = "<think>\n3*4=12\n</think>\n\n\\boxed{12}"
 
@@ -116,3 +118,19 @@ def test_stage_judges_a_models_own_answers(policy, tmp_path):
     assert (found["said"] == found["response"].map(verdict_of)).all()
     assert (found["correct"] == (found["said"] == found["truth"]).astype(int)).all()
     assert set(found["model"]) == {"sft"} and found["tokens"].between(1, judge.JUDGE_TOKENS).all()
+    left = {mode: line["no room"] for mode, line in json.loads((tmp_path / "unjudged.json").read_text()).items()}
+    assert left == {"outcome": 0, "process": 0}
+    ctx.stage.settings["tokens"] = 40  # a judge that thinks
+    judge.build(ctx)
+    assert pd.read_parquet(tmp_path / "rows.parquet")["tokens"].max() == 40 > judge.JUDGE_TOKENS
+    asked = [len(policies.encode_prompt(policy, judge_row(a.prompt, a.response, "process", True, a.item).messages))
+             for a in answers[answers["sample"] == 0].groupby("benchmark").head(2).itertuples()
+             if a.benchmark in judge.JUDGED_BENCHMARKS]
+    ctx.stage.settings["tokens"] = policy.config.max_position_embeddings - sorted(asked)[3]  # half of the works are longer than what is left
+    judge.build(ctx)
+    fewer = pd.read_parquet(tmp_path / "rows.parquet").drop_duplicates(["item", "mode"])["mode"].value_counts()
+    left = json.loads((tmp_path / "unjudged.json").read_text())
+    assert {mode: line["answers"] - line["no room"] for mode, line in left.items()} == fewer.to_dict()
+    assert left["process"]["no room"] == sum(size > sorted(asked)[3] for size in asked) > left["outcome"]["no room"]
+    run = SimpleNamespace(need=lambda name: tmp_path, manifest=lambda name: {"seconds": 1.0})
+    assert f"`sft` {left['process']['no room']} of 8 by process" in views.budget(run, found).data

@@ -27,13 +27,13 @@ def plan():
 
 
 def cost():
-    return pd.DataFrame([{"source": s, "model": m, "cost": c, "value": v, "low": v - 2, "high": v + 2}
+    return pd.DataFrame([{"source": s, "model": m, "cost": c, "of": "mean of nine", "value": v, "low": v - 2, "high": v + 2}
                          for s in ("this run", "the paper, printed")
                          for m, c, v in (("sft", 0, 40.0), ("merge-ties", 100, 55.0), ("merge-average", 100, 50.0))])
 
 
 def readings():
-    return pd.DataFrame([{"model": "merge-ties", "label": f"merge-ties, {n}", "value": n, "low": n - 1, "high": n + 1,
+    return pd.DataFrame([{"model": "merge-ties", "label": f"merge-ties, {n}", "of": "mean of nine", "value": n, "low": n - 1, "high": n + 1,
                           "own": n == 1} for n in (1.0, 2.0)])
 
 

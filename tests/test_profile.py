@@ -82,6 +82,8 @@ def test_unknown_profile_names_the_nearest():
     ("eval.temperature", 0.0, "eval.temperature: 0.0: logits are divided by it"),
     ("model.context", 24, "rl.max_new_tokens: 24 leave no room for a prompt in model.context = 24"),
     ("eval.max_new_tokens", 400, "eval.max_new_tokens: 400 leave no room for a prompt in model.context = 384"),
+    ("analysis.judge_tokens", 384, "analysis.judge_tokens: 384 is not from 0 (one word) to below model.context = 384"),
+    ("data", {"row_tokens": -1}, "data: first, prompt_tokens and row_tokens: at least 0"),
     ("rl.lr", "fast", "rl.lr: expected float, found 'fast'"),
     ("rl.betas", [0.9], "rl.betas: expected"),
     ("rl.is_correction", "miss", "rl.is_correction: unknown value 'miss'; did you mean 'mis'?"),

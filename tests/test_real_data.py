@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,12 +17,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from m2rl_core import __main__ as main
 from m2rl_core import paper
+from m2rl_core import run as cli_run
+from m2rl_core.data import blends_of
 from m2rl_core.domains import coding, instruction, math, science
 from m2rl_core.real import cli, commits, decontamination, hub, pieces, questions, rl_blend, rl_rows, schema, sft_blend
+from m2rl_core.profile import load_profile
 from m2rl_core.real.sft_blend import Blend, Kind, Settings
+from m2rl_core.run import Run
+from m2rl_core.views import blends
 
 AGENTIC, CODE, CHAT = (f"nvidia/Nemotron-{name}-v1" for name in (
     "Agentic", "Competitive-Programming", "Instruction-Following-Chat"))
@@ -327,6 +334,36 @@ def test_each_way_of_drawing_and_the_report(put, monkeypatch, tmp_path):
     assert reasons["Math Formal Proofs", "usable, not drawn"] == 20
 
 
+def test_rows_from_all_over_are_read_group_by_group(put, monkeypatch, tmp_path):
+    """Faults: a group of rows read again for each of its rows; rows in the order of the file in place of the order asked for;
+    a repeated row that is another one the second time."""
+    blend_files(put)
+    table_of(monkeypatch, *KINDS)
+    monkeypatch.setattr(pieces, "GROUP", 3)
+    sft_blend.build(tmp_path / "out", Settings(seed=3, lines=7))
+    blend = Blend(tmp_path / "out")
+    order = random.Random(5).sample(range(len(blend)), len(blend)) + [7, 7]
+    one_by_one = [blend[i] for i in order]
+    reads, files = [], []
+
+    class Counted(parquet.ParquetFile):
+        def __init__(self, path):
+            super().__init__(path)
+            files.append(path)
+
+        def read_row_group(self, group):
+            reads.append((files[-1], group))
+            return super().read_row_group(group)
+
+    monkeypatch.setattr(parquet, "ParquetFile", Counted)
+    assert blend.take(order) == one_by_one and blend.take([]) == []
+    stored = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(reads) == len(set(reads)) == sum(-(-line["written"] // 3) for line in stored)
+    assert len(files) == len(set(files)) == len(stored)
+    with pytest.raises(IndexError):
+        blend.take([len(blend)])
+
+
 def test_a_share_of_table_1(put, monkeypatch, tmp_path):
     """Fault: a share that cuts the head of what is used whole, or that shrinks the number of repeats."""
     blend_files(put)
@@ -357,11 +394,12 @@ def test_table_1_is_the_papers():
 
 
 def test_the_realised_blend_stands_beside_table_1():
-    """Fault: a report that notebook 3.1 cannot set beside the paper's table."""
-    from m2rl_core.views.preliminary import blend_table
+    """Faults: a report that notebook 3.1 cannot set beside the paper's table; a sentence on rows that are not there."""
+    from m2rl_core.views.preliminary import blend_sentence, blend_table
     told = {"types": {kind.type: {"usable": kind.samples, "rows": 1, "sampling": kind.sampling, "samples": kind.samples}
                       for kind in sft_blend.table_1()}}
     table = blend_table(sft_blend.blend_frame(told)).set_index("type")
+    assert blend_sentence(table.reset_index()).startswith("No share differs from Table 1 by more than 0.0")
     gap = (table["share (%)"] - table["paper (%)"]).abs()
     assert len(gap) == 7 and gap.max() < 0.02
     told["types"]["Math"]["samples"] //= 2
@@ -574,6 +612,23 @@ def test_the_released_wording_is_an_option():
     assert one(follow(), template="released") == one(follow())
 
 
+@pytest.mark.parametrize(("more", "answer", "score"), [
+    ({"template_metadata": {"output_regex": r"ANSWER IS\s*([A-Za-z])"}}, "So the Answer is b", 1.0),
+    ({"template_metadata": '{"output_regex": "Final Choice: ([A-Z])"}'}, "Final Choice: B", 1.0),
+    ({"template_metadata": {"output_regex": r"Final Choice: ([A-Z])", "weight": None}}, "Answer: B", 0.0),
+    ({"grading_mode": "strict_single_letter_boxed"}, r"\boxed{A}, no: \boxed{\text{(B)}}", 1.0),
+    (asked(r"Put the letter into \boxed{}. Which?"), r"It is \boxed{B}.", 1.0),
+    ({"template_metadata": None, "grading_mode": None}, r"It is \boxed{B}.", 0.0), ({}, "Answer: B", 1.0)])
+def test_a_science_row_is_verified_in_the_form_that_its_prompt_asks_for(more, answer, score):
+    """Fault: rows whose prompt asks for "ANSWER IS X", or for a box, and that can never be paid."""
+    assert science.verify([one(choice(**more))], [[answer]])[0].score == score
+
+
+def test_a_form_that_is_no_regular_expression_is_named():
+    with pytest.raises(schema.SchemaError, match=r"field template_metadata.output_regex: '\(' is no regular expression"):
+        one(choice(template_metadata={"output_regex": "("}))
+
+
 # ---- decontamination
 
 def run_of(count, start=0):
@@ -654,12 +709,46 @@ def test_the_command_makes_and_checks(put, monkeypatch, tmp_path, capsys):
     assert main.main(["data", "sources"]) == 0 and "licence: ODC-BY" in capsys.readouterr().out
 
 
+def test_notebook_3_1_shows_drops_and_overlaps(put, monkeypatch, tmp_path, capsys):
+    """Faults: a drop, a remark or a benchmark that was not checked which no reader is told of; columns that do not add up; the
+    text of a GPQA item in a published page; a check that is shown and belongs to another profile's blends."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("M2RL_ARTIFACTS", str(tmp_path / "art"))
+    blend_files(put)
+    rl_files(put)
+    secret = run_of(40)
+    put(CHAT, "data/structured_outputs.jsonl", [said(secret)])
+    put("Idavidrein/gpqa", "gpqa_diamond.csv", ["Question,Correct Answer", f"{secret},x"])
+    table_of(monkeypatch, *KINDS)
+    smoke = load_profile("smoke")
+    run = Run(dataclasses.replace(smoke, rows="real"), tmp_path / "art", "mine")
+    text = lambda parts: "\n".join(part.data for part in parts)  # noqa: E731
+    assert text(blends.dropped(run)).count("has not been made here yet") == 2
+    assert "data check --profile mine" in text(blends.overlap(run))
+    folders = blends_of(run.profile, run.store.root)
+    sft_blend.build(folders["sft"], Settings(seed=smoke.seed))
+    rl_blend.build(folders["rl"], rl_blend.Settings())
+    shown = text(blends.dropped(run))
+    line = re.search("<tr><td[^>]*>Math Formal Proofs<.*?</tr>", shown)[0]
+    assert re.findall(">([^<>]+)</td>", line) == ["Math Formal Proofs", "60", "20", "40", "20", "1", "20", "20",
+                                                  "20 no messages; 20 usable, not drawn"]
+    assert "Of 9 rows read, dropped: 1 empty truth; 1 placeholder without a problem; 1 structured outputs" in shown
+    assert "1 math prompts without \\boxed" in shown and "22,056" in shown
+    monkeypatch.setattr(cli_run, "open_run", lambda name: run if name == "mine" else pytest.fail(name))
+    assert main.main(["data", "check", "--profile", "mine"]) == 0 and (run.store.root / "data/decontamination.json").is_file()
+    shown = text(blends.overlap(run))
+    assert secret[:20] not in shown and "gpqa_diamond.csv:1" in shown and "100 % of its runs" in shown
+    assert "not checked: cais/hle at 5a81a4c7271a cannot be read" in shown and "one of them" in shown
+    assert text(blends.dropped(Run(smoke, tmp_path))) == text(blends.overlap(Run(smoke, tmp_path))) == blends.MADE
+    assert main.main(["data", "check"]) == 2 and "nothing to check: name the folders" in capsys.readouterr().err
+
+
 def test_the_readmes_commands_are_those_that_there_are():
     """Fault: an option of the README that the command refuses."""
     page = (Path(main.__file__).parent.parent / "README.md").read_text()
     shown = re.findall(r"m2rl_core data (.*?)(?: +#.*)?$", page, re.M)
     assert [cli.parser().parse_args(line.split()).command for line in shown] == [
-        "sources", "sft", "rl", "check", "export", "export", "export"]
+        "sources", "sft", "rl", "check", "check", "export", "export", "export"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -86,6 +86,9 @@ def test_sft_rows_come_from_table_1_with_qwens_empty_thoughts(stage, tmp_path, m
     assert said.strip().startswith("0") and said.endswith("<|im_end|>") and "think" not in said and "say" not in said
     assert max(len(found[i][0]) for i in range(len(found))) == 100
     assert found.examples()["Chat"]["messages"][0]["content"] == "say 0"
+    short = data.RealSft(stage(sft=ctx.profile.sft, data={"first": 5, "row_tokens": 30}), words, context=100)
+    assert max(len(short[i][0]) for i in range(len(short))) == 30
     again = data.batch_of(found, 8, 3, 1, "sft")
+    assert again == data.batch_of([found[i] for i in range(len(found))], 8, 3, 1, "sft")
     assert [list(row[0]) for row in again] == [list(row[0]) for row in data.batch_of(found, 8, 3, 1, "sft")]
     assert not list(Path(ctx.out.parents[1] / "data" / "sft").glob("*/nothing"))

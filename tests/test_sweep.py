@@ -129,6 +129,7 @@ def test_places_and_shifts_by_hand():
     up, down = found.loc[("merge-ta", "0.4")], found.loc[("merge-ties", "1.0")]
     assert up["place"] == 1 and up["shift"] == pytest.approx(30) and up["mean"] == pytest.approx(80)
     assert down["place"] == 6 and down["shift"] == pytest.approx(-60) and down["varied"] == "density"
+    assert set(found["of"]) == {"mean of nine"} and "mean of nine" in sensitivity.shown(found.reset_index())
     said = sensitivity.sentence(found.reset_index()).data
     assert "takes the lead under 1 of 2 single changes (`merge-ta` at scale λ 0.4)" in said
     assert "loses it by changes of its own in 1 (`merge-ties` at density of TIES 1.0)" in said

@@ -3,6 +3,7 @@ import ast
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.paper import audit as checks
 from m2rl_core.pictures import drawing, plots
 from m2rl_core.profile import load_profile, profile_names
-from m2rl_core.study import study
+from m2rl_core.study import MERGES, study
 from m2rl_core.views import audit, details, opening, preliminary, toys, training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,8 +220,20 @@ def test_table8_shows_both_blocks():
     assert details.table8_sentence(table) == ("Here merge-sce is +20.0 points from base; in the paper merge-ties is "
                                               "+8.1 points from "
                                               "the official qwen3-4b-thinking.")
-    assert details.table8_shown(table).iloc[-1].tolist() == ["mean of the nine", "10.0 [10.0, 10.0]",
+    assert details.table8_shown(table).iloc[-1].tolist() == ["mean of nine", "10.0 [10.0, 10.0]",
                                                              "30.0 [30.0, 30.0]", "52.9", "61.0"]
+
+
+def test_table8_without_a_benchmark():
+    """Faults: no Table 8 at all because of one benchmark; ours over eight beside the paper's printed mean of nine."""
+    frame = pd.DataFrame([{"model": model, "benchmark": b, "item": i, "sample": 0, "score": float(i < n), "category": ""}
+                          for model, n in [("base", 1), *((m, 2) for m in MERGES)]
+                          for b in BENCHMARKS if b != "hle" for i in range(4)])
+    run = SimpleNamespace(profile=load_profile("smoke"), scores=lambda models: frame, not_run=lambda: {"hle": "a login"})
+    shown = details.table8_shown(details.table8(run, np.random.default_rng(0))).set_index("benchmark")
+    assert list(shown.index)[-1] == "mean of 8 (without hle)" and not shown.index.str.startswith("hle").any()
+    theirs = paper.table(8).drop(columns=["avg", "hle"]).mean(axis=1)
+    assert shown.iloc[-1, 2:].tolist() == [f"{value:.1f}" for value in theirs] and (shown.iloc[-1, 0].split()[0] == "25.0")
 
 
 def test_sampled_distillation_goes_where_the_full_one_goes():

@@ -99,10 +99,12 @@ def source(run, given: Given = Given(), measure: bool = False) -> Source:
     stated = max((math.ceil(taken.gpus * taken.nodes) for taken in profile.resources.values()), default=0)
     gpus = gpus or stated or fewest or 1024
     prompt = min(modelled.PROMPT, profile.model.context - rl.max_new_tokens) if profile.model else modelled.PROMPT
-    row = min(table2.MEAN, profile.model.context / 2) if profile.model else table2.MEAN
+    cut = profile.data.row_tokens or (profile.model.context if profile.model else 2 * table2.MEAN)
+    row = min(table2.MEAN, cut / 2)
     cluster = modelled.Cluster(
         shape, named, gpus, fit.efficiency, lengths_of(run, fit), rl.max_new_tokens,
-        profile.base.batch_tokens if profile.base else 0, profile.sft.batch_size, row, max(1.0, prompt))
+        profile.base.batch_tokens if profile.base else 0, profile.sft.batch_size, row, max(1.0, prompt),
+        float(min(profile.analysis.judge_tokens, table2.MEAN) or modelled.JUDGE_ANSWER))
     label = f"modelled for {gpus} x {named.name}"
     if given.sampling or given.training:
         cluster, label = at_rates(cluster, given, profile), f"{label}, at the given rates"
@@ -188,7 +190,8 @@ def tokens_of(parts: plan.Parts, told: Mapping[str, float], here: Source) -> flo
     known = {d: f["length"] for d, f in here.found["domains"].items()} | dict(told) if here.found else dict(told)
     if not known:
         return math.nan
-    return sum(call.times * n * (modelled.JUDGE_ANSWER if call.judge else known.get(domain, max(known.values())))
+    judge = here.cluster.judge if here.cluster else modelled.JUDGE_ANSWER
+    return sum(call.times * n * (judge if call.judge else known.get(domain, max(known.values())))
                for call in parts.calls for domain, n in call.rollouts.items())
 
 

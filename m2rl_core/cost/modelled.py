@@ -29,6 +29,7 @@ class Cluster:
     sft_batch: int = 0
     row: float = 0.0
     prompt: float = PROMPT
+    judge: float = JUDGE_ANSWER
 
     def seconds(self, work: Parts) -> float:
         """Seconds of a stage; raises StudyError where the model does not fit."""
@@ -40,8 +41,8 @@ class Cluster:
     def call(self, call: Call) -> float:
         """Seconds of one call of the sampler, and of the update where one follows."""
         count = sum(call.rollouts.values())
-        parts = {JUDGE_ANSWER: 1.0} if call.judge else self._mix(call.rollouts, count)
-        longest = JUDGE_ANSWER if call.judge else self.longest
+        parts = {self.judge: 1.0} if call.judge else self._mix(call.rollouts, count)
+        longest = self.judge if call.judge else self.longest
         work = speed.Work(max(1, round(count)), self.prompt, lengths.mixture(parts, longest), longest, 1,
                           call.scored, True, call.learns)
         if call.learns or call.scored:

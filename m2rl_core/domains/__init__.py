@@ -71,6 +71,9 @@ class Verdict:
     failed: bool = False
 
 
+NO_ROOM = "no room in the context: "  # begins the reason of an item that did not fit; counted in 3.2
+
+
 class UserSays(str):
     """The user's next words, where an environment replies with these alone and not with the answers of tools."""
 
@@ -83,6 +86,19 @@ def own(files: dict[str, str]) -> None:
 def called(benchmark: str) -> str:
     """How a benchmark is called on every table: a miniature says that it is one, a real one how much of it there is."""
     return f"{benchmark} {LABELS.get(benchmark, '(miniature)')}".strip() if benchmark in BENCHMARKS else benchmark
+
+
+def mean_of(benchmarks: Iterable[str]) -> str:
+    """How a mean over these benchmarks is called everywhere: "mean of nine", else of how many, and which are missing.
+
+    Where more of the nine are missing than there, or a benchmark is none of the nine, those that are there are named.
+    """
+    here = list(dict.fromkeys(benchmarks))
+    missing = [name for name in BENCHMARKS if name not in here]
+    if set(here) == set(BENCHMARKS):
+        return "mean of nine"
+    told = f"without {', '.join(missing)}" if set(here) <= set(BENCHMARKS) and len(missing) < len(here) else ", ".join(here)
+    return f"mean of {len(here)} ({told})"
 
 
 def module(domain: str):

@@ -7,6 +7,7 @@ import string
 from m2rl_core.errors import StudyError
 
 ALPHABET = string.ascii_uppercase
+BOXED = r"\\boxed\{[^A-Za-z]*(?:\\text\{)?[^A-Za-z]*([A-Z])[^A-Za-z]*\}"  # one capital and no other letter
 RELEASED_LETTERS = "ABCDEFGH"  # so the authors' training never pays an item whose answer is I or J
 RELEASED = (r"(?:answer|option|choice)\s*(?:is|:)?\s*([A-Z])", r"([A-Z])\s*(?:is\s*(?:the)?\s*correct)",
             r"final\s*(?:answer|option)\s*(?:is|:)?\s*([A-Z])")
@@ -29,11 +30,11 @@ def letter_of(text: str, options: int = 4) -> str | None:
 def letter_by(form: str, text: str, options: int = 4) -> str | None:
     """The letter in the last match of a regular expression (its first group, or all of it), which a row's prompt asks for.
 
-    Marks and case around the letter are not minded; None for anything but one letter of the first `options`.
-    StudyError for a form that is no regular expression.
+    Case and marks around the letter are not minded, as by NeMo-Gym; where the form is not met, one capital in a box is taken,
+    as there. None for anything but one letter of the first `options`. StudyError for a form that is no regular expression.
     """
     try:
-        found = list(re.finditer(form, text))
+        found = list(re.finditer(form, text, 0 if form == BOXED else re.IGNORECASE)) or list(re.finditer(BOXED, text))
     except re.error as error:
         raise StudyError(f"output_regex {form!r} is no regular expression: {error}") from error
     said = re.sub(r"[\W_]", "", found[-1][1 if found[-1].re.groups else 0] or "").upper() if found else ""

@@ -132,12 +132,15 @@ def dots_with_intervals(scores, title, benchmarks=None, printed=None, columns=5)
 
 
 def readings(frame, title, good="right is better; filled: as in Table 4, hollow: one parameter changed; lines: 95 %"):
-    """One line a reading of a merging method, grouped by method. Columns: model, label, value, low, high, own (bool)."""
+    """One line a reading of a merging method, grouped by method. Columns: model, label, of, value, low, high, own (bool).
+
+    `of` says which benchmarks the values are means of.
+    """
     models, order, chosen = drawing.models_of(frame), list(frame["label"]), drawing.picker()
     base = drawing.base_of(frame).encode(opacity=drawing.strong(chosen))
     y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
     rules = base.mark_rule(strokeWidth=1.5).encode(
-        alt.X("low:Q", title="mean of nine (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=drawing.color(models, None))
+        alt.X("low:Q", title=f"{frame['of'].iloc[0]} (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=drawing.color(models, None))
     dots = [base.mark_point(size=45, filled=filled, strokeWidth=1.5).encode(
         x="value:Q", y=y, color=drawing.color(models, None), shape=drawing.shape(models, None),
     ).transform_filter(test) for filled, test in ((True, "datum.own"), (False, "!datum.own"))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ class Benchmark:
     rules: tuple[str, ...] = ()
 
     def full(self, revision: str) -> tuple[int, ...]:
-        """The numbers of items that it may have at a commit; files by hand tell none."""
+        """The numbers of items that it may have at a commit: of one that is not known, and of files by hand, any of them."""
         known = self.items.get(revision) if revision else None
         return (known,) if known else tuple(self.items.values())
 
@@ -128,9 +128,13 @@ def wording(name: str) -> str:
 
 
 def labels(spec) -> dict[str, str]:
-    """What tables say behind each real benchmark's name: nothing, or that it is a part of it."""
-    return {name: "" if spec.items[name] in about.items.values() else f"(first {spec.items[name]})"
+    """What tables say behind each real benchmark's name: nothing, or that it is a part of it, or another version of it."""
+    return {name: _label(spec.items[name], about.full(hub.sources()[FROM[name][0]].revision), about.items.values())
             for name, about in NINE.items() if name in spec.items}
+
+
+def _label(wanted: int, listed: Collection[int], known: Collection[int]) -> str:
+    return "" if wanted in listed else f"({wanted} items)" if wanted in known else f"(first {wanted})"
 
 
 class Unready(StudyError):

@@ -60,8 +60,9 @@ def parser() -> argparse.ArgumentParser:
                       help="all: also rows whose environment replies, for a trainer with a tool loop for them (one)")
     three = commands.add_parser("check", help="the nine benchmarks' prompts in training prompts", allow_abbrev=False)
     three.set_defaults(function=check)
-    three.add_argument("folder", type=Path, nargs="+", help="what `sft` or `rl` made")
-    three.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    three.add_argument("folder", type=Path, nargs="*", help="what `sft` or `rl` made")
+    three.add_argument("--profile", help="the blends that a profile's stages made; notebook 3.1 shows what is found")
+    three.add_argument("--out", type=Path, metavar="FILE.json", help="where to write it (needed without --profile)")
     four = commands.add_parser("sources", help="every data set: commit, licence, files, what it needs", allow_abbrev=False)
     four.set_defaults(function=sources)
     four.add_argument("--readme", type=Path, metavar="FILE", help="also bring its tables of data up to date")
@@ -94,8 +95,17 @@ def export(args) -> None:
 
 
 def check(args) -> None:
-    train = {}
-    for folder in args.folder:
+    train, folders, out = {}, list(args.folder), args.out
+    if args.profile:
+        from m2rl_core import data
+        from m2rl_core.run import open_run
+        run = open_run(args.profile)
+        folders += [folder for folder in data.blends_of(run.profile, run.store.root).values() if folder.is_dir()]
+        out = out or data.overlap_file(run.store.root)
+    if not folders or not out:
+        raise StudyError("nothing to check: name the folders that `data sft` and `data rl` made, and --out; or --profile, "
+                         "once its SFT or RL stages have made theirs")
+    for folder in folders:
         if (folder / "manifest.json").is_file():
             train[str(folder)] = sft_blend.prompts(folder)
         elif (folder / "report.json").is_file():
@@ -103,7 +113,7 @@ def check(args) -> None:
         else:
             raise StudyError(f"{folder} holds no finished blend: `python -m m2rl_core data sft` or `rl` makes one")
     told = decontamination.check(train, decontamination.nine())
-    write_atomic(args.out, json.dumps(told, indent=1))
+    write_atomic(out, json.dumps(told, indent=1))
     for name, line in told["benchmarks"].items():
         if "not checked" in line:
             print(f"{name:13} not checked: {line['not checked']}")
@@ -112,7 +122,7 @@ def check(args) -> None:
                   f"training, {line['items hit by half']} of them half of their runs or more")
     for name, line in told["repeated"].items():
         print(f"{name}: {line['prompts']:,} prompts, {line['different']:,} different")
-    print(f"{args.out}: written, with examples")
+    print(f"{out}: written, with examples")
 
 
 def sources(args) -> None:

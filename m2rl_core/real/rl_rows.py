@@ -5,7 +5,8 @@
   coding   unit_tests: {inputs, outputs}, texts for stdin and stdout; cpu_seconds: for all tests together (10 a test as in
            the released code, 60 at most; that code draws 20 of the tests, here all count); a LiveCodeBench item adds
            function: the method of Solution that is called ("" for stdin), inputs then being one JSON value a line
-  science  letter: of the right option; options: how many there are
+  science  letter: of the right option; options: how many there are; output_regex: the form that the prompt asks for, where
+           it is another than "Answer: X"
   if       instruction_id_list, kwargs: in the same order, without keys that are None
   agent    kind: "workplace" (NeMo-Gym's tables; `workbench` replays `calls` and compares states),
            calls: [{name, arguments}], category, environment, max_turns: 6 as in the released code. A BFCL item: see
@@ -17,6 +18,7 @@ import hashlib
 import re
 
 from m2rl_core.domains import Row
+from m2rl_core.domains.letters import BOXED
 from m2rl_core.real import hub, questions, schema
 from m2rl_core.real.questions import DAPO, SKYWORK
 
@@ -119,7 +121,29 @@ def _science(row: dict, place: str) -> dict | str:
         raise schema.wrong(place, "expected_answer", f"expected one letter, found {letter[:40]!r}")
     if letter not in options:
         return "the right letter is no option"
-    return {"letter": letter, "options": max(ord(key) for key in options if len(key) == 1) - ord("A") + 1}
+    form = _form(row, place)
+    return {"letter": letter, "options": max(ord(key) for key in options if len(key) == 1) - ord("A") + 1,
+            **({"output_regex": form} if form else {})}
+
+
+def _form(row: dict, place: str) -> str:
+    """The regular expression of the form that a row's prompt asks for; "" for the usual one.
+
+    NeMo-Gym's rows state it in `template_metadata`, or by a mode of grading; without either, a prompt that speaks of a box
+    asks for one.
+    """
+    told = schema.decoded(row.get("template_metadata") or {}, dict, place, "template_metadata")
+    if form := schema.get(told, "output_regex", str, place, "", "template_metadata."):
+        try:
+            re.compile(form)
+        except re.error as error:
+            raise schema.wrong(place, "template_metadata.output_regex", f"{form[:40]!r} is no regular expression: {error}") from error
+        return form
+    mode = schema.get(row, "grading_mode", str, place, "")
+    if mode == "lenient_answer_colon":
+        return r"\banswer\s*:\s*(.+)"
+    asked = str(schema.get(row, "responses_create_params", dict, place, {}).get("input"))
+    return BOXED if "boxed" in (mode or asked) else ""
 
 
 def instruction(row: dict, place: str) -> dict | str:

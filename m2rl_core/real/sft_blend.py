@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import pandas as pd
@@ -186,7 +186,8 @@ def _statement(row: dict, place: str, statements: Statements) -> str:
 class Blend(Sequence):
     """The finished blend of a folder as a sequence of {type, messages, tools, place}, repeated rows repeated.
 
-    StudyError for a folder that is not finished. Neighbours come from one group of some rows, which stays in memory.
+    StudyError for a folder that is not finished. Neighbours come from one group of some rows, which stays in memory;
+    scattered rows are best asked for together (`take`).
     """
 
     def __init__(self, folder: Path):
@@ -202,18 +203,38 @@ class Blend(Sequence):
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        at = bisect_right(self.ends, index)
-        line = self.lines[at]
-        group, within = divmod(index - self.ends[at] + line["written"], line["group"])
-        data = f"{line['folder']}/{line['data']}"
+        data, group, within = self._place(index)
         if self._held[:2] != (data, group):
             from pyarrow import parquet
             with parquet.ParquetFile(self.folder / data) as file:
                 self._held = data, group, file.read_row_group(group).to_pylist()
-        row = self._held[2][within]
-        return {**row, "messages": json.loads(row["messages"]), "tools": json.loads(row["tools"])}
+        return _parsed(self._held[2][within])
+
+    def take(self, indices: Sequence[int]) -> list[dict]:
+        """The rows at `indices`, in that order; every file is opened once, every group of rows in it is read once."""
+        from pyarrow import parquet
+        places = [self._place(index) for index in indices]
+        found: list[dict] = [{}] * len(places)
+        for data, there in groupby(sorted(range(len(places)), key=places.__getitem__), lambda n: places[n][0]):
+            with parquet.ParquetFile(self.folder / data) as file:
+                for group, same in groupby(there, lambda n: places[n][1]):
+                    same = list(same)
+                    rows = file.read_row_group(group).take([places[n][2] for n in same]).to_pylist()
+                    for n, row in zip(same, rows, strict=True):
+                        found[n] = _parsed(row)
+        return found
+
+    def _place(self, index: int) -> tuple[str, int, int]:
+        """(file, group of rows in it, row of the group) of a row; IndexError beyond the end."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = bisect_right(self.ends, index)
+        line = self.lines[at]
+        return f"{line['folder']}/{line['data']}", *divmod(index - self.ends[at] + line["written"], line["group"])
+
+
+def _parsed(row: dict) -> dict:
+    return {**row, "messages": json.loads(row["messages"]), "tools": json.loads(row["tools"])}
 
 
 def prompts(folder: Path) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from IPython.display import Markdown
 
 from m2rl_core import claims
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, OWN, Evidence, items_that_tell
+from m2rl_core.domains import mean_of
 from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics.stats import average, difference
 from m2rl_core.views import scores
@@ -35,20 +36,21 @@ def cost(spent: pd.DataFrame, column: str = "hours", experts_at_hand: bool = Fal
 
 
 def options(found: Evidence, experts_at_hand: bool = False, models=OPTIONS) -> pd.DataFrame:
-    """Every option, cheapest first: model, cost, value, low, high, gap, gap_low, gap_high, lower, comparable, chosen.
+    """Every option, cheapest first: model, cost, of, value, low, high, gap, gap_low, gap_high, lower, comparable, chosen.
 
-    `gap`: minus the best option, zero for that one. `lower`: the whole interval is below 0. `comparable`: the whole
-    interval is above -2 points. `chosen`: the cheapest that is not lower; of equally cheap ones the best.
+    `of`: what `value` is the mean of. `gap`: minus the best option, zero for that one. `lower`: the whole interval is below
+    0. `comparable`: the whole interval is above -2 points. `chosen`: the cheapest that is not lower; of equally cheap ones
+    the best.
     """
     known = cost(found.frame("costs", "model", "hours"), experts_at_hand=experts_at_hand)
     models = [m for m in models if m in known and all(found.measured("scores").has(b, m) for b in found.benchmarks)]
-    means = {m: found.contrast(average(m, found.benchmarks)) for m in models}
+    means, of = {m: found.contrast(average(m, found.benchmarks)) for m in models}, mean_of(found.benchmarks)
     best = max(models, key=lambda m: means[m].estimate)
     rows = []
     for m in models:
         gap = (0.0, 0.0, 0.0) if m == best else found.contrast(difference(m, best, found.benchmarks), len(models) - 1)[:3]
         value, low, high = means[m][:3]
-        rows.append({"model": m, "cost": known[m], "value": value, "low": low, "high": high, "gap": gap[0], "gap_low": gap[1],
+        rows.append({"model": m, "cost": known[m], "of": of, "value": value, "low": low, "high": high, "gap": gap[0], "gap_low": gap[1],
                      "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
     frame = pd.DataFrame(rows).sort_values(["cost", "value"], ascending=[True, False], kind="stable", ignore_index=True)
     chosen = frame.loc[~frame["lower"]].index[0]  # the best one at least is not lower
@@ -67,7 +69,7 @@ def shown(from_scratch: pd.DataFrame, at_hand: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "option": r.model, "training from SFT (%)": f"{r.cost:.0f}",
             "with the experts at hand (%)": f"{later.loc[r.model, 'cost']:.0f}",
-            "mean of nine [95 %]": interval(r.value, r.low, r.high), "minus the best (options share the 5 %)":
+            f"{r.of} [95 %]": interval(r.value, r.low, r.high), "minus the best (options share the 5 %)":
             "" if said == "the best" else interval(r.gap, r.gap_low, r.gap_high), "shown to be": said,
             "the rule takes it": " and ".join(takes)})
     return pd.DataFrame(rows)
@@ -126,9 +128,10 @@ def by_domain(found: Evidence, a: str = "rl-multi", b: str | None = None) -> pd.
     """What a mean hides: domain, a, b (Avg@K of both), difference with interval, who is ahead; `b`: the best weight merge."""
     b = b or found.best(MERGES)
     rows = []
-    for domain, own in OWN.items():
-        gap = found.contrast(difference(a, b, own), len(OWN))
+    for domain, own in found.own.items():
+        gap = found.contrast(difference(a, b, own), len(found.own))
         ahead = a if gap.low > 0 else b if gap.high < 0 else "not decided"
-        rows.append({"domain": DOMAIN_NAMES[domain], **{m: f"{found.contrast(average(m, own)).estimate:.1f}" for m in (a, b)},
+        lost = [name for name in OWN.get(domain, own) if name not in own]
+        rows.append({"domain": DOMAIN_NAMES[domain] + (f" (without {', '.join(lost)})" if lost else ""), **{m: f"{found.contrast(average(m, own)).estimate:.1f}" for m in (a, b)},
                      f"{a} minus {b} (domains share the 5 %)": interval(*gap[:3]), "ahead": ahead})
     return pd.DataFrame(rows)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from m2rl_core import paper
 from m2rl_core.claims.evidence import Missing
-from m2rl_core.domains import BENCHMARKS, DOMAINS
+from m2rl_core.domains import BENCHMARKS, DOMAINS, mean_of
 from m2rl_core.metrics import stats
 from m2rl_core.progress import duration
 from m2rl_core.study import MERGES
@@ -142,13 +142,19 @@ def stale_sentence(sure: pd.DataFrame) -> str:
 
 
 def table8(run, rng: np.random.Generator) -> pd.DataFrame:
-    """Table 8: base and the best weight merge of this run (by the mean of the nine), then the paper's two models."""
-    rows = run.scores(["base", *MERGES])
-    ours = stats.score_table(rows, ["base", *MERGES], list(BENCHMARKS), rng, run.profile.analysis.bootstrap)
+    """Table 8: base and the best weight merge of this run (by its mean), then the paper's two models, on the benchmarks of this run.
+
+    Missing where no model has scores on all of these, or none of them is one of the paper's.
+    """
+    rows, missing = run.scores(["base", *MERGES]), run.not_run()
+    on = [name for name in BENCHMARKS if name in run.profile.benchmarks and name not in missing]
+    if not on:
+        raise Missing("none of the paper's benchmarks was run")
+    ours = stats.score_table(rows, ["base", *MERGES], on, rng, run.profile.analysis.bootstrap)
     if ours["avg"].isna().all():
-        raise Missing(f"no model has scores on all nine: {', '.join(run.not_run()) or 'some benchmark'} is missing")
+        raise Missing(f"no model has scores on all of {', '.join(on)}")
     best = ours.loc[ours[ours["model"] != "base"]["avg"].idxmax(), "model"]
-    printed = paper.table(8).rename_axis("model").reset_index()
+    printed = paper.table(8)[on].assign(avg=lambda frame: frame.mean(axis=1)).rename_axis("model").reset_index()
     printed["model"] += " (paper)"
     return pd.concat([ours[ours["model"].isin(["base", best])], printed], ignore_index=True)
 
@@ -156,14 +162,15 @@ def table8(run, rng: np.random.Generator) -> pd.DataFrame:
 def table8_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`table8` for the eye: a line a benchmark, a column a model."""
     lines = table.set_index("model")
-    return pd.DataFrame([{"benchmark": miniature(b) if b != "avg" else "mean of the nine", **{
+    on = [name for name in BENCHMARKS if name in lines]
+    return pd.DataFrame([{"benchmark": miniature(b) if b != "avg" else mean_of(on), **{
         model: interval(*(lines.loc[model, [b, f"{b}_low", f"{b}_high"]])).replace(" [undefined]",
                                                                                    "") for model in lines.index}}
-        for b in [*BENCHMARKS, "avg"]])
+        for b in [*on, "avg"]])
 
 
 def table8_sentence(table: pd.DataFrame) -> str:
-    """What separates the two models of each block, on the mean of the nine."""
+    """What separates the two models of each block, in their mean."""
     mean = table.set_index("model")["avg"]
     base, best, official, theirs = mean.index
     return (f"Here {best} is {mean[best] - mean[base]:+.1f} points from {base}; in the paper {theirs.split()[0]} is "

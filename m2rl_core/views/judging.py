@@ -6,7 +6,7 @@ accuracy (mean of the shares judged rightly among right and among wrong answers)
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite, isnan, nan
 
 import pandas as pd
@@ -167,7 +167,18 @@ def budget(run, rows: pd.DataFrame, wanted: int = 8) -> Markdown:
     if k < wanted:
         told += (f"; Avg@{wanted} would take about {duration(spent * wanted / k)} (`analysis.judge_k` of the profile) and "
                  "narrow only the part of the intervals that comes from the judge's own sampling, not that from the items")
-    return Markdown(told + ".")
+    return Markdown(f"{told}.{_unjudged(run, dict.fromkeys(rows['model']))}")
+
+
+def _unjudged(run, models: Iterable[str]) -> str:
+    """A sentence on the answers that no judge saw because they left no room for its words; "" where all were judged."""
+    lost = []
+    for model in models:
+        path = run.need(f"judge-{model}") / "unjudged.json"  # missing where all of an older run was judged
+        for mode, line in (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}).items():
+            if line["no room"]:
+                lost.append(f"`{model}` {line['no room']} of {line['answers']} by {mode}")
+    return f" Not judged, because the question was too long for the model's context: {', '.join(lost)}." if lost else ""
 
 
 def figure6(found: pd.DataFrame) -> pd.DataFrame:

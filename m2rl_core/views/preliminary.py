@@ -1,12 +1,14 @@
 """Notebook 3.1: the blend beside Table 1, the five domains live, and what base and SFT can do."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
 from m2rl_core import paper
 from m2rl_core.domains import (
-    BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, module, rewards, training_rows,
+    BENCHMARKS, DOMAINS, Row, answer_of, benchmark_rows, generator, mean_of, module, rewards, training_rows,
 )
 from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
@@ -40,9 +42,8 @@ def blend_sentence(table: pd.DataFrame) -> str:
     parts = table[(table["type"] != "Total") & table["paper (%)"].notna()]
     gap = (parts["share without judge rows (%)"] - parts["paper (%)"]).abs()
     extra = table[table["paper (%)"].isna()]
-    return (f"Apart from {', '.join(extra['type'])} ({extra['share (%)'].sum():.1f} % of the rows), no share differs "
-            f"from Table 1 "
-            f"by more than {gap.max():.2f} points ({parts.loc[gap.idxmax(), 'type']}).")
+    apart = f"Apart from {', '.join(extra['type'])} ({extra['share (%)'].sum():.1f} % of the rows), no" if len(extra) else "No"
+    return f"{apart} share differs from Table 1 by more than {gap.max():.2f} points ({parts.loc[gap.idxmax(), 'type']})."
 
 
 def specimen(domain: str, seed: int) -> pd.DataFrame:
@@ -92,16 +93,17 @@ def cheats(seed: int) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["domain", "attempt", "response", "reward", "reason"])
 
 
-def benchmark_items(profile) -> pd.DataFrame:
+def benchmark_items(profile, not_run: Mapping[str, str] = {}) -> pd.DataFrame:
     """One held-out item of each miniature benchmark, with a right answer and how much of it is measured.
 
-    Of the real ones, whose items are not all to be published: the wording of their prompts, and what is sampled by.
+    Of the real ones, whose items are not all to be published: the wording of their prompts, and what is sampled by; of one
+    that could not be had (`not_run`: name to reason) in place of that the reason.
     """
     lines = []
     if profile.eval.rows == "real":
         from m2rl_core.real.benchmarks import wording
         return pd.DataFrame([{"benchmark": miniature(name), "items": profile.eval.items[name], "K": profile.eval.k[name],
-                              **profile.eval.sampled_by(name), "prompt": wording(name)}
+                              **profile.eval.sampled_by(name), "prompt": not_run.get(name) or wording(name)}
                              for name in profile.benchmarks if name in BENCHMARKS])
     for benchmark, domain in BENCHMARKS.items():
         if benchmark not in profile.benchmarks:
@@ -128,13 +130,13 @@ def beside_paper(scores: pd.DataFrame, models: list[str]) -> pd.DataFrame:
     """Score table and Table 3 side by side, a line a benchmark: here with its interval, then the paper's."""
     ours, printed = scores.set_index("model"), paper.table(3)
     lines = []
-    nine = [b for b in BENCHMARKS if b in ours]
-    for benchmark in [c for c in ours if f"{c}_low" in ours]:
-        line = {"benchmark": miniature(benchmark) if benchmark != "avg" else "mean of the nine"}
+    names = [c for c in ours if f"{c}_low" in ours and c != "avg"]
+    for benchmark in [*names, "avg"]:
+        line = {"benchmark": miniature(benchmark) if benchmark != "avg" else mean_of(names)}
         for model in models:
             line[f"{model}, here"] = interval(*ours.loc[model, [benchmark, f"{benchmark}_low", f"{benchmark}_high"]])
-            on = nine if benchmark == "avg" else [b for b in nine if b == benchmark]
-            line[f"{model}, paper"] = f"{printed.loc[model, on].mean():.1f}" if on else ""
+            on = names if benchmark == "avg" else [benchmark]
+            line[f"{model}, paper"] = f"{printed.loc[model, on].mean():.1f}" if set(on) <= set(BENCHMARKS) else ""
         lines.append(line)
     return pd.DataFrame(lines)
 

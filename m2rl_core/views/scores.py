@@ -15,7 +15,7 @@ from IPython.display import Markdown
 from m2rl_core import paper
 from m2rl_core.claims import scores as rules
 from m2rl_core.claims.evidence import EXPERT, FIGURE2, MERGES, OWN, Evidence
-from m2rl_core.domains import BENCHMARKS
+from m2rl_core.domains import BENCHMARKS, mean_of
 from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average, difference
@@ -105,31 +105,41 @@ def beside(scores: pd.DataFrame, printed: pd.DataFrame | None = None) -> pd.Data
             theirs = printed[column].reindex(scores["model"])
             cells = [cell + ("" if pd.isna(value) else f"\npaper {value:.1f}")
                      for cell, value in zip(cells, theirs, strict=True)]
-        shown[("mean of nine" if len(columns) == 10 else "mean") if column == "avg" else miniature(column)] = cells
+        shown[mean_of(c for c in columns if c != "avg") if column == "avg" else miniature(column)] = cells
     return pd.DataFrame(shown)
 
 
-def printed_scores() -> pd.DataFrame:
-    """The paper's score of every model of Tables 3 and 4 on the nine benchmarks and their mean: index model."""
-    whole = pd.concat([paper.table(3), paper.table(4).drop("merge-ties")])[list(BENCHMARKS)]
-    return whole.assign(avg=whole.mean(axis=1))
+def printed_scores(benchmarks: Iterable[str] = BENCHMARKS) -> pd.DataFrame:
+    """The paper's score of every model of Tables 3 and 4 on those of `benchmarks` that it has: index model.
+
+    `avg`, their mean, is there where it has all: a mean over others would stand beside one that it cannot be compared with.
+    """
+    benchmarks = list(benchmarks)
+    whole = pd.concat([paper.table(3), paper.table(4).drop("merge-ties")])[[b for b in BENCHMARKS if b in benchmarks]]
+    return whole.assign(avg=whole.mean(axis=1)) if set(benchmarks) <= set(BENCHMARKS) else whole
 
 
 def titled(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with benchmark columns named as miniatures, for the titles of charts."""
-    names = {b + end: miniature(b) + end for b in BENCHMARKS for end in ("", "_low", "_high")}
-    return frame.rename(columns=names | {"avg" + end: "mean of nine" + end for end in ("", "_low", "_high")})
+    """The frame with benchmark columns named as miniatures and their mean by how many they are, for the titles of charts."""
+    ends = ("", "_low", "_high")
+    over = [name for name in frame if not name.endswith(ends[1:]) and name not in ("model", "avg")]
+    return frame.rename(columns={b + end: miniature(b) + end for b in BENCHMARKS for end in ends}
+                        | {"avg" + end: mean_of(over) + end for end in ends})
 
 
 def at_home(evidence: Evidence) -> pd.DataFrame:
-    """Each expert against SFT in its own domain: domain, model, sft, expert, difference, low, high, n, paper."""
+    """Each expert against SFT in its own domain: domain, benchmarks, model, sft, expert, difference, low, high, n, paper.
+
+    The paper's difference is that on the same benchmarks; NaN where it has them not.
+    """
     printed, lines = printed_scores(), []
     for domain, model in evidence.experts.items():
-        gap = evidence.contrast(difference(model, "sft", evidence.own[domain]))
-        before, after = (evidence.contrast(average(m, evidence.own[domain])).estimate for m in ("sft", model))
-        lines.append({"domain": domain, "model": model, "sft": before, "expert": after, "difference": gap.estimate,
-                      "low": gap.low, "high": gap.high, "n": gap.n,
-                      "paper": (printed.loc[model] - printed.loc["sft"])[OWN[domain]].mean() if domain in OWN else nan})
+        own = evidence.own[domain]
+        gap = evidence.contrast(difference(model, "sft", own))
+        before, after = (evidence.contrast(average(m, own)).estimate for m in ("sft", model))
+        lines.append({"domain": domain, "benchmarks": ", ".join(own), "model": model, "sft": before, "expert": after,
+                      "difference": gap.estimate, "low": gap.low, "high": gap.high, "n": gap.n,
+                      "paper": (printed.loc[model] - printed.loc["sft"])[own].mean() if domain in OWN else nan})
     return pd.DataFrame(lines)
 
 
@@ -137,7 +147,7 @@ def at_home_shown(home: pd.DataFrame) -> pd.DataFrame:
     """`at_home` for the eye."""
     return pd.DataFrame({
         "domain": home["domain"].map(DOMAIN_NAMES), "expert": home["model"],
-        "benchmarks": [", ".join(miniature(b) for b in OWN.get(d, [d])) for d in home["domain"]],
+        "benchmarks": [", ".join(map(miniature, names.split(", "))) for names in home["benchmarks"]],
         "SFT": home["sft"].map("{:.1f}".format), "expert's score": home["expert"].map("{:.1f}".format),
         "difference, paired": [interval(r.difference, r.low, r.high) for r in home.itertuples()],
         "items": home["n"], "paper's difference": home["paper"].map(lambda value: "" if pd.isna(value) else f"{value:+.1f}"),
@@ -240,15 +250,19 @@ def _range(by_expert: Mapping[str, float]) -> str:
 
 
 def against_best(evidence: Evidence, models: Sequence[str] = INTEGRATED) -> pd.DataFrame:
-    """Mean of nine and its paired difference to the merge with the best mean: model, mean, to the best, paper."""
-    best, printed, lines = evidence.best(MERGES), printed_scores()["avg"], []
+    """Mean over the benchmarks and its paired difference to the merge with the best one: model, mean, to the best, paper.
+
+    The paper's mean is over the same benchmarks.
+    """
+    best, printed, lines = evidence.best(MERGES), printed_scores(evidence.benchmarks).get("avg"), []
     for model in evidence.present(models):
         own = evidence.contrast(average(model, evidence.benchmarks))
         gap = evidence.contrast(difference(model, best, evidence.benchmarks))
         lines.append({
-            "model": model, "mean of nine": interval(*own[:3]),
+            "model": model, mean_of(evidence.benchmarks): interval(*own[:3]),
             f"minus {best}, paired": "the best here" if model == best else interval(*gap[:3]),
-            "paper: mean": f"{printed[model]:.2f}",
-            "paper: minus its best": f"{printed[model] - printed[list(MERGES)].max():+.2f}",
+            **({} if printed is None else {
+                "paper: mean": f"{printed[model]:.2f}",
+                "paper: minus its best": f"{printed[model] - printed[list(MERGES)].max():+.2f}"}),
         })
     return pd.DataFrame(lines)

@@ -14,6 +14,7 @@ from scipy.optimize import isotonic_regression
 from m2rl_core import claims, paper
 from m2rl_core.claims import places
 from m2rl_core.claims.evidence import EXPERT, MARGIN, MERGES, Evidence
+from m2rl_core.domains import mean_of
 from m2rl_core.metrics.stats import average, difference
 from m2rl_core.pictures import drawing, plots
 from m2rl_core.views import gradients, scores
@@ -132,10 +133,10 @@ def agreement(lines: Sequence[dict], run_verdict: str) -> Markdown:
 # Quality beside cost ---------------------------------------------------------------------------------------------
 
 def quality_and_cost(found: Evidence, models: Iterable[str] = COMPARED) -> pd.DataFrame:
-    """What each model scores and costs, here and in print: source, model, cost, value, low, high.
+    """What each model scores and costs, here and in print: source, model, cost, of, value, low, high.
 
     `cost`: training beyond SFT in percent of the five experts' together; a merge needs all five and MT-OPD its own
-    training on top; the merging itself takes no training. `value`: mean of the nine benchmarks.
+    training on top; the merging itself takes no training. `value`: mean of the benchmarks that `of` names.
     """
     printed = claims.paper_evidence()
     lines = []
@@ -145,7 +146,7 @@ def quality_and_cost(found: Evidence, models: Iterable[str] = COMPARED) -> pd.Da
         for model in models:
             mean = e.contrast(average(model, found.benchmarks))
             lines.append({"source": source, "model": model, "cost": extra.get(model, share.get(model)),
-                          "value": mean.estimate, "low": mean.low, "high": mean.high})
+                          "of": mean_of(found.benchmarks), "value": mean.estimate, "low": mean.low, "high": mean.high})
     return pd.DataFrame(lines)
 
 
@@ -176,8 +177,8 @@ def placed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model scores and what it cost"):
-    """The study in one picture: mean of nine against training cost, this run and the paper's printed numbers."""
-    frame = placed(frame)
+    """The study in one picture: mean score against training cost, this run and the paper's printed numbers."""
+    frame, mean = placed(frame), f"{frame['of'].iloc[0]} (%)"
     models, chosen = drawing.models_of(frame), drawing.picker()
     charts = []
     for source, part in frame.groupby("source", sort=False):
@@ -187,10 +188,10 @@ def headline(frame: pd.DataFrame, title: str = "Mix or merge: what each model sc
         x = alt.X("x:Q", title="training beyond SFT (% of the five experts together)",
                   scale=alt.Scale(domain=[-4, max(part["at"].max(), 100) + 34], nice=False),
                   axis=alt.Axis(values=[0, 25, 50, 75, 100, 125]))
-        y = alt.Y("value:Q", title="mean of the nine benchmarks (%)", scale=scale)
+        y = alt.Y("value:Q", title=mean, scale=scale)
         color, shape = drawing.color(models, None), drawing.shape(models, None)
         whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.3).encode(
-            x, alt.Y("low:Q", scale=scale, title="mean of the nine benchmarks (%)"), y2="high:Q", color=color)
+            x, alt.Y("low:Q", scale=scale, title=mean), y2="high:Q", color=color)
         leads = base.mark_rule(strokeWidth=0.6, color="#bbbbbb").encode(x, y, x2="at:Q", y2="beside:Q")
         dots = base.mark_point(filled=True, size=65).encode(x, y, color, shape)
         names = base.mark_text(align="left", dx=2, fontSize=10).encode(
@@ -208,9 +209,9 @@ def mix_or_merge(found: Evidence) -> Markdown:
     e = found.contrast(difference("rl-multi", best, found.benchmarks))
     if found.costs is None:
         return Markdown(f"`rl-multi` minus `{best}` (the merge with the best mean, picked on these same items, which favours "
-                        f"it): {interval(*e[:3])} points over {len(found.benchmarks)} benchmarks. Nothing was trained here, so "
+                        f"it): {interval(*e[:3])} points in the {mean_of(found.benchmarks)}. Nothing was trained here, so "
                         "no cost stands beside it.")
-    distilled = found.contrast(difference("mt-opd", best, found.benchmarks))
+    distilled, mean = found.contrast(difference("mt-opd", best, found.benchmarks)), mean_of(found.benchmarks)
     share = scores.shares(found.frame("costs", "model", "hours"))
     cost = share["rl-multi"]
     if isnan(e.low):
@@ -226,5 +227,5 @@ def mix_or_merge(found: Evidence) -> Markdown:
         answer = "**Cannot tell** which scores higher; " + ("mixing" if cost < 100 else "merging") + " costs less."
     return Markdown(
         f"{answer} `rl-multi` minus `{best}` (the merge with the best mean, picked on these same items, which favours "
-        f"it): {interval(*e[:3])} points over nine benchmarks, at {cost:.0f} % of the experts' training time. "
+        f"it): {interval(*e[:3])} points in the {mean}, at {cost:.0f} % of the experts' training time. "
         f"`mt-opd` minus `{best}`: {interval(*distilled[:3])} points, at {100 + share['mt-opd']:.0f} %.")
