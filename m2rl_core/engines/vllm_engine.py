@@ -128,11 +128,6 @@ class VllmEngine:
             link.end()
         self.links, self.sent = [], []
 
-    def stop(self) -> None:
-        """End the processes under a call that another thread makes, which fails then; they are not started again."""
-        self.died = True
-        self.close()
-
     def _ask(self, policy: Policy, call: str, rows: dict[str, list], **arguments) -> dict[str, list]:
         """vLLM's answer about all rows with the policy's present weights; asked once more, of others, if one is lost."""
         with self.turn:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from m2rl_core import ranks
 from m2rl_core.data import batch_of
 from m2rl_core.domains import Row, Verdict
 from m2rl_core.engines import Engine
