@@ -16,7 +16,7 @@ from whole_study import ROOT
 
 from m2rl_core import ranks
 from m2rl_core.errors import StudyError
-from m2rl_core.jobs import cluster, launch, rank
+from m2rl_core.jobs import cluster, launch, live, rank
 from m2rl_core.jobs.cluster import ClusterError, Node, takes
 from m2rl_core.profile import ProfileError, load_profile
 from m2rl_core.run import open_run
@@ -25,8 +25,8 @@ from m2rl_core.store import DiskFull
 # ---- made by two
 
 def test_two_processes_in_a_local_lane_make_what_one_makes(one, tmp_path):
-    """Catches a stage that the notebook's kernel makes by itself, ranks that speak or write twice, an environment that does not
-    reach them, and what a launch leaves behind."""
+    """Catches a stage that the notebook's kernel makes by itself, ranks that speak or write twice, an environment that does
+    not reach them, and what a launch leaves behind."""
     store = beginning(one, tmp_path, TWO)
     process = start(tmp_path, "reproduce", "--models", "rl-math")
     said = process.communicate(timeout=300)[0]
@@ -55,7 +55,7 @@ def test_whoever_is_killed_the_others_end_and_any_number_goes_on(one, tmp_path):
     assert step <= at_step(process, 1)
     os.kill(parent(rank_file(store, 0)), signal.SIGKILL)
     said = process.communicate(timeout=60)[0].strip().splitlines()[-1]
-    assert process.returncode == 2 and said.startswith("error: rl-math: the launcher of its processes was killed by signal 9; ")
+    assert process.returncode == 2 and said.startswith("error: rl-math: the launcher of its processes was killed by signal 9")
     assert_nobody_left(tmp_path)
 
     process = start(tmp_path, "run", "rl-math")
@@ -86,10 +86,12 @@ def test_what_a_killed_one_left_is_removed_by_the_next(tmp_path):
 
 
 def test_an_error_of_a_rank_and_an_interrupt_end_a_launch(one, tmp_path):
-    """Catches a launcher's own words in place of the ranks', a launch that Ctrl-C does not reach, and one that hangs."""
+    """Catches a launcher's own words in place of the ranks', and a launch that Ctrl-C, or a notebook's view, does not reach."""
     store = beginning(one, tmp_path, TWO)
     process = start(tmp_path, "run", "rl-math")
     at_step(process, 1)
+    run = open_run(tmp_path / "small.yaml", tmp_path / "artifacts")
+    assert live.working(run, "rl-math") and re.search(r"rl-math · step \d+/", live.picture(run, "rl-math", ["rl-math"]))
     process.send_signal(signal.SIGINT)  # as Ctrl-C and live.stop do
     assert process.communicate(timeout=60)[0].endswith("stopped; the same command goes on from here\n")
     assert process.returncode == 130 and not [path for path in (store / launch.LAUNCHES).iterdir() if path.is_dir()]
@@ -128,11 +130,12 @@ def test_of_many_errors_the_cause_is_raised(tmp_path):
     found = launch._error(errors(tmp_path / "c", r0=lost, r1=None), stage, 1, log)
     assert type(found) is ranks.RankLost and str(found) == lost[1]
     found = launch._error(tmp_path / "c", stage, -9, log)
-    assert type(found) is ranks.RankLost and str(found).startswith("rl-math: the launcher of its processes was killed by signal 9")
+    assert type(found) is ranks.RankLost and str(found).startswith("rl-math: the launcher of its processes was killed by sig")
     found = launch._error(errors(tmp_path / "d", r0=(launch.RankFailed, "KeyError: 'x'")), stage, 1, log)
     assert isinstance(found, ranks.RankLost) and str(found) == f"KeyError: 'x'; its traceback is in {log}"
     found = launch._error(errors(tmp_path / "e"), stage, 1, log)
-    assert type(found) is launch.LaunchFailed and "ValueError: no such key" in str(found) and not isinstance(found, ranks.RankLost)
+    assert type(found) is launch.LaunchFailed and "process: ValueError: no such key (" in str(found)
+    assert not isinstance(found, ranks.RankLost)
 
 
 def test_why_another_node_could_not_begin_is_raised(tmp_path, monkeypatch):
@@ -174,7 +177,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, monkeypatch):
             ({"rl": TWO | {"gpus": 1}}, "rl: 2 processes on a node that gives 1 GPUs"),
             ({"merge": TWO}, "merge: one process makes a stage of kind merge; several make base, sft, rl, opd, eval"),
             ({"rl": TWO | {"config": "none.yaml"}}, "rl.config: .*/none.yaml cannot be read"),
-            ({"rl": TWO | {"config": str(ROOT / "params" / "smoke.yaml")}}, "rl.config: .*: distributed_type is None, and this")):
+            ({"rl": TWO | {"config": str(ROOT / "params" / "smoke.yaml")}}, "rl.config: .*: distributed_type is None, and")):
         path = small(tmp_path)
         path.write_text(path.read_text() + yaml.safe_dump({"resources": wrong}))
         with pytest.raises(ProfileError, match=f"small.yaml: resources.{said}"):

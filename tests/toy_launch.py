@@ -36,9 +36,9 @@ def small(folder: Path, rl: dict | None = None) -> Path:
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
     """The command line on the small study of a folder."""
-    return subprocess.Popen([sys.executable, "-m", "m2rl_core", *arguments, "--profile", str(folder / "small.yaml")], cwd=folder,
-                            env=environment_in(folder) | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "m2rl_core", *arguments, "--profile", str(folder / "small.yaml")]
+    return subprocess.Popen(command, cwd=folder, env=environment_in(folder) | {"OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def make_by_one(folder: Path) -> Path:

@@ -224,8 +224,8 @@ def check_sizes(profile: Profile, kinds, nodes: list[Node]) -> None:
                 f"{profile.name}")
         if not _room(profile, kind, nodes):
             raise ClusterError(
-                f"a stage of kind {kind} takes {launch.taken(profile, kind).nodes} nodes with {wanted['num_cpus']:g} cores and "
-                f"{wanted['num_gpus']:g} GPUs each, and {sum(node.has(wanted) for node in nodes)} of {len(nodes)} have them: "
+                f"a stage of kind {kind} takes {launch.taken(profile, kind).nodes} nodes with {wanted['num_cpus']:g} cores "
+                f"and {wanted['num_gpus']:g} GPUs each, and {sum(node.has(wanted) for node in nodes)} of {len(nodes)} have them: "
                 f"lower resources.{kind} of the profile {profile.name}, or start more nodes")
 
 

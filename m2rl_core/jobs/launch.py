@@ -240,5 +240,5 @@ def _error(folder: Path, stage: Stage, code: int, log: Path) -> Exception:
         return RankLost(f"{stage.name}: the launcher of its processes {how}; what was made is kept, and the same command "
                         f"goes on from the last checkpoint ({log})")
     said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return LaunchFailed(f"{stage.name}: accelerate's launcher {how} before it started a process: {(said or ['no word'])[-1][:200]} "
-                        f"({log})")
+    return LaunchFailed(f"{stage.name}: accelerate's launcher {how} before it started a process: "
+                        f"{(said or ['no word'])[-1][:200]} ({log})")
