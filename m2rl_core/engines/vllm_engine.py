@@ -160,11 +160,11 @@ class VllmEngine:
             return
         link.end()
         self.links.remove(link)
-        self.servers.remove(link.address)
         if again or not self.links:
             self.close()
             raise StudyError(f"{link} is lost: it {how}; {'it is the second one' if again else 'there is no other'}: look "
                              "after it or take it from vllm.servers (M2RL_VLLM) and start again; what was made is kept")
+        self.servers.remove(link.address)
         say(f"{link} is lost (it {how}); its share goes to the other {len(self.links)}")
 
     def _shared(self, call: str, rows: dict[str, list], arguments: dict) -> dict[str, list]:
