@@ -49,7 +49,7 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
     notebooks = folder / "notebooks"
     good = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from m2rl_core import progress, publish\n"
+            "from m2rl_core import progress\nfrom m2rl_core.publishing import publish\n"
             "from pathlib import Path\n"
             "import pandas as pd, altair as alt\n"
             "shown = progress.Progress('rl-toy')\n"
