@@ -139,7 +139,7 @@ def test_a_damaged_file_is_named_and_rebuild_mends_it(far, tmp_path, capsys):
         one.path("base") / "numbers.txt").read_bytes()
     for name, content in ((f"{where}/files.json", b"[1"), (f"{where}/files.json", b'{"manifest.json": "1", "../x": "1"}')):
         at.write(name, content)
-        with pytest.raises(CorruptArtifact, match="files.json is missing or not readable|manifest.json is not what was pushed"):
+        with pytest.raises(CorruptArtifact, match="files.json is missing or not readable|manifest.json is not what was"):
             machine(tmp_path, "four").need("base")
     at.write(f"{where}/files.json", b'{"../../x": "1", "manifest.json": "1"}')
     with pytest.raises(CorruptArtifact, match="is to lie outside of its folder"):
@@ -335,12 +335,13 @@ class ReadOnly(LocalFileSystem):
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("s3://bucket/folder", r"M2RL_STORE=s3://bucket/folder: s3:// needs a package that is not installed here: `pip install s3fs`"),
-    ("ftp://me:secret@127.0.0.1:1/x", r"M2RL_STORE: ftp://127.0.0.1:1/x/smoke cannot be reached \(ConnectionRefusedError: .*\): "
-                                      r"is the address right\?"),
+    ("s3://bucket/folder", "M2RL_STORE=s3://bucket/folder: s3:// needs a package that is not installed here: `pip install "
+                           "s3fs`"),
+    ("ftp://me:secret@127.0.0.1:1/x", r"M2RL_STORE: ftp://127.0.0.1:1/x/smoke cannot be reached \(ConnectionRefusedError: "
+                                      r".*\): is the address right\?"),
     ("nonsense://x", "M2RL_STORE=nonsense://x is no address that fsspec knows .*: a path, or s3://bucket/folder, for example"),
-    ("readonly:///tmp", r"M2RL_STORE: readonly:///tmp/smoke cannot be written \(PermissionError: .*Access Denied.*\): give the "
-                        "right to write there"),
+    ("readonly:///tmp", r"M2RL_STORE: readonly:///tmp/smoke cannot be written \(PermissionError: .*Access Denied.*\): give "
+                        "the right to write there"),
 ])
 def test_an_address_that_cannot_be_used_is_one_line(name, said, tmp_path, monkeypatch, capsys):
     """Faults: a traceback; a password in it; an hour of training before it shows."""
@@ -391,7 +392,7 @@ def test_clean_says_what_stays(path, tmp_path, monkeypatch, capsys):
 # On nodes -------------------------------------------------------------------------------------------------
 
 def test_a_nodes_task_works_on_its_own_disk(path, tmp_path, monkeypatch):
-    """Faults: a node writes to the driver's path; makes again what another one made; leaves its note; forgets its own folder."""
+    """Faults: a node writes to the driver's path; makes again what another one made; leaves its note; forgets its folder."""
     here = SimpleNamespace(get_node_id=lambda: "a-node")
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: here))
     driver = machine(tmp_path, "driver")
@@ -406,7 +407,7 @@ def test_a_nodes_task_works_on_its_own_disk(path, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "LAG", 0.2)
     driver.store.remote.forget(driver.store.where(driver.stages["sft"]))
     shutil.rmtree(tmp_path / "b")
-    with pytest.raises(ClusterError, match=f"rl-math: sft is made, but this node does not see it .* is {path} the same for all"):
+    with pytest.raises(ClusterError, match=f"rl-math: sft is made, but this node does not see it .* is {path} the same"):
         cluster.make(driver.profile, str(driver.root), "rl-math", environment)
     assert cluster._node_of(driver.store, "rl-math") == "a-node" and cluster._node_of(driver.store, "rl-if") == "none"
 
@@ -441,7 +442,7 @@ def local(tmp_path_factory):
 
 @with_ray
 def test_nodes_with_disks_of_their_own_make_what_one_machine_makes(apart, local, tmp_path):
-    """Faults: a node that trains what another one has made; bytes that depend on where; lines of the nodes that nobody sees."""
+    """Faults: a node that trains what another one has made; bytes that depend on where; lines of nodes that nobody sees."""
     nodes, disks = apart
     process = start(nodes, tmp_path, "run", "rl-math,rl-agent", "--profile", "smoke", M2RL_STORE=str(tmp_path / "far"))
     said = process.communicate(timeout=300)[0]
@@ -463,7 +464,8 @@ def test_another_node_goes_on_from_the_copied_checkpoint(apart, local, tmp_path)
     process = start(nodes, tmp_path, "run", "rl-math", "--profile", str(profile), M2RL_STORE=str(tmp_path / "far"),
                     M2RL_STORE_MINUTES="0")
     try:
-        while not [path for path in tmp_path.glob("far/long/models/rl-math-*/state/files.json") if "step-" in path.read_text()]:
+        index = "far/long/models/rl-math-*/state/files.json"
+        while not [path for path in tmp_path.glob(index) if "step-" in path.read_text()]:
             said.append(process.stdout.readline())
             assert said[-1], "".join(said)
         first = next(name for name in ("a", "b") if list(disks.glob(f"{name}/long/models/rl-math-*")))
@@ -491,10 +493,10 @@ def test_a_node_that_does_not_reach_the_address_is_named(apart, tmp_path, monkey
         cluster.check_nodes(ray, nodes, store)
         assert not list((tmp_path / "far" / "smoke").iterdir())
         look = cluster.look
-        for there, said in ((str(tmp_path / "other"), "it must reach that address, with the right to write there"),
+        for there, said in ((str(tmp_path / "other"), "it must reach that address, and may write there"),
                             ("ftp://127.0.0.1:1/x", r"M2RL_STORE: ftp://127.0.0.1:1/x/smoke cannot be reached")):
             monkeypatch.setattr(cluster, "look", lambda _, token, node, there=there: look((there, "smoke"), token, node))
-            with pytest.raises(ClusterError, match=rf"^node [\d.]+ does not share {tmp_path}/far/smoke with the driver: {said}"):
+            with pytest.raises(ClusterError, match=rf"^node [\d.]+ does not share {tmp_path}/far/smoke with .*: {said}"):
                 cluster.check_nodes(ray, nodes, store)
     finally:
         ray.shutdown()

@@ -2,7 +2,7 @@
 
 Rollouts whose M2RL_ENVIRONMENTS names this server (`far_environments`) have their episodes here, in processes that can be
 killed as on their own machine (`environments.Hosted`): so many steps run at once, and others wait. A client must know the
-secret (`far_line`), sends rows as JSON, and can load nothing but modules of this project's domains and the files that --domain gives.
+secret (`far_line`), sends rows as JSON, and can load nothing but modules of this project's domains and --domain's files.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LONGEST = 3600.0  # seconds of a step, whatever a client asks for
 
 
 class Server:
-    """Serves on `host` and `port` (0: any free one) until `close`; `address` says where. StudyError where the port is taken."""
+    """Serves on `host` and `port` (0: any free one) until `close`; `address` says where. StudyError: the port is taken."""
 
     def __init__(self, host: str, port: int, word: str, files: Sequence[str] = ()):
         self.word, self.code = word, code()
@@ -102,7 +102,8 @@ class _Client:
         if number not in self.episodes:
             if request.get("row") is None:
                 return {"unknown": True}
-            episode = Hosted(self._home(request["home"]), Row.from_json(request["row"]), min(LONGEST, float(request["seconds"])))
+            seconds = min(LONGEST, float(request["seconds"]))
+            episode = Hosted(self._home(request["home"]), Row.from_json(request["row"]), seconds)
             for answer, replied in request["past"]:
                 if episode.step(answer) != decoded(replied):
                     return {"failed": episode.failed or PLAYED_OTHER}
@@ -113,7 +114,7 @@ class _Client:
         return {"failed": self.episodes[number].failed} if found is None else {"replies": encoded(found)}
 
     def _home(self, asked: str) -> str:
-        """The name that a process loads: a module of this project, or the file here that has the digest; StudyError for others."""
+        """The name that a process loads: a module of this project, or the file here of that digest; StudyError for others."""
         if MODULE.fullmatch(asked):
             return asked
         name, mark, digest = asked.rpartition("?")
@@ -135,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve until interrupted."""
     arguments = argparse.ArgumentParser(prog="python -m m2rl_core.domains.environment_server")
     arguments.add_argument("--port", type=int, default=7000)
-    arguments.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 for all networks (127.0.0.1)")
+    arguments.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all networks (127.0.0.1)")
     arguments.add_argument("--processes", type=int, default=environment_host.HOSTS, help="steps at once, at most 16")
-    arguments.add_argument("--domain", action="append", default=[], metavar="FILE", help="a domain of one's own; may be repeated")
+    arguments.add_argument("--domain", action="append", default=[], metavar="FILE", help="a domain of one's own; repeatable")
     asked = arguments.parse_args(argv)
     environment_host.HOSTS = max(1, min(16, asked.processes))
     server = Server(asked.host, asked.port, secret(), asked.domain)

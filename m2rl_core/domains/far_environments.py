@@ -98,8 +98,8 @@ class Server:
             raise
         if told.get("code") != code():
             line.close()
-            raise StudyError(f"the environments at {self.address} are of other code (files {told.get('code')}, here {code()}): "
-                             "check out the same commit on both")
+            raise StudyError(f"the environments at {self.address} are of other code (files {told.get('code')}, here "
+                             f"{code()}): check out the same commit on both")
         return line, max(1, int(told.get("at_once", 1)))
 
     def open(self) -> None:
@@ -130,7 +130,8 @@ class Servers:
             raise self.all_lost()
         for server in self.all:
             if server.why:
-                warnings.warn(f"{SERVERS}: {server.address} is lost ({server.why}); the others play its episodes", stacklevel=2)
+                told = f"{SERVERS}: {server.address} is lost ({server.why}); the others play its episodes"
+                warnings.warn(told, stacklevel=2)
 
     def lane_of(self, episode: Far, tried: set[Server]) -> Lane:
         """The episode's lane, or another one where its server is lost; StudyError where all are."""
@@ -195,7 +196,8 @@ class Far:
                 lane.server.lose(error)
                 tried.add(lane.server)
         if "stop" in reply:
-            raise (ImportError if reply["stop"] == "import" else StudyError)(f"environments at {lane.server.address}: {reply['why']}")
+            stopped = ImportError if reply["stop"] == "import" else StudyError
+            raise stopped(f"environments at {lane.server.address}: {reply['why']}")
         if "failed" in reply:
             self.failed = reply["failed"]
             return None

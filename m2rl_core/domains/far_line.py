@@ -29,7 +29,7 @@ class Refused(StudyError):
 
 
 class Line:
-    """One connection; `receive` raises TimeoutError, EOFError or ConnectionError where nothing comes, Refused for a forgery."""
+    """One connection; `receive` raises TimeoutError, EOFError or ConnectionError for nothing, Refused for a forgery."""
 
     def __init__(self, sock: socket.socket):
         self.sock, self.key = sock, b""
@@ -70,7 +70,8 @@ class Line:
         theirs = self._text(self.receive(GREETING), "nonce")
         nonces = f"{mine} {theirs}" if server else f"{theirs} {mine}"
         self.mine, self.theirs = (b"server", b"client") if server else (b"client", b"server")
-        mac = {who: hmac.digest(secret.encode(), who + b" " + nonces.encode(), "sha256").hex() for who in (self.mine, self.theirs)}
+        mac = {who: hmac.digest(secret.encode(), who + b" " + nonces.encode(), "sha256").hex()
+               for who in (self.mine, self.theirs)}
         if not server:  # the one who asks proves it first
             self.send({"proof": mac[self.mine]}, GREETING)
         said = self.receive(GREETING)

@@ -274,7 +274,7 @@ def check_nodes(ray: ModuleType, nodes: list[Node], store: Store) -> None:
                 continue
             if store.remote:
                 raise ClusterError(f"node {node.name} does not share {store.remote.at.shown} with the driver"
-                                   + (f": {fault}" if fault else ": it must reach that address, with the right to write there"))
+                                   + (f": {fault}" if fault else ": it must reach that address, and may write there"))
             raise ClusterError(f"node {node.name} does not share {store.root} with the driver: the store must lie on a path "
                                "that all nodes see and may write to (M2RL_ARTIFACTS=/shared/folder), or have its copies at "
                                "an address (M2RL_STORE=s3://bucket/folder)")
@@ -347,6 +347,8 @@ def _note(store: Store, stage: str, node: str | None) -> None:
 def _node_of(store: Store, stage: str) -> str:
     """The node on which a stage was begun last; "none" where it never was."""
     try:
-        return store.remote.at.read(f".{RUNNING}/{stage}").decode() if store.remote else (store.root / RUNNING / stage).read_text()
+        if store.remote:
+            return store.remote.at.read(f".{RUNNING}/{stage}").decode()
+        return (store.root / RUNNING / stage).read_text()
     except (FileNotFoundError, RemoteError):
         return "none"

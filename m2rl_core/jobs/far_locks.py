@@ -1,8 +1,8 @@
 """Who makes a stage, at the store's address: so that two machines that share nothing else do not make the same one at once.
 
 As in `locks`: who wants a stage puts its mark there first and looks at the others then, so of two that come at once at
-least one sees the other and steps back. A mark is a small file whose name says who; it is written again and again, and one that
-was not for a minute, on the address's own clock, is a lost machine's.
+least one sees the other and steps back. A mark is a small file whose name says who; it is written again and again, and
+one that was not for a minute, on the address's own clock, is a lost machine's.
 """
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 All code reads and writes the local store. A finished artifact is copied to the address, its manifest last, so that it is
 whole there or absent; what another machine made is copied from there before it is read, each file checked by its digest. The
 state of a stage that is being made goes there now and then (`StateCopies`), so that another machine goes on from it: files
-by their digests, and an index last, which so never names half a checkpoint. Brought models are linked, and stay where they are.
+by their digests, and an index last, which so never names half a checkpoint. Brought models are linked and stay here.
 """
 from __future__ import annotations
 

@@ -111,7 +111,8 @@ class Several:
             place.why, place.lost = str(error), time.monotonic()
 
     def _all_lost(self) -> StudyError:
-        why = "; ".join(f"{place.shown}: {place.why.partition(' cannot be reached ')[2] or place.why}" for place in self.places)
+        why = "; ".join(f"{place.shown}: {place.why.partition(' cannot be reached ')[2] or place.why}"
+                        for place in self.places)
         return StudyError(f"all {len(self.places)} servers of M2RL_SANDBOX are lost: {why}")
 
     def close(self) -> None:
