@@ -344,7 +344,7 @@ def test_what_avg_at_eight_would_cost():
     said = judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}, need=Path), rows).data
     assert "Avg@2, one answer to each of 2 items" in said and "Avg@8 would take about 0:40" in said
     whole = pd.concat([rows.assign(sample=s) for s in range(8)])
-    assert "would take" not in judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), whole).data
+    assert "would take" not in judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}, need=Path), whole).data
 
 
 def test_table7():
@@ -402,7 +402,8 @@ def test_cost_of_what_needs_the_experts():
 
 def test_names_in_the_headline_do_not_collide():
     frame = pd.DataFrame({"source": "s", "of": "mean of nine", "model": [*MERGES, "sft", "mt-opd"],
-                          "cost": [100.0] * 6 + [0, 110], "value": [50.0, 50.1, 50.2, 50, 50, 70, 20, 50.3], "low": NAN, "high": NAN})
+                          "cost": [100.0] * 6 + [0, 110], "value": [50.0, 50.1, 50.2, 50, 50, 70, 20, 50.3],
+                          "low": NAN, "high": NAN})
     placed = verdicts.placed(frame)
     right = placed[placed["cost"] > 80].sort_values("beside")
     line = verdicts.LINE * (placed["top"] - placed["floor"]).iloc[0]

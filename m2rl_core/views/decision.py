@@ -51,7 +51,8 @@ def options(found: Evidence, experts_at_hand: bool = False, models=OPTIONS) -> p
         gap = (0.0, 0.0, 0.0) if m == best else found.contrast(difference(m, best, found.benchmarks), len(models) - 1)[:3]
         value, low, high = means[m][:3]
         rows.append({"model": m, "cost": known[m], "of": of, "value": value, "low": low, "high": high,
-                     "gap": gap[0], "gap_low": gap[1], "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
+                     "gap": gap[0], "gap_low": gap[1], "gap_high": gap[2], "lower": gap[2] < 0,
+                     "comparable": gap[1] > -MARGIN})
     frame = pd.DataFrame(rows).sort_values(["cost", "value"], ascending=[True, False], kind="stable", ignore_index=True)
     chosen = frame.loc[~frame["lower"]].index[0]  # the best one at least is not lower
     return frame.assign(chosen=frame.index == chosen)

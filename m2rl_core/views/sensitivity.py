@@ -38,8 +38,8 @@ def readings(rows: pd.DataFrame, rng, resamples: int) -> pd.DataFrame:
         shift = found.contrast(difference(name, model, on)) if change else stats.Estimate(0.0, 0.0, 0.0, mean.n, 0.0)
         better = sum(means[other].estimate > mean.estimate for other in MERGES if other != model)
         lines.append({"model": model, "varied": varied, "value": value, "of": mean_of(on), "mean": mean.estimate,
-                      "low": mean.low, "high": mean.high, "shift": shift.estimate, "shift_low": shift.low, "shift_high": shift.high,
-                      "place": 1 + better, "n": mean.n})
+                      "low": mean.low, "high": mean.high, "shift": shift.estimate, "shift_low": shift.low,
+                      "shift_high": shift.high, "place": 1 + better, "n": mean.n})
     return pd.DataFrame(lines)
 
 
