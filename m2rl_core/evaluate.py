@@ -107,7 +107,8 @@ def _measure(policy, model, benchmark, rows, k, spec, rng, engine) -> pd.DataFra
         verdicts = [_roomless(policy, *pair, asked["max_new_tokens"]) for pair in zip(rollouts, verdicts, strict=True)]
     if long:
         done = iter(zip(rollouts, verdicts, strict=True))
-        pairs = [(Rollout(row, [], truncated=True), Verdict(0.0, f"{NO_ROOM}a prompt of {long[row.id]} tokens, but {room} fit"))
+        pairs = [(Rollout(row, [], truncated=True),
+                  Verdict(0.0, f"{NO_ROOM}a prompt of {long[row.id]} tokens, but {room} fit"))
                  if row.id in long else next(done) for row in rows for _ in range(k)]
         rollouts, verdicts = zip(*pairs, strict=True)
     return frame(model, benchmark, rollouts, verdicts, k)
@@ -118,8 +119,8 @@ def _roomless(policy, rollout: Rollout, verdict: Verdict, budget: int) -> Verdic
     if not (rollout.truncated and rollout.tokens[-1:] and rollout.tokens[-1] in policy.stop_ids and rollout.length < budget):
         return verdict
     held = len(rollout.prompt) + len(rollout.tokens)
-    return replace(verdict, reason=f"{NO_ROOM}{held} tokens after {len(rollout.turns)} answers, and no reply fitted beside the "
-                                   f"{budget - rollout.length} still to be sampled; {verdict.reason}")
+    told = f"{held} tokens after {len(rollout.turns)} answers, and no reply fitted beside the {budget - rollout.length} left"
+    return replace(verdict, reason=f"{NO_ROOM}{told}; {verdict.reason}")
 
 
 def frame(model: str, benchmark: str, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], k: int) -> pd.DataFrame:

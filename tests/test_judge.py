@@ -126,11 +126,12 @@ def test_stage_judges_a_models_own_answers(policy, tmp_path):
     asked = [len(policies.encode_prompt(policy, judge_row(a.prompt, a.response, "process", True, a.item).messages))
              for a in answers[answers["sample"] == 0].groupby("benchmark").head(2).itertuples()
              if a.benchmark in judge.JUDGED_BENCHMARKS]
-    ctx.stage.settings["tokens"] = policy.config.max_position_embeddings - sorted(asked)[3]  # half of the works are longer than what is left
+    room = sorted(asked)[3]  # half of the works are longer
+    ctx.stage.settings["tokens"] = policy.config.max_position_embeddings - room
     judge.build(ctx)
     fewer = pd.read_parquet(tmp_path / "rows.parquet").drop_duplicates(["item", "mode"])["mode"].value_counts()
     left = json.loads((tmp_path / "unjudged.json").read_text())
     assert {mode: line["answers"] - line["no room"] for mode, line in left.items()} == fewer.to_dict()
-    assert left["process"]["no room"] == sum(size > sorted(asked)[3] for size in asked) > left["outcome"]["no room"]
+    assert left["process"]["no room"] == sum(size > room for size in asked) > left["outcome"]["no room"]
     run = SimpleNamespace(need=lambda name: tmp_path, manifest=lambda name: {"seconds": 1.0})
     assert f"`sft` {left['process']['no room']} of 8 by process" in views.budget(run, found).data

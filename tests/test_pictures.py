@@ -33,8 +33,8 @@ def cost():
 
 
 def readings():
-    return pd.DataFrame([{"model": "merge-ties", "label": f"merge-ties, {n}", "of": "mean of nine", "value": n, "low": n - 1, "high": n + 1,
-                          "own": n == 1} for n in (1.0, 2.0)])
+    return pd.DataFrame([{"model": "merge-ties", "label": f"merge-ties, {n}", "of": "mean of nine", "value": n,
+                          "low": n - 1, "high": n + 1, "own": n == 1} for n in (1.0, 2.0)])
 
 
 def sides():

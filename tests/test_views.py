@@ -1,4 +1,5 @@
 """What notebooks 3.2 to 4 show, on small frames whose tables can be worked out by hand."""
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,10 +341,10 @@ def test_balanced_accuracy_has_an_interval_over_items_of_each_kind():
 def test_what_avg_at_eight_would_cost():
     """Two samples in 10 s are four times as long for eight; fault: the cost of one model for that of all."""
     rows = pd.concat([judge(lambda t, mode: 1, [1, 0]).assign(sample=s, model=m) for s in (0, 1) for m in ("sft", "rl-if")])
-    said = judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), rows).data
+    said = judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}, need=Path), rows).data
     assert "Avg@2, one answer to each of 2 items" in said and "Avg@8 would take about 0:40" in said
     whole = pd.concat([rows.assign(sample=s) for s in range(8)])
-    assert "would take" not in judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}), whole).data
+    assert "would take" not in judging.budget(SimpleNamespace(manifest=lambda name: {"seconds": 5.0}, need=Path), whole).data
 
 
 def test_table7():
@@ -400,8 +401,9 @@ def test_cost_of_what_needs_the_experts():
 
 
 def test_names_in_the_headline_do_not_collide():
-    frame = pd.DataFrame({"source": "s", "of": "mean of nine", "model": [*MERGES, "sft", "mt-opd"], "cost": [100.0] * 6 + [0, 110],
-                          "value": [50.0, 50.1, 50.2, 50, 50, 70, 20, 50.3], "low": NAN, "high": NAN})
+    frame = pd.DataFrame({"source": "s", "of": "mean of nine", "model": [*MERGES, "sft", "mt-opd"],
+                          "cost": [100.0] * 6 + [0, 110], "value": [50.0, 50.1, 50.2, 50, 50, 70, 20, 50.3],
+                          "low": NAN, "high": NAN})
     placed = verdicts.placed(frame)
     right = placed[placed["cost"] > 80].sort_values("beside")
     line = verdicts.LINE * (placed["top"] - placed["floor"]).iloc[0]
@@ -412,8 +414,8 @@ def test_names_in_the_headline_do_not_collide():
 
 
 def test_a_name_in_the_headline_goes_past_the_points_at_its_side():
-    frame = pd.DataFrame({"source": "s", "of": "mean of nine", "model": ["rl-math", "rl-coding", "rl-science", "sft"], "cost": [12.0, 15, 17, 40],
-                          "value": [42.0, 42.02, 41.98, 42], "low": NAN, "high": NAN})
+    frame = pd.DataFrame({"source": "s", "of": "mean of nine", "model": ["rl-math", "rl-coding", "rl-science", "sft"],
+                          "cost": [12.0, 15, 17, 40], "value": [42.0, 42.02, 41.98, 42], "low": NAN, "high": NAN})
     placed = verdicts.placed(frame).set_index("model")
     for name, point in placed.iterrows():
         covered = placed["x"].between(point["at"], point["at"] + 6) & (

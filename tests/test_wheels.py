@@ -50,7 +50,8 @@ def given(call: ast.Call) -> dict:
 
 def paid_in(function: ast.AST) -> list[float]:
     """The rewards that it asserts, in the order of the file."""
-    found = [node for node in ast.walk(function) if isinstance(node, ast.Compare) and getattr(node.left, "attr", "") == "reward"]
+    found = [node for node in ast.walk(function) if isinstance(node, ast.Compare)
+             and getattr(node.left, "attr", "") == "reward"]
     return [node.comparators[0].value for node in sorted(found, key=lambda node: node.lineno)]
 
 
@@ -109,7 +110,8 @@ def test_programs_as_in_the_wheels_test_file_and_rollouts():
             said.append([answer])
             wanted.append(reward)
     tests = [json.loads(line) for line in (HOME / "code_gen" / "data" / "example.jsonl").open(encoding="utf-8")]
-    tests = {case["responses_create_params"]["input"][-1]["content"]: case["verifier_metadata"]["unit_tests"] for case in tests}
+    tests = {case["responses_create_params"]["input"][-1]["content"]: case["verifier_metadata"]["unit_tests"]
+             for case in tests}
     for line, answer in rollouts("code_gen"):
         texts = tests.get(line["responses_create_params"]["input"][-1]["content"])
         if texts:  # the wheel has not the tests of every rollout
@@ -154,7 +156,8 @@ def test_math_as_in_the_source_distribution_of_math_verify():
             names = ast.literal_eval(call.args[0])
             if names != "gold,pred,expected" and names != "gold, pred, expected":
                 continue
-            literal = [case for case in call.args[1].elts if not any(isinstance(part, ast.JoinedStr) for part in ast.walk(case))]
+            literal = [case for case in call.args[1].elts
+                       if not any(isinstance(part, ast.JoinedStr) for part in ast.walk(case))]
             for gold, said, right in map(ast.literal_eval, literal):
                 if len(math.boxes(said)) != 1 or len(math.boxes(gold)) > 1:
                     several += len(math.boxes(said)) > 0

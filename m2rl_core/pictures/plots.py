@@ -140,7 +140,8 @@ def readings(frame, title, good="right is better; filled: as in Table 4, hollow:
     base = drawing.base_of(frame).encode(opacity=drawing.strong(chosen))
     y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
     rules = base.mark_rule(strokeWidth=1.5).encode(
-        alt.X("low:Q", title=f"{frame['of'].iloc[0]} (%)", scale=alt.Scale(zero=False)), y, x2="high:Q", color=drawing.color(models, None))
+        alt.X("low:Q", title=f"{frame['of'].iloc[0]} (%)", scale=alt.Scale(zero=False)), y, x2="high:Q",
+        color=drawing.color(models, None))
     dots = [base.mark_point(size=45, filled=filled, strokeWidth=1.5).encode(
         x="value:Q", y=y, color=drawing.color(models, None), shape=drawing.shape(models, None),
     ).transform_filter(test) for filled, test in ((True, "datum.own"), (False, "!datum.own"))]

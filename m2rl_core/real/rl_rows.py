@@ -137,7 +137,8 @@ def _form(row: dict, place: str) -> str:
         try:
             re.compile(form)
         except re.error as error:
-            raise schema.wrong(place, "template_metadata.output_regex", f"{form[:40]!r} is no regular expression: {error}") from error
+            raise schema.wrong(place, "template_metadata.output_regex",
+                               f"{form[:40]!r} is no regular expression: {error}") from error
         return form
     mode = schema.get(row, "grading_mode", str, place, "")
     if mode == "lenient_answer_colon":

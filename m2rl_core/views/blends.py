@@ -29,7 +29,8 @@ def dropped(run) -> list[HTML | Markdown]:
         parts += [Markdown("**SFT blend**, rows"), show(pd.DataFrame(lines), dict.fromkeys(
             ("read", "dropped", "usable", "drawn", "samples", "Table 1"), ","))]
     if "rl" in told:
-        lines = [{"domain": name, "prompts": line["rows"], "paper": line["paper"]} for name, line in told["rl"]["domains"].items()]
+        lines = [{"domain": name, "prompts": line["rows"], "paper": line["paper"]}
+                 for name, line in told["rl"]["domains"].items()]
         reasons = pd.DataFrame(told["rl"]["dropped"].items(), columns=["reason", "rows"])
         parts += [Markdown("**RL blend**, prompts"), show(pd.DataFrame(lines), dict.fromkeys(("prompts", "paper"), ",")),
                   Markdown(f"Of {told['rl']['read']:,} rows read, dropped: {_why(reasons)}. To know before training: "

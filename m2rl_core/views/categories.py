@@ -38,12 +38,13 @@ def parts(evidence: Evidence, models: Sequence[str]) -> pd.DataFrame:
 def shown(found: pd.DataFrame) -> HTML | Markdown:
     """`parts` for the eye: a line a part, a column a model; groups and the overall score in capitals."""
     if found.empty:
-        return Markdown(f"*not run*: the categories of BFCL v3; there are no rows of its own categories on `{BENCHMARK}` here.")
+        return Markdown(f"*not run*: the categories of BFCL v3; no rows of `{BENCHMARK}` here are of its own categories.")
     lines = []
     for part, same in found.groupby("part", sort=False):
-        cells = {r.model: interval(r.estimate, r.low, r.high).replace(" [", "\n[") + (f"\n{r.no_room} no room" if r.no_room else "")
-                 for r in same.itertuples()}
-        lines.append({"": part.upper() if part == "overall" or part in bfcl.GROUPS else part, "items": same["n"].max(), **cells})
+        cells = {r.model: interval(r.estimate, r.low, r.high).replace(" [", "\n[")
+                 + (f"\n{r.no_room} no room" if r.no_room else "") for r in same.itertuples()}
+        name = part.upper() if part == "overall" or part in bfcl.GROUPS else part
+        lines.append({"": name, "items": same["n"].max(), **cells})
     return grid(pd.DataFrame(lines).fillna("–"))
 
 

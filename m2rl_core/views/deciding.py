@@ -28,7 +28,7 @@ def headlines(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def levers(run, evidence: Evidence, pairs: Iterable[tuple[str, str]] | None = None) -> pd.DataFrame:
-    """Two lines a pair (a, b): which has the higher mean over the benchmarks, and whether they are within the margin of each other.
+    """Two lines a pair (a, b): which has the higher mean, and whether they are within the margin of each other.
 
     difference, low, high, verdict ("" where it is open); line: what it must be told from, with a power of 80 %.
     items, seeds (as they are); items_share, samples_share, seeds_share of the variance in percent (NaN: not known);

@@ -50,8 +50,9 @@ def options(found: Evidence, experts_at_hand: bool = False, models=OPTIONS) -> p
     for m in models:
         gap = (0.0, 0.0, 0.0) if m == best else found.contrast(difference(m, best, found.benchmarks), len(models) - 1)[:3]
         value, low, high = means[m][:3]
-        rows.append({"model": m, "cost": known[m], "of": of, "value": value, "low": low, "high": high, "gap": gap[0], "gap_low": gap[1],
-                     "gap_high": gap[2], "lower": gap[2] < 0, "comparable": gap[1] > -MARGIN})
+        rows.append({"model": m, "cost": known[m], "of": of, "value": value, "low": low, "high": high,
+                     "gap": gap[0], "gap_low": gap[1], "gap_high": gap[2], "lower": gap[2] < 0,
+                     "comparable": gap[1] > -MARGIN})
     frame = pd.DataFrame(rows).sort_values(["cost", "value"], ascending=[True, False], kind="stable", ignore_index=True)
     chosen = frame.loc[~frame["lower"]].index[0]  # the best one at least is not lower
     return frame.assign(chosen=frame.index == chosen)
@@ -132,6 +133,7 @@ def by_domain(found: Evidence, a: str = "rl-multi", b: str | None = None) -> pd.
         gap = found.contrast(difference(a, b, own), len(found.own))
         ahead = a if gap.low > 0 else b if gap.high < 0 else "not decided"
         lost = [name for name in OWN.get(domain, own) if name not in own]
-        rows.append({"domain": DOMAIN_NAMES[domain] + (f" (without {', '.join(lost)})" if lost else ""), **{m: f"{found.contrast(average(m, own)).estimate:.1f}" for m in (a, b)},
+        name = DOMAIN_NAMES[domain] + (f" (without {', '.join(lost)})" if lost else "")
+        rows.append({"domain": name, **{m: f"{found.contrast(average(m, own)).estimate:.1f}" for m in (a, b)},
                      f"{a} minus {b} (domains share the 5 %)": interval(*gap[:3]), "ahead": ahead})
     return pd.DataFrame(rows)

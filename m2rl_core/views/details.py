@@ -142,9 +142,9 @@ def stale_sentence(sure: pd.DataFrame) -> str:
 
 
 def table8(run, rng: np.random.Generator) -> pd.DataFrame:
-    """Table 8: base and the best weight merge of this run (by its mean), then the paper's two models, on the benchmarks of this run.
+    """Table 8: base and the best weight merge of this run (by its mean), then the paper's two, on this run's benchmarks.
 
-    Missing where no model has scores on all of these, or none of them is one of the paper's.
+    Raises Missing where no model has scores on all of these, or none of them is one of the paper's.
     """
     rows, missing = run.scores(["base", *MERGES]), run.not_run()
     on = [name for name in BENCHMARKS if name in run.profile.benchmarks and name not in missing]

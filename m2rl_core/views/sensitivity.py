@@ -24,8 +24,8 @@ READINGS = {"scale": "scale λ", "density": "density of TIES", "threshold": "thr
 def readings(rows: pd.DataFrame, rng, resamples: int) -> pd.DataFrame:
     """One line a variant, the methods' own readings first.
 
-    Columns: model (the method's row of Table 4), varied ("" for its own reading), value, of (what benchmarks), mean with low and high,
-    shift (paired difference to the own reading) with shift_low and shift_high, place (1 is best), n items.
+    Columns: model (the method's row of Table 4), varied ("" for its own reading), value, of (what benchmarks), mean with low
+    and high, shift (paired difference to the own reading) with shift_low and shift_high, place (1 is best), n items.
     """
     found = stats.measure(rows, rng, resamples=resamples)
     asked = set(rows["benchmark"])
@@ -37,9 +37,9 @@ def readings(rows: pd.DataFrame, rng, resamples: int) -> pd.DataFrame:
         varied, _, value = change.partition("=")
         shift = found.contrast(difference(name, model, on)) if change else stats.Estimate(0.0, 0.0, 0.0, mean.n, 0.0)
         better = sum(means[other].estimate > mean.estimate for other in MERGES if other != model)
-        lines.append({"model": model, "varied": varied, "value": value, "of": mean_of(on), "mean": mean.estimate, "low": mean.low,
-                      "high": mean.high, "shift": shift.estimate, "shift_low": shift.low, "shift_high": shift.high,
-                      "place": 1 + better, "n": mean.n})
+        lines.append({"model": model, "varied": varied, "value": value, "of": mean_of(on), "mean": mean.estimate,
+                      "low": mean.low, "high": mean.high, "shift": shift.estimate, "shift_low": shift.low,
+                      "shift_high": shift.high, "place": 1 + better, "n": mean.n})
     return pd.DataFrame(lines)
 
 
