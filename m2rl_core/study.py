@@ -313,14 +313,14 @@ def work(stage: Stage) -> dict[str, int]:
         return {"steps": s["steps"], "rollouts": 0, "tokens": 0}
     if stage.kind in ("rl", "opd"):
         seen = s["along"]
-        marks = s["steps"] // seen["eval_every"] * seen.get("benchmarks", len(BENCHMARKS))
+        marks = -(-s["steps"] // seen["eval_every"]) * seen.get("benchmarks", len(BENCHMARKS))  # and after the last
         rollouts = s["steps"] * s["prompts"] * s["group"] + marks * seen["eval_items"] * seen["eval_k"]
     elif stage.kind == "eval":
         rollouts = sum(s["items"][name] * s["k"][name] for name in s.get("benchmarks", s["items"]))
     elif stage.kind == "sweep":
         rollouts = sum(len(v.get("benchmarks", s.get("on", BENCHMARKS))) for v in s["variants"]) * s["items"] * s["k"]
     elif stage.kind == "judge":
-        on = s.get("benchmarks", BENCHMARKS)
+        on = s.get("benchmarks", JUDGED_BENCHMARKS)
         rollouts = 2 * len(on) * s["items"] * s["k"]  # by outcome and by process
     elif stage.kind == "kl":
         rollouts = len(s["rows"]) ** 2 * s["prompts"] * s["samples"]

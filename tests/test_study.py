@@ -87,6 +87,10 @@ def test_work_by_hand():
     stages = study(replace(PROFILE, eval=spec))
     assert work(stages["eval-sft"])["rollouts"] == 54
     assert work(stages["eval-pair-math-coding"])["rollouts"] == 24  # four benchmarks: Table 6 asks for no others
+    # 5 steps with a look after the second, the fourth and the last: 3 x 9 x 2 + 5 x 4 x 2
+    assert work(study(replace(PROFILE, rl=replace(rl, steps=5, eval_every=2)))["rl-math"])["rollouts"] == 94
+    asked = replace(PROFILE.analysis, judge_items=3, judge_k=2)  # two ways of judging four benchmarks, not all nine
+    assert work(study(replace(PROFILE, analysis=asked))["judge-sft"])["rollouts"] == 2 * 4 * 3 * 2
 
 
 def test_a_merge_reads_exactly_what_its_method_takes():

@@ -9,6 +9,7 @@ from IPython.display import Markdown
 
 from m2rl_core import paper
 from m2rl_core.claims.evidence import REASONING
+from m2rl_core.domains import DOMAINS
 from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import masks
 
@@ -157,6 +158,8 @@ def directions(cosine: pd.DataFrame) -> pd.DataFrame:
     found = cosine[~cosine["bf16"]]
     inside = found["a"].isin(REASONING).astype(int) + found["b"].isin(REASONING)
     group = inside.map({2: "reasoning with reasoning", 1: "reasoning with IF, agent", 0: "IF with agent"})
+    own = sorted({*found["a"], *found["b"]} - {*DOMAINS})  # domains of one's own
+    group = group.mask(found["a"].isin(own) | found["b"].isin(own), f"with {', '.join(own)}")
     by = found.assign(group=group, depth=found["layer"]).groupby(["group", "depth"])
     means = by.agg(projected=("cosine_projected", "mean"), exact=("cosine", "mean"),
                    projection_sd=("projection_sd", "mean"), cells=("cosine", "size"))

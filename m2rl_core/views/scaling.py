@@ -200,7 +200,7 @@ def own_shape(run) -> str:
         shape = shape_of(run.profile)
     except StudyError as error:  # brought, and not here yet
         return str(error)
-    kind = "trained from scratch" if isinstance(run.profile.model, ModelSpec) else "published"
+    kind = "trained from scratch" if isinstance(run.profile.model, ModelSpec) else "brought"
     return (f"This profile's model ({kind}) has {shape.parameters:,} parameters, takes "
             f"{shape.forward(1, 1) / 1e6:,.1f} million operations for a token and "
             f"{shape.key_values(4):,} bytes for its keys and values.")

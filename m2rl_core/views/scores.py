@@ -81,7 +81,8 @@ def cost_sentence(spent: pd.DataFrame) -> Markdown:
     time, processor, tokens = shares(spent), shares(spent, "cpu_hours"), shares(spent, "tokens")
     return Markdown(
         f"`rl-multi` took **{time['rl-multi']:.1f} %** of the five experts' training seconds "
-        f"({processor['rl-multi']:.1f} % of their processor time, {tokens['rl-multi']:.1f} % of their sampled tokens); by the paper's GPU hours {printed['rl-multi']:.1f} %. "
+        f"({processor['rl-multi']:.1f} % of their processor time, {tokens['rl-multi']:.1f} % of their sampled tokens); by the "
+        f"paper's GPU hours {printed['rl-multi']:.1f} %. "
         f"`mt-opd` adds {time['mt-opd']:.1f} % on top of the experts that it needs, the paper's "
         f"{printed['mt-opd']:.1f} %.")
 
@@ -90,7 +91,11 @@ def cost_sentence(spent: pd.DataFrame) -> Markdown:
 
 def table(evidence: Evidence, models: Sequence[str]) -> pd.DataFrame:
     """Avg@K of `models` on the nine benchmarks and their mean, in percent, as `stats.score_table` writes it."""
-    rows = evidence.frame("scores")
+    rows, five = evidence.frame("scores"), {*EXPERT.values()}
+    own = [name for name in evidence.experts.values() if name not in five]  # on domains of one's own
+    if own and five <= {*models}:
+        at = 1 + max(models.index(name) for name in five)
+        models = (*models[:at], *own, *models[at:])
     return stats.score_table(rows, evidence.present(models), list(evidence.benchmarks), evidence.rng(), evidence.resamples)
 
 
@@ -101,7 +106,7 @@ def beside(scores: pd.DataFrame, printed: pd.DataFrame | None = None) -> pd.Data
     for column in columns:
         cells = [interval(*values).replace(" [", "\n[") for values in
                  scores[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)]
-        if printed is not None and column in printed:
+        if printed is not None and column in printed and (column != "avg" or {*BENCHMARKS} <= {*columns}):
             theirs = printed[column].reindex(scores["model"])
             cells = [cell + ("" if pd.isna(value) else f"\npaper {value:.1f}")
                      for cell, value in zip(cells, theirs, strict=True)]
