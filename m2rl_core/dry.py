@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import urllib.error
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from m2rl_core import imports
-from m2rl_core.cost import shapes
 from m2rl_core.errors import StudyError
 from m2rl_core.notebook import left_out
-from m2rl_core.specs import ModelSpec
 from m2rl_core.study import NOT_IN
 
 SECONDS = 8  # for one answer of the hub or of a server
@@ -43,7 +41,7 @@ class Line:
 
 def check(run) -> list[Line]:
     """All lines of a profile's run."""
-    parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, notebooks, parts_left_out]
+    parts: list[Callable] = [hub_, models, data, benchmarks, domains_, machine, disk, stages, notebooks, parts_left_out]
     with ThreadPoolExecutor(len(parts)) as pool:
         return [line for part in pool.map(lambda part: _guarded(part, run), parts) for line in part]
 
@@ -61,9 +59,44 @@ def table(lines: list[Line], name: str) -> str:
     order = sorted(lines, key=lambda line: line.state == MISSING)
     width = max(len(line.what) for line in lines)
     missing = sum(line.state == MISSING for line in lines)
-    return "\n".join([*(f"{line.state:8} {line.what:{width}}  {line.told}" for line in order),
+    legend = (f"what {name} needs: {HERE}: it is ready; {FETCH}: it will be fetched by itself; {NOTE}: to be known; "
+              f"{MISSING}: do what its line says")
+    return "\n".join([legend, *(f"{line.state:8} {line.what:{width}}  {line.told}" for line in order),
                       f"{name}: {missing} missing of {sum(line.state != NOTE for line in lines)}"
                       + ("" if missing else "; `make reproduce` can begin")])
+
+
+# The hub -----------------------------------------------------------------------------------------------
+
+def hub_(run) -> Iterator[Line]:
+    """Whether the hub answers at all, where something would come from it."""
+    profile = run.profile
+    brought = [imports.source_of(profile, name) for name, stage in run.stages.items() if stage.kind == "import"]
+    from_it = [source for source in brought if not source.startswith("/") and not imports.find(source)]
+    if not from_it and "real" not in (profile.rows, profile.eval.rows):
+        return
+    from datasets import config
+    told = "what would come from it is named below, each with the folder where it may be put by hand"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        yield Line("hub", NOTE, f"HF_HUB_OFFLINE is set, so {config.HF_ENDPOINT} is not asked: unset it to download; {told}")
+        return
+    found = _reach("hub", config.HF_ENDPOINT, f"{told}; or type this on a machine that reaches it")
+    yield found if found.state == HERE else Line("hub", NOTE, found.told)
+
+
+def _why(error: Exception) -> str:
+    """Why the hub did not give something, in words; that it cannot be reached is explained in its own line."""
+    if isinstance(error, urllib.error.HTTPError):
+        return {401: "the hub has none, or not for everybody (`hf auth login` or set HF_TOKEN)",
+                403: "the hub wants its terms accepted first", 404: "the hub has none by that name and commit",
+                }.get(error.code, f"the hub answered {error.code} {error.reason}")
+    return "the hub cannot be reached" if isinstance(error, urllib.error.URLError | TimeoutError) else f"the hub: {_line(error)}"
+
+
+def _got(source) -> str:
+    """How to get a data set, with the address of the page whose terms are to be accepted."""
+    from m2rl_core.real import hub
+    return hub.mend(source).replace("its page, then", f"https://huggingface.co/datasets/{source.repo}, then")
 
 
 # Models ------------------------------------------------------------------------------------------------
@@ -77,7 +110,10 @@ def models(run) -> Iterator[Line]:
     for name, source in sources.items():
         found = imports.find(source)
         if found is None:
-            yield Line(f"model {name}", *asked[name])
+            state, told = asked[name]
+            if source.startswith("/") and name in profile.imports:
+                told += f", or name another folder, or owner/name@revision, as `{name}` under `import` of the profile"
+            yield Line(f"model {name}", state, told)
             continue
         try:
             configs[name] = imports.check(found.folder, f"{name} ({source})")
@@ -108,7 +144,7 @@ def _asked(source: str) -> tuple[str, str]:
         pin = "" if revision else f"; pin it: {name}@{told['sha']}"
         return FETCH, f"{name} at {told['sha'][:12]}, {size:.1f} GB{pin}"
     except (OSError, ValueError, KeyError) as error:
-        return MISSING, f"{source}: the hub does not give it ({_line(error)}): {imports.mend(source)}"
+        return MISSING, f"{source} is not here, and {_why(error)}: {imports.mend(source)}"
 
 
 def _hub(path: str) -> dict:
@@ -181,11 +217,11 @@ def _sources(sources) -> Iterator[Line]:
         except hub.HubError as error:
             return Line(what, MISSING, _line(error))
         except (OSError, ValueError) as error:
-            return Line(what, MISSING, f"{source.use}: the hub does not give it ({_line(error)}): {hub.mend(source)}")
+            return Line(what, MISSING, f"{source.use}: not here, and {_why(error)}: {_got(source)}")
         by_hand = hub.folder_of(source)
         pin = found[0].source.revision[:12]
         if not by_hand and source.login and get_token() is None:
-            return Line(what, MISSING, f"{source.use}: {source.login}, or set HF_TOKEN")
+            return Line(what, MISSING, f"{source.use}: {_got(source).partition('; or ')[0]}, or set HF_TOKEN")
         return Line(what, HERE if by_hand else FETCH,
                     f"{source.use}: {len(found)} files {f'in {by_hand}' if by_hand else f'at {pin}'} "
                     f"(licence: {source.licence})")
@@ -293,11 +329,12 @@ def _reach(what: str, address: str, mend: str) -> Line:
         with socket.create_connection((parts.hostname or "", port), SECONDS):
             return Line(what, HERE, f"{address} answers")
     except (OSError, ValueError) as error:
-        return Line(what, MISSING, f"{address} cannot be reached ({_line(error)}): {mend}")
+        return Line(what, MISSING, f"{address} cannot be reached ({getattr(error, 'strerror', '') or _line(error)}): {mend}")
 
 
 def disk(run) -> Iterator[Line]:
-    """Room for what is to be made: float32 weights of each model, and what training keeps to go on."""
+    """Room for what is to be made: float32 weights of each model, what training keeps to go on, and the rows of a real blend."""
+    from m2rl_core.cost import bill, table2
     root = next(path for path in (run.store.root, *run.store.root.parents) if path.exists())
     if not os.access(root, os.W_OK):
         yield Line("artifacts", MISSING, f"{root} cannot be written: set M2RL_ARTIFACTS to a folder that can")
@@ -308,7 +345,10 @@ def disk(run) -> Iterator[Line]:
         free = shutil.disk_usage(root).free
         yield Line("disk", NOTE, f"{free / 1e9:.0f} GB free in {root}; the model's size is not known yet")
         return
-    needed = (4 * len(made) + 16 * bool({"base", "sft", "rl", "opd"} & {stage.kind for stage in made})) * count
+    kinds = {stage.kind for stage in made}
+    needed = (bill.FULL * len(made) + bill.CHECKPOINT * bool({"base", "sft", "rl", "opd"} & kinds)) * count
+    if "sft" in kinds and run.profile.rows == "real":
+        needed += bill.STORED * table2.MEAN * run.profile.sft.rows
     free = shutil.disk_usage(root).free
     told = (f"{free / 1e9:,.1f} GB free in {root}, about {needed / 1e9:,.1f} GB needed for {len(made)} models of "
             f"{count / 1e6:,.1f} M")
@@ -318,22 +358,26 @@ def disk(run) -> Iterator[Line]:
 
 def parameters(profile) -> int | None:
     """Weights of one model: of a shape, of a config that is here, else by the number in its name; None where nothing tells."""
-    if isinstance(profile.model, ModelSpec):
-        return shapes.of_spec(profile.model).parameters
+    from m2rl_core.cost import bill
+    with contextlib.suppress(StudyError, KeyError):  # nothing is known, or a config that does not say its shape
+        return bill.shape_of(profile).parameters
     sources = [imports.source_of(profile, "base")] if profile.model else [*filter(None, profile.imports.values())]
-    for source in sources:
-        if found := imports.find(source):
-            with contextlib.suppress(KeyError):  # a config that does not say its shape
-                return shapes.of_config(json.loads((found.folder / "config.json").read_text())).parameters
     told = re.search(r"(\d+(?:\.\d+)?)B\b", sources[0]) if sources else None
     return int(float(told[1]) * 1e9) if told else None
+
+
+def stages(run) -> Iterator[Line]:
+    """Every stage has its key; how many are made."""
+    made = sum(run.has(name) for name in run.stages)
+    yield Line("stages", HERE, f"{len(run.stages)}, of which {made} are made in {run.store.root}; `make status PROFILE="
+                               f"{run.source}` lists them with their keys, `make estimate PROFILE={run.source}` their cost")
 
 
 def notebooks(run) -> Iterator[Line]:
     """The notebooks, and their kernel."""
     from m2rl_core.profile import repo_root
     from m2rl_core.publishing import report
-    jobs = report.plan(repo_root() / "notebooks", run.profile.name)
+    jobs = report.plan(repo_root() / "notebooks", run.source)
     yield Line("notebooks", HERE, f"{len(jobs)} runs of {len({job.source for job in jobs})} notebooks")
 
 
