@@ -120,6 +120,7 @@ def models(run) -> Iterator[Line]:
             anchor = imports.anchor_of(profile, name)
             if anchor in configs:
                 imports.compare(configs[name], f"{name} ({source})", configs[anchor], f"{anchor} ({sources[anchor]})")
+            _suits(profile, configs[name], f"{name} ({source})")
         except StudyError as error:
             yield Line(f"model {name}", MISSING, _line(error))
             continue
@@ -129,6 +130,18 @@ def models(run) -> Iterator[Line]:
         if not source:
             yield Line(f"model {name}", MISSING, f"import.{name} names nothing yet: a folder, or owner/name@revision; "
                                                  "or remove the key, and it is not run")
+
+
+def _suits(profile, config: dict, what: str) -> None:
+    """StudyError where the profile asks a model for answers or for a layer that it cannot have."""
+    context, layers = config.get("max_position_embeddings", 0), config.get("num_hidden_layers", 0)
+    longest = max(profile.eval.max_new_tokens, *(one.max_new_tokens for one in profile.eval.sampling.values()), 0)
+    if context <= longest:
+        raise StudyError(f"{what} has a context of {context:,} tokens, which holds no prompt beside an answer of {longest:,}: set "
+                         "a smaller `max_new_tokens` under `eval` and `rl` of the profile")
+    if profile.analysis.layer >= layers:
+        raise StudyError(f"{what} has {layers} layers, and `analysis.layer` asks for number {profile.analysis.layer}, counted from "
+                         f"0: set one below {layers} in the profile")
 
 
 def _asked(source: str) -> tuple[str, str]:

@@ -97,6 +97,17 @@ def test_models_that_are_here_are_checked(tmp_path):
     assert "no chat template" in found["model rl-units"].told
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"eval": {"items": {"units": 4}, "k": {"units": 2}, "max_new_tokens": 4096}},
+     "has a context of 384 tokens, which holds no prompt beside an answer of 4,096: set a smaller `max_new_tokens`"),
+    ({"analysis": {"layer": 17}}, "has 2 layers, and `analysis.layer` asks for number 17, counted from 0: set one below 2")])
+def test_a_model_that_cannot_give_what_is_asked(changes, said, tmp_path):
+    """Fault: every answer empty and scored zero, or an empty table, after all models were fetched and merged."""
+    path = toy_foreign.profile(tmp_path, toy_foreign.models(tmp_path / "models"), **changes)
+    found = lines(str(path), tmp_path / "art")["model rl-math"]
+    assert found.state == dry.MISSING and said in found.told
+
+
 def test_what_the_hub_offers_is_to_be_downloaded(tmp_path, monkeypatch):
     """Fault: a model that the hub has, called missing; one without a commit that is not said to be pinned."""
     monkeypatch.setattr(dry, "_hub", lambda path: {"sha": "d" * 40, "siblings": [{"rfilename": "x", "size": 2**30}]})

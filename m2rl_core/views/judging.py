@@ -99,6 +99,8 @@ def quality(rows: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
     where there is a single answer of a kind. `right` is the share of right answers among those that were judged; a
     reply that is neither yes nor no is unreadable and counts as wrong.
     """
+    if rows is None or rows.empty:
+        raise Missing("no answer was judged")
     lines, cells = [], _kinds(rows, evidence)
     for (model, benchmark, mode), part in rows.groupby(["model", "benchmark", "mode"], sort=False):
         both = part["truth"].nunique() == 2

@@ -176,6 +176,8 @@ def interference(evidence: Evidence, models: Iterable[str] | None = None) -> pd.
 def interference_sentence(found: pd.DataFrame) -> Markdown:
     """How many cells away from home are clearly up, clearly down, or open."""
     away = found[found["model"] != "rl-" + found["domain"]]
+    if away["difference"].isna().all():
+        return Markdown("No expert was tested away from home.")
     up, down = (away["low"] > 0).sum(), (away["high"] < 0).sum()
     worst = away.loc[away["difference"].idxmin()]
     return Markdown(
