@@ -62,3 +62,9 @@ def test_every_benchmark_and_data_set_says_what_it_is():
     tested = {home for home, _, _ in decontamination.FROM.values()}
     assert all(f"| {repo}, `" in others for repo in set(hub.sources()) - tested)
     assert "| 87,699 |" in others and "ODC-BY" in others
+    for line in others.splitlines()[2:]:  # source, what for, commit, licence, rows, K, verifier, needs
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        assert len(cells) == 8 and all(cells), line
+        learns = "RL: all five" in cells[1]
+        assert (cells[5], "math-verify" in cells[6], "nemo-gym 0.2.0" in cells[7]) == ("16" if learns else "–", learns, learns)
+    assert "the wheel bfcl-eval" in lines["bfcl_v3"][1] and lines["bfcl_v3"][2] == "2025.8.6.2"  # not a commit of the hub

@@ -106,7 +106,7 @@ def beside(scores: pd.DataFrame, printed: pd.DataFrame | None = None) -> pd.Data
     for column in columns:
         cells = [interval(*values).replace(" [", "\n[") for values in
                  scores[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)]
-        if printed is not None and column in printed and (column != "avg" or {*BENCHMARKS} <= {*columns}):
+        if printed is not None and column in printed:
             theirs = printed[column].reindex(scores["model"])
             cells = [cell + ("" if pd.isna(value) else f"\npaper {value:.1f}")
                      for cell, value in zip(cells, theirs, strict=True)]
