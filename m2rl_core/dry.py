@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from m2rl_core import imports
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 from m2rl_core.notebook import left_out
 from m2rl_core.study import NOT_IN
 
@@ -51,7 +51,7 @@ def _guarded(part: Callable, run) -> list[Line]:
     try:
         return list(part(run))
     except (StudyError, OSError, ValueError) as error:
-        return [Line(part.__name__.rstrip("_"), MISSING, _line(error))]
+        return [Line(part.__name__.rstrip("_"), MISSING, one_line(error, 600))]
 
 
 def table(lines: list[Line], name: str) -> str:
@@ -90,7 +90,7 @@ def _why(error: Exception) -> str:
         return {401: "the hub has none, or not for everybody (`hf auth login` or set HF_TOKEN)",
                 403: "the hub wants its terms accepted first", 404: "the hub has none by that name and commit",
                 }.get(error.code, f"the hub answered {error.code} {error.reason}")
-    return "the hub cannot be reached" if isinstance(error, urllib.error.URLError | TimeoutError) else f"the hub: {_line(error)}"
+    return "the hub cannot be reached" if isinstance(error, urllib.error.URLError | TimeoutError) else f"the hub: {one_line(error)}"
 
 
 def _got(source) -> str:
@@ -122,7 +122,7 @@ def models(run) -> Iterator[Line]:
                 imports.compare(configs[name], f"{name} ({source})", configs[anchor], f"{anchor} ({sources[anchor]})")
             _suits(profile, configs[name], f"{name} ({source})")
         except StudyError as error:
-            yield Line(f"model {name}", MISSING, _line(error))
+            yield Line(f"model {name}", MISSING, one_line(error, 600))
             continue
         size = sum(path.stat().st_size for path in imports.files(found.folder))
         yield Line(f"model {name}", HERE, f"{found.folder}, {size / 2**30:.2f} GB, content {run.stages[name].key[:8]}")
@@ -228,7 +228,7 @@ def _sources(sources) -> Iterator[Line]:
                 _hub(f"/api/datasets/{source.repo}/revision/{source.revision or 'main'}")  # a short wait, not `hub`'s
             found = hub.files(source)
         except hub.HubError as error:
-            return Line(what, MISSING, _line(error))
+            return Line(what, MISSING, one_line(error, 600))
         except (OSError, ValueError) as error:
             return Line(what, MISSING, f"{source.use}: not here, and {_why(error)}: {_got(source)}")
         by_hand = hub.folder_of(source)
@@ -257,7 +257,7 @@ def domains_(run) -> Iterator[Line]:
             (verdict,) = rewards(rows[:1], [["</think>\nIt is so."]])
             shared = own_file.leaks(name, file, wanted, len(rows), profile.seed)
         except StudyError as error:
-            yield Line(f"domain {name}", MISSING, _line(error))
+            yield Line(f"domain {name}", MISSING, one_line(error, 600))
             continue
         if verdict.failed:
             yield Line(f"domain {name}", MISSING,
@@ -342,7 +342,7 @@ def _reach(what: str, address: str, mend: str) -> Line:
         with socket.create_connection((parts.hostname or "", port), SECONDS):
             return Line(what, HERE, f"{address} answers")
     except (OSError, ValueError) as error:
-        return Line(what, MISSING, f"{address} cannot be reached ({getattr(error, 'strerror', '') or _line(error)}): {mend}")
+        return Line(what, MISSING, f"{address} cannot be reached ({getattr(error, 'strerror', '') or one_line(error)}): {mend}")
 
 
 def disk(run) -> Iterator[Line]:
@@ -398,7 +398,3 @@ def parts_left_out(run) -> Iterator[Line]:
     """What of the paper's study this profile leaves out, said openly."""
     if out := left_out(run):
         yield Line("not run", NOTE, f"{', '.join(out)}: {NOT_IN} them, or what they need")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -16,7 +16,7 @@ import pytest
 import toy_foreign
 
 from m2rl_core import __main__ as cli
-from m2rl_core import dry, imports
+from m2rl_core import dry, errors, imports
 from m2rl_core.real import hub
 from m2rl_core.run import open_run
 
@@ -200,3 +200,8 @@ def test_the_hub_is_asked_as_whoever_is_logged_in(tmp_path):
         server.shutdown()
     assert done.stdout == "{'sha': 'x'} hf_secret\n", done.stderr
     assert told == ["Bearer hf_secret"]
+
+
+def test_what_is_told_is_one_line():
+    """Faults: an error of many lines in a table of one line each; one without words that says nothing at all."""
+    assert errors.one_line("a\n  b\tc", 4) == "a b " and errors.one_line(KeyError()) == "KeyError" and errors.one_line("") == ""
