@@ -90,7 +90,8 @@ def _why(error: Exception) -> str:
         return {401: "the hub has none, or not for everybody (`hf auth login` or set HF_TOKEN)",
                 403: "the hub wants its terms accepted first", 404: "the hub has none by that name and commit",
                 }.get(error.code, f"the hub answered {error.code} {error.reason}")
-    return "the hub cannot be reached" if isinstance(error, urllib.error.URLError | TimeoutError) else f"the hub: {one_line(error)}"
+    away = isinstance(error, urllib.error.URLError | TimeoutError)
+    return "the hub cannot be reached" if away else f"the hub: {one_line(error)}"
 
 
 def _got(source) -> str:
@@ -137,11 +138,11 @@ def _suits(profile, config: dict, what: str) -> None:
     context, layers = config.get("max_position_embeddings", 0), config.get("num_hidden_layers", 0)
     longest = max(profile.eval.max_new_tokens, *(one.max_new_tokens for one in profile.eval.sampling.values()), 0)
     if context <= longest:
-        raise StudyError(f"{what} has a context of {context:,} tokens, which holds no prompt beside an answer of {longest:,}: set "
-                         "a smaller `max_new_tokens` under `eval` and `rl` of the profile")
+        raise StudyError(f"{what} has a context of {context:,} tokens, which holds no prompt beside an answer of {longest:,}: "
+                         "set a smaller `max_new_tokens` under `eval` and `rl` of the profile")
     if profile.analysis.layer >= layers:
-        raise StudyError(f"{what} has {layers} layers, and `analysis.layer` asks for number {profile.analysis.layer}, counted from "
-                         f"0: set one below {layers} in the profile")
+        raise StudyError(f"{what} has {layers} layers, and `analysis.layer` asks for number {profile.analysis.layer}, counted "
+                         f"from 0: set one below {layers} in the profile")
 
 
 def _asked(source: str) -> tuple[str, str]:
@@ -342,11 +343,12 @@ def _reach(what: str, address: str, mend: str) -> Line:
         with socket.create_connection((parts.hostname or "", port), SECONDS):
             return Line(what, HERE, f"{address} answers")
     except (OSError, ValueError) as error:
-        return Line(what, MISSING, f"{address} cannot be reached ({getattr(error, 'strerror', '') or one_line(error)}): {mend}")
+        why = getattr(error, "strerror", "") or one_line(error)
+        return Line(what, MISSING, f"{address} cannot be reached ({why}): {mend}")
 
 
 def disk(run) -> Iterator[Line]:
-    """Room for what is to be made: float32 weights of each model, what training keeps to go on, and the rows of a real blend."""
+    """Room for what is to be made: float32 weights of each model, what training keeps to go on, rows of a real blend."""
     from m2rl_core.cost import bill, table2
     root = next(path for path in (run.store.root, *run.store.root.parents) if path.exists())
     if not os.access(root, os.W_OK):

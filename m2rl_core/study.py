@@ -304,8 +304,8 @@ def upstream(stages: dict[str, Stage], name: str) -> list[Stage]:
 def work(stage: Stage) -> dict[str, int]:
     """How much a stage does, from its settings: steps, rollouts and the most tokens that these can have.
 
-    A rollout is bounded by `max_new_tokens` a turn, a judge's words by their own number. Evaluation on the way is counted. Zeros for a merge
-    or for the weights, which sample nothing.
+    A rollout is bounded by `max_new_tokens` a turn, a judge's words by their own number. Evaluation on the way is counted.
+    Zeros for a merge or for the weights, which sample nothing.
     """
     s = stage.settings
     if stage.kind == "base":

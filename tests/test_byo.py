@@ -190,7 +190,7 @@ def test_every_notebook_of_the_analysis_says_what_it_has_and_what_is_not_run(mad
         assert "not run" in shown[name].lower() and "rl-multi" in shown[name], name
     assert "rl-units" in shown["3.2_experiments"] and "units" in shown["3.3_weight_shift"]
     assert "Not run: no costs" in shown["4_conclusion"] and os.environ["M2RL_ARTIFACTS"] == str(run.root)
-    # what a reader would take for the paper's: verdicts on other experts, rows of models that are not there, means beside its nine
+    # what a reader would take for the paper's: verdicts on other experts, groups and settings that are not there
     assert "of 9 claims, this run finds: **9 not run**" in shown["3.3_weight_shift"].lower()
     assert "of 82 claims, this run finds: **82 not run**" in shown["4_conclusion"].lower()
     assert "with units" in shown["3.3_weight_shift"] and "reasoning with IF" not in shown["3.3_weight_shift"]

@@ -54,7 +54,8 @@ def test_every_profile_gives_a_whole_list_within_a_minute(name, tmp_path, capsys
     assert {line.split()[0] for line in told[1:-1]} <= {dry.HERE, dry.FETCH, dry.NOTE, dry.MISSING}
     assert any(line.startswith("note     hub ") and "HF_HUB_OFFLINE is set" in line for line in told)
     stages = len(open_run(name, tmp_path).stages)
-    assert any(line.startswith("here     stages ") and f" {stages}, of which 0 are made in {tmp_path}" in line for line in told)
+    made = f" {stages}, of which 0 are made in {tmp_path}"
+    assert any(line.startswith("here     stages ") and made in line for line in told)
     missing = [line for line in told if line.startswith("MISSING")]
     assert f"{name}: {len(missing)} missing of " in told[-1] and not any(tmp_path.iterdir())
     assert all(any(word in line for word in ("put ", "pip", "make ", "set ", "run on", "names ")) for line in missing), missing
@@ -204,4 +205,5 @@ def test_the_hub_is_asked_as_whoever_is_logged_in(tmp_path):
 
 def test_what_is_told_is_one_line():
     """Faults: an error of many lines in a table of one line each; one without words that says nothing at all."""
-    assert errors.one_line("a\n  b\tc", 4) == "a b " and errors.one_line(KeyError()) == "KeyError" and errors.one_line("") == ""
+    assert errors.one_line("a\n  b\tc", 4) == "a b " and errors.one_line("") == ""
+    assert errors.one_line(KeyError()) == "KeyError"

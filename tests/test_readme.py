@@ -27,7 +27,8 @@ def test_refresh_touches_only_what_is_between_the_markers(tmp_path):
     claim = {"id": "few-interferences", "text": "few", "paper_verdict": "undecided", "run_verdict": "contradicted"}
     claims.write_text(json.dumps([claim, {**claim, "id": "other", "run_verdict": "supported"}]))
     readme.refresh(page, claims)
-    assert page.read_text().startswith(f"before\n{readme.BEGIN}\n| claim") and page.read_text().endswith(f"{readme.END}\nafter\n")
+    assert page.read_text().startswith(f"before\n{readme.BEGIN}\n| claim")
+    assert page.read_text().endswith(f"{readme.END}\nafter\n")
     assert "| few | undecided | **contradicted** |" in page.read_text() and "old" not in page.read_text()
     assert "All 2 claims in the small study: 1 contradicted, 1 supported." in page.read_text()
 

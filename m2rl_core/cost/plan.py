@@ -40,7 +40,7 @@ class Call:
     judge: int = 0
 
     def judge_length(self, lengths: Mapping[str, float]) -> float:
-        """Mean tokens of a judge's words: all of a verdict's, or of one that thinks first as long as answers of `lengths` are."""
+        """Mean tokens of a judge's words: all of a verdict's; where it thinks first, as many as answers of `lengths` have."""
         if self.judge <= JUDGE_TOKENS:
             return float(self.judge)
         return min(0.9 * self.judge, mean(lengths.values()) if lengths else self.judge / 2)

@@ -21,7 +21,8 @@ def table(claims: list[dict], ids=HEADLINES) -> str:
     """A Markdown table of the chosen claims and one line that counts the verdicts on all of them."""
     known = {claim["id"]: claim for claim in claims}
     lines = ["| claim of the paper | on its printed numbers | in the small study |", "|---|---|---|"]
-    lines += [f"| {known[i]['text']} | {known[i]['paper_verdict']} | **{known[i]['run_verdict']}** |" for i in ids if i in known]
+    lines += [f"| {known[i]['text']} | {known[i]['paper_verdict']} | **{known[i]['run_verdict']}** |"
+              for i in ids if i in known]
     counts: dict[str, int] = {}
     for claim in claims:
         counts[claim["run_verdict"]] = counts.get(claim["run_verdict"], 0) + 1
@@ -70,7 +71,8 @@ def data_table() -> str:
     lines += ["", "| data set | for | commit | licence | rows | K | verifier | needs |", f"{'|---' * 8}|"]
     tested = {repo for repo, _, _ in FROM.values()}
     lines += [_line(f"{repo}, `{', '.join(source.splits.values())}`", source.use, _commit(source), source.licence,
-                    _drawn(repo), *_learned(repo), _needed(repo, source)) for repo, source in listed.items() if repo not in tested]
+                    _drawn(repo), *_learned(repo), _needed(repo, source))
+              for repo, source in listed.items() if repo not in tested]
     return "\n".join(lines)
 
 
@@ -96,8 +98,9 @@ def _needed(repo: str, source) -> str:
     """What must be there before the rows serve: terms accepted, a sandbox, a wheel."""
     from m2rl_core.domains import workbench_wheel
     from m2rl_core.real import benchmarks, rl_blend
-    ours = f"{benchmarks.SANDBOX}; the wheel {workbench_wheel.PACKAGE} {workbench_wheel.VERSION}" if repo == rl_blend.REPO else ""
-    return "; ".join(filter(None, (source.login, ours))) or "–"
+    wheel = f"the wheel {workbench_wheel.PACKAGE} {workbench_wheel.VERSION}"
+    ours = (benchmarks.SANDBOX, wheel) if repo == rl_blend.REPO else ()
+    return "; ".join(filter(None, (source.login, *ours))) or "–"
 
 
 def _drawn(repo: str) -> str:
