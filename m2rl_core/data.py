@@ -13,7 +13,7 @@ from pathlib import Path
 from m2rl_core import judge
 from m2rl_core.domains import OWN, Row, generator, module, training_rows
 from m2rl_core.errors import StudyError
-from m2rl_core.run import store_of
+from m2rl_core.store import store_of
 
 CORPUS = ("math", "agent", "science", "agent", "math", "agent", "coding", "agent", "science", "if")
 

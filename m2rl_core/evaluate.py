@@ -12,15 +12,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from m2rl_core.models import policy as policies
 from m2rl_core import ranks
 from m2rl_core.domains import BENCHMARKS, OWN, Row, Verdict, benchmark_rows, environments, generator, prepare, rewards
 from m2rl_core.engines import TORCH, Engine, open_engine
+from m2rl_core.engines.rollout import Rollout
 from m2rl_core.errors import StudyError
+from m2rl_core.models import policy as policies
 from m2rl_core.models.policy import Policy
 from m2rl_core.progress import say
-from m2rl_core.engines.rollout import Rollout
-from m2rl_core.run import NOT_RUN, store_of
+from m2rl_core.store import NOT_RUN, store_of
 from m2rl_core.study import first
 from m2rl_core.training.trainer import write_lines
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2rl_core import domains, imports, progress, ranks
-from m2rl_core.publishing import publish
 from m2rl_core.errors import StudyError
 from m2rl_core.profile import Profile, load_profile, repo_root
 from m2rl_core.provenance import provenance
-from m2rl_core.store import STATE, DiskFull, Store, command, is_disk_full
+from m2rl_core.publishing import publish
+from m2rl_core.store import NOT_RUN, STATE, DiskFull, Store, command, is_disk_full
 from m2rl_core.study import Members, NotInStudy, Stage, find, first, seed_of, seeds_of, study, upstream, work
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ BUILDERS = {
 }
 
 
-NOT_RUN = "not_run.json"  # beside the rows of an evaluation that went on without a benchmark
 TOGETHER = ("base", "sft", "rl", "opd", "eval")  # kinds that all ranks of a launch make; the others are rank 0's
 
 
@@ -62,11 +61,6 @@ class BuilderContext:
     progress: progress.Progress
     log: Callable[[str], None]
     seed: int
-
-
-def store_of(context: BuilderContext) -> Path:
-    """The folder of the store in which a stage is made: that of rank 0, for the other ranks' `out` lies elsewhere."""
-    return ranks.agree(context.out.parents[1])
 
 
 class Run:

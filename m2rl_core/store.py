@@ -16,14 +16,20 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from m2rl_core import imports
+from m2rl_core import imports, ranks
 from m2rl_core.jobs.locks import hold, places
 from m2rl_core.study import Stage
 
 MANIFEST = "manifest.json"
 STATE = "state"  # what a stage needs to go on after a crash; removed when it is finished
 UNHASHED = "timing.jsonl"  # seconds differ from run to run, so they are no part of what an artifact is
+NOT_RUN = "not_run.json"  # beside the rows of an evaluation that went on without a benchmark
 SPARE = 64 * 2**20  # bytes that must be free before a stage starts, besides four times its largest input
+
+
+def store_of(context) -> Path:
+    """The folder of the store in which a stage is made: that of rank 0, for the other ranks' `out` lies elsewhere."""
+    return ranks.agree(context.out.parents[1])
 
 
 class CorruptArtifact(RuntimeError):

@@ -15,7 +15,7 @@ from m2rl_core.evaluate import evaluate, items_of
 from m2rl_core.merging import recipe as recipes
 from m2rl_core.merging.folders import write_models
 from m2rl_core.models import policy as policies
-from m2rl_core.run import store_of
+from m2rl_core.store import store_of
 
 
 def build(ctx) -> None:

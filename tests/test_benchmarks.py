@@ -30,8 +30,9 @@ from m2rl_core.profile import load_profile
 from m2rl_core.publishing import not_run
 from m2rl_core.real import benchmarks, hub
 from m2rl_core.real.decontamination import FROM
-from m2rl_core.run import NOT_RUN, Run
+from m2rl_core.run import Run
 from m2rl_core.specs import Sampling, keyed
+from m2rl_core.store import NOT_RUN
 from m2rl_core.views import preliminary, verdicts
 
 SMOKE = load_profile("smoke")

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from m2rl_core import sandbox
-from m2rl_core.domains import (Row, benchmark_rows, coding, generator, is_held_out, module, programs, rewards,
-                               training_rows)
+from m2rl_core.domains import (
+    Row, benchmark_rows, coding, generator, is_held_out, livecodebench, module, programs, rewards, training_rows)
 from m2rl_core.sandbox.interpreter import Interpreter
 
 ADD_UP = {"unit_tests": {"inputs": ["1 2 3\n", "-4 6\n", "7\n"], "outputs": ["4\n", "0\n", "7\n"]}}  # sum of the odd
@@ -223,4 +223,4 @@ def test_a_row_without_tests_is_an_error_not_a_pass():
     ("snan", "1", False), ("Yes", "yes", False), ("a 1", "a 1.0", False), ("", "0", False), ("4\n\n5", "4\n5", False),
 ])
 def test_comparison_as_in_livecodebench(got, want, equal):
-    assert coding.same(got, want) is equal
+    assert livecodebench.same(got, want) is equal

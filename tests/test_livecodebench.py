@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from m2rl_core import sandbox
-from m2rl_core.domains import Row, coding, livecodebench, rewards
+from m2rl_core.domains import Row, livecodebench, rewards
 from m2rl_core.domains.livecodebench import decoded
 from m2rl_core.errors import StudyError
 from m2rl_core.sandbox import Outcome
@@ -268,7 +268,7 @@ def test_outputs_are_compared_as_published(published):
         got = rng.choice((want.replace("1", "1.0"), f" {want}\n", want.replace(" ", "  "), draw()))
         program = f"import sys\nsys.stdout.write({got!r})"
         right = passes(published.grade_stdio, program, [""], [want])
-        assert coding.same(got, want) is right, (got, want)
+        assert livecodebench.same(got, want) is right, (got, want)
         agreed.add(right)
     assert agreed == {True, False}
 

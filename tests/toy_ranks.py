@@ -20,13 +20,14 @@ import toy_policy
 import toy_training
 
 from m2rl_core import engines, progress, ranks
-from m2rl_core.models import attention
-from m2rl_core.ranks import sharded
-from m2rl_core.training import collect, grpo, opd, sft
-from m2rl_core.models import policy as policies
 from m2rl_core.domains import DOMAINS, training_rows
 from m2rl_core.errors import StudyError
-from m2rl_core.run import BuilderContext, store_of
+from m2rl_core.models import attention
+from m2rl_core.models import policy as policies
+from m2rl_core.ranks import sharded
+from m2rl_core.run import BuilderContext
+from m2rl_core.store import store_of
+from m2rl_core.training import collect, grpo, opd, sft
 
 BUILD = {"rl-multi": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build, "sft": sft.build_sft}
 STEPS, PROMPTS = 3, 3  # 2 ranks have unequal shares, and one of 4 has nothing to sample

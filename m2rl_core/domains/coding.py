@@ -6,14 +6,13 @@ come from `programs.evaluate`, never from running text, and stay outside of the 
 """
 from __future__ import annotations
 
-import decimal
 import hashlib
 import re
 from collections.abc import Callable, Sequence
 from random import Random
 
 from m2rl_core import sandbox
-from m2rl_core.domains import Row, Verdict, programs
+from m2rl_core.domains import Row, Verdict, livecodebench, programs
 from m2rl_core.domains.programs import CHANGES, KEEPS, PRINTS, READ, Parts
 from m2rl_core.errors import one_line
 
@@ -101,7 +100,6 @@ def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdic
     `truth` holds `unit_tests` {inputs, outputs}, and may hold `cpu_seconds` (all tests together, default 1), or else
     LiveCodeBench's fields, see `livecodebench.verify`. ValueError names a row without tests.
     """
-    from m2rl_core.domains import livecodebench  # it compares as is done here
     verdicts: list[Verdict | None] = [None] * len(rows)
     official = [i for i, row in enumerate(rows) if "private_test_cases" in row.truth]
     others = [i for i in range(len(rows)) if i not in set(official)]
@@ -132,23 +130,10 @@ def code_of(answer: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def same(got: str, want: str) -> bool:
-    """LiveCodeBench's rule: as many lines, each equal without its outer spaces, or equal as decimal numbers."""
-    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (got, want))
-    return len(ours) == len(theirs) and all(a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def _same_numbers(ours: str, theirs: str) -> bool:
-    try:
-        return [decimal.Decimal(word) for word in ours.split()] == [decimal.Decimal(word) for word in theirs.split()]
-    except decimal.InvalidOperation:  # no number, or a signalling NaN
-        return False
-
-
 def _verdict(outcome: sandbox.Outcome, expected: Sequence[str]) -> Verdict:
     for number, (got, want) in enumerate(zip(outcome.outputs, expected, strict=True), 1):
         if got is None:
             return Verdict(0.0, outcome.error)
-        if not same(got, want):
+        if not livecodebench.same(got, want):
             return Verdict(0.0, f"wrong answer on input {number}: {one_line(got, 40)}")
     return Verdict(1.0, "right")

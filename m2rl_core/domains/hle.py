@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from m2rl_core import post
-from m2rl_core.domains import Row, Verdict, letters, math, science
+from m2rl_core.domains import Row, Verdict, exact, letters, math
 from m2rl_core.errors import StudyError, one_line
 
 WHO = "the judge of HLE"
@@ -178,8 +178,8 @@ def by_rule(row: Row, answer: str) -> Verdict:
         said = letters.letter_of(answer, len(letters.ALPHABET))
         right = said == gold
     else:
-        said = science.exact_of(answer) or _answer_of(answer)
-        right = said is not None and (science.same_text(gold, said) or _same_value(gold, said))
+        said = exact.exact_of(answer) or _answer_of(answer)
+        right = said is not None and (exact.same_text(gold, said) or _same_value(gold, said))
     if said is None:
         return Verdict(0.0, "rule: no 'Answer:'")
     return Verdict(1.0, "rule: right") if right else Verdict(0.0, f"rule: wrong answer: {said[:40]}")

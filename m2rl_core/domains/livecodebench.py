@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import decimal
 import functools
 import io
 import json
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2rl_core import sandbox
-from m2rl_core.domains import Row, Verdict, coding
+from m2rl_core.domains import Row, Verdict
 from m2rl_core.errors import StudyError, one_line
 
 SECONDS = 6  # a test
@@ -179,7 +180,7 @@ def failure(outcome: sandbox.Outcome, asked: Tests, number: int) -> str:
     got, want = outcome.outputs[0], asked.cases[number][1]
     if got is None:
         return f"test {number + 1}: {outcome.error.removeprefix('input 1: ')}"
-    right = coding.same(got, want) if asked.function is None else returned(got) == json.loads(want)
+    right = same(got, want) if asked.function is None else returned(got) == json.loads(want)
     return "" if right else f"wrong answer on test {number + 1}: {one_line(got, 40)}"
 
 
@@ -205,3 +206,16 @@ def _value(part):
     if kind == "tuple":
         return tuple(_value(each) for each in parts)
     return {_value(name): _value(each) for name, each in parts} if kind == "dict" else _Nothing()
+
+
+def same(got: str, want: str) -> bool:
+    """LiveCodeBench's rule: as many lines, each equal without its outer spaces, or equal as decimal numbers."""
+    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (got, want))
+    return len(ours) == len(theirs) and all(a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same_numbers(ours: str, theirs: str) -> bool:
+    try:
+        return [decimal.Decimal(word) for word in ours.split()] == [decimal.Decimal(word) for word in theirs.split()]
+    except decimal.InvalidOperation:  # no number, or a signalling NaN
+        return False

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from decimal import Decimal
 from random import Random
 from types import ModuleType
 
-from m2rl_core.domains import Row, Verdict, is_held_out, rule_of
+from m2rl_core.domains import Row, Verdict, hle, is_held_out, rule_of
+from m2rl_core.domains.exact import exact_of, same_text
 from m2rl_core.domains.letters import first_letter_of, letter_by, letter_of
 
 # Difficulty, in one place. All facts are in the pre-training text.
@@ -247,7 +247,6 @@ def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdic
 
 def home(row: Row) -> ModuleType:
     """The module that verifies a row of this domain: this one, or that of HLE."""
-    from m2rl_core.domains import hle  # it reads letters as is done here
     return hle if "answer_type" in row.truth else sys.modules[__name__]
 
 
@@ -258,24 +257,6 @@ def _letter_said(row: Row, answer: str) -> str | None:
     if row.truth.get("output_regex"):
         return letter_by(row.truth["output_regex"], answer, options)
     return letter_of(answer, options)
-
-
-def exact_of(text: str) -> str | None:
-    """What stands on the line of the last `Exact Answer:`; None where there is none."""
-    found = re.findall(r"exact answer[*_]*\s*:[ \t]*([^\n]*)", text, re.IGNORECASE)
-    return found[-1].strip() if found else None
-
-
-def same_text(left: str, right: str) -> bool:
-    """Equal but for case, spacing, markup and a final full stop; leading numbers are compared as numbers."""
-    (number, unit), (other_number, other_unit) = _split(left), _split(right)
-    return unit == other_unit and number == other_number
-
-
-def _split(text: str) -> tuple[Decimal | None, str]:
-    plain = re.sub(r"\\(?:boxed|text|mathrm)|[{}$*_`\\\s]", "", text).casefold().rstrip(".")
-    number = re.match(r"[-+]?[0-9]+(?:\.[0-9]+)?(?![0-9.,])", plain)
-    return (Decimal(number[0]), plain[number.end():]) if number else (None, plain)
 
 
 def _verify_one(row: Row, answer: str) -> Verdict:

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from http.cookiejar import CookieJar
 
 from m2rl_core import post
-from m2rl_core.domains import Row, Verdict, workbench
+from m2rl_core.domains import Row, Verdict
+from m2rl_core.domains.workbench_calls import Episode, as_text, calls_of, said
 from m2rl_core.errors import StudyError
 
 SETTING = "M2RL_WORKPLACE"
@@ -47,7 +48,7 @@ def _post(path: str, message: dict, seconds: float, jar: CookieJar | None = None
     return post.post(f"{url}/{urllib.parse.quote(path, safe='')}", message, WHO, seconds, jar=jar)
 
 
-def environment(row: Row) -> workbench.Episode:
+def environment(row: Row) -> Episode:
     """A fresh episode of `row`, its tables the server's; StudyError where that cannot be asked."""
     jar = CookieJar()
     _post("seed_session", {}, SECONDS, jar)
@@ -55,9 +56,9 @@ def environment(row: Row) -> workbench.Episode:
     def run(call: dict) -> str:
         with _blamed():
             reply = _post(call["name"], call["arguments"], SECONDS_TOOL, jar)
-        return workbench.said(reply.get("output", reply))
+        return said(reply.get("output", reply))
 
-    return workbench.Episode(row, run)
+    return Episode(row, run)
 
 
 @contextlib.contextmanager
@@ -75,7 +76,7 @@ def verify(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[Verdic
     asked: dict[str, tuple[Row, list[dict]]] = {}
     found: list[Verdict | str] = []
     for row, turns in zip(rows, answers, strict=True):
-        calls, fault = workbench.calls_of(row, turns)
+        calls, fault = calls_of(row, turns)
         name = json.dumps([calls, row.truth["calls"]])
         asked |= {} if fault else {name: (row, calls)}
         found.append(Verdict(0.0, fault) if fault else name)
@@ -97,9 +98,9 @@ def _verdict(row: Row, calls: list[dict]) -> Verdict:
 
 def request(row: Row, calls: list[dict]) -> dict:
     """The body of /verify: NeMo-Gym reads calls from `response`, an OpenAI Responses object, the launcher from `output`."""
-    said = [{"type": "function_call", "call_id": f"call_{i}", **call} for i, call in enumerate(workbench.as_text(calls))]
+    said = [{"type": "function_call", "call_id": f"call_{i}", **call} for i, call in enumerate(as_text(calls))]
     response = {"id": "m2rl", "object": "response", "created_at": 0, "model": "m2rl", "output": said,
                 "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
     return {"responses_create_params": {"input": []}, "response": response, "output": said,
-            "ground_truth": workbench.as_text(row.truth["calls"]), "id": 0, "category": row.truth.get("category", ""),
+            "ground_truth": as_text(row.truth["calls"]), "id": 0, "category": row.truth.get("category", ""),
             "environment_name": row.truth.get("environment", "")}
