@@ -181,7 +181,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--models", default="", help="policies of 3.2_train, with commas")
             command.add_argument("--nb", default="", help="notebooks, by the beginnings of their names, with commas")
             command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
-    commands.add_parser("bench", help="measure merging, the engine or the weight analysis (bench merge --help)", add_help=False)
+    commands.add_parser("bench", help="measure merging, the engine or the weight analysis (bench merge --help)",
+                        add_help=False)
     commands.add_parser("merge", help="merge checkpoints of your own (merge --help)", add_help=False)
     commands.add_parser("data", help="make and check the paper's own SFT and RL data (data --help)", add_help=False)
     return top

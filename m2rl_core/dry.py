@@ -6,14 +6,15 @@ hub cannot be reached, the line names the files and the folder for them. Nothing
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
+import importlib.metadata
 import os
 import re
 import shutil
 import socket
 import subprocess
 import tempfile
+import urllib.error
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2rl_core import imports, layers
-from m2rl_core.cost import shapes
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 from m2rl_core.notebook import left_out
-from m2rl_core.specs import ModelSpec
 from m2rl_core.study import left_out_for
 
 SECONDS = 8  # for one answer of the hub or of a server
@@ -45,9 +44,9 @@ class Line:
 
 def check(run) -> list[Line]:
     """All lines of a profile's run."""
-    parts: list[Callable] = [models, data, benchmarks, domains_, machine, disk, copies, notebooks, parts_left_out]
+    parts: list[Callable] = [hub_, models, data, benchmarks, domains_, machine, disk, copies, stages, notebooks, parts_left_out]
     if {stage.kind for stage in run.stages.values()} <= {"import", "weights"}:  # nothing is sampled
-        parts = [models, disk, copies, notebooks, parts_left_out]
+        parts = [hub_, models, disk, copies, stages, notebooks, parts_left_out]
     with ThreadPoolExecutor(len(parts)) as pool:
         return [line for part in pool.map(lambda part: _guarded(part, run), parts) for line in part]
 
@@ -57,7 +56,7 @@ def _guarded(part: Callable, run) -> list[Line]:
     try:
         return list(part(run))
     except (StudyError, OSError, ValueError) as error:
-        return [Line(part.__name__.rstrip("_"), MISSING, _line(error))]
+        return [Line(part.__name__.rstrip("_"), MISSING, one_line(error, 600))]
 
 
 def table(lines: list[Line], name: str) -> str:
@@ -65,9 +64,45 @@ def table(lines: list[Line], name: str) -> str:
     order = sorted(lines, key=lambda line: line.state == MISSING)
     width = max(len(line.what) for line in lines)
     missing = sum(line.state == MISSING for line in lines)
-    return "\n".join([*(f"{line.state:8} {line.what:{width}}  {line.told}" for line in order),
+    legend = (f"what {name} needs: {HERE}: it is ready; {FETCH}: it will be fetched by itself; {NOTE}: to be known; "
+              f"{MISSING}: do what its line says")
+    return "\n".join([legend, *(f"{line.state:8} {line.what:{width}}  {line.told}" for line in order),
                       f"{name}: {missing} missing of {sum(line.state != NOTE for line in lines)}"
                       + ("" if missing else "; `make reproduce` can begin")])
+
+
+# The hub -----------------------------------------------------------------------------------------------
+
+def hub_(run) -> Iterator[Line]:
+    """Whether the hub answers at all, where something would come from it."""
+    profile = run.profile
+    brought = [imports.source_of(profile, name) for name, stage in run.stages.items() if stage.kind == "import"]
+    from_it = [source for source in brought if not source.startswith("/") and not imports.find(source)]
+    if not from_it and "real" not in (profile.rows, profile.eval.rows):
+        return
+    from datasets import config
+    told = "what would come from it is named below, each with the folder where it may be put by hand"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        yield Line("hub", NOTE, f"HF_HUB_OFFLINE is set, so {config.HF_ENDPOINT} is not asked: unset it to download; {told}")
+        return
+    found = _reach("hub", config.HF_ENDPOINT, f"{told}; or type this on a machine that reaches it")
+    yield found if found.state == HERE else Line("hub", NOTE, found.told)
+
+
+def _why(error: Exception) -> str:
+    """Why the hub did not give something, in words; that it cannot be reached is explained in its own line."""
+    if isinstance(error, urllib.error.HTTPError):
+        return {401: "the hub has none, or not for everybody (`hf auth login` or set HF_TOKEN)",
+                403: "the hub wants its terms accepted first", 404: "the hub has none by that name and commit",
+                }.get(error.code, f"the hub answered {error.code} {error.reason}")
+    away = isinstance(error, urllib.error.URLError | TimeoutError)
+    return "the hub cannot be reached" if away else f"the hub: {one_line(error)}"
+
+
+def _got(source) -> str:
+    """How to get a data set, with the address of the page whose terms are to be accepted."""
+    from m2rl_core.real import hub
+    return hub.mend(source).replace("its page, then", f"https://huggingface.co/datasets/{source.repo}, then")
 
 
 # Models ------------------------------------------------------------------------------------------------
@@ -83,12 +118,16 @@ def models(run) -> Iterator[Line]:
     with tempfile.TemporaryDirectory(prefix="m2rl-anchors-") as room:
         for name, source in sources.items():
             if imports.find(source) is None:
-                yield Line(f"model {name}", *asked[name])
+                state, told = asked[name]
+                if source.startswith("/") and name in profile.imports:
+                    told += f", or name another folder, or owner/name@revision, as `{name}` under `import` of the profile"
+                yield Line(f"model {name}", state, told)
                 continue
             try:
-                checked, _ = imports.anchored(profile, name, Path(room))
+                checked, what = imports.anchored(profile, name, Path(room))
+                _suits(profile, json.loads((checked.folder / "config.json").read_text()) | dict(checked.config), what)
             except StudyError as error:
-                yield Line(f"model {name}", MISSING, _line(error))
+                yield Line(f"model {name}", MISSING, one_line(error, 600))
                 continue
             size = sum(path.stat().st_size for path in imports.files(checked.folder))
             yield Line(f"model {name}", HERE, "; ".join([
@@ -97,6 +136,18 @@ def models(run) -> Iterator[Line]:
         if not source:
             yield Line(f"model {name}", MISSING, f"import.{name} names nothing yet: a folder, or owner/name@revision; "
                                                  "or remove the key, and it is not run")
+
+
+def _suits(profile, config: dict, what: str) -> None:
+    """StudyError where the profile asks a model for answers or for a layer that it cannot have."""
+    context, layers = config.get("max_position_embeddings", 0), config.get("num_hidden_layers", 0)
+    longest = max(profile.eval.max_new_tokens, *(one.max_new_tokens for one in profile.eval.sampling.values()), 0)
+    if context <= longest:
+        raise StudyError(f"{what} has a context of {context:,} tokens, which holds no prompt beside an answer of {longest:,}: "
+                         "set a smaller `max_new_tokens` under `eval` and `rl` of the profile")
+    if profile.analysis.layer >= layers:
+        raise StudyError(f"{what} has {layers} layers, and `analysis.layer` asks for number {profile.analysis.layer}, counted "
+                         f"from 0: set one below {layers} in the profile")
 
 
 def _asked(source: str) -> tuple[str, str]:
@@ -112,7 +163,7 @@ def _asked(source: str) -> tuple[str, str]:
         pin = "" if revision else f"; pin it: {name}@{told['sha']}"
         return FETCH, f"{name} at {told['sha'][:12]}, {size:.1f} GB{pin}"
     except (OSError, ValueError, KeyError) as error:
-        return MISSING, f"{source}: the hub does not give it ({_line(error)}): {imports.mend(source)}"
+        return MISSING, f"{source} is not here, and {_why(error)}: {imports.mend(source)}"
 
 
 def _asked_part(name: str, source: str, wanted) -> tuple[str, str]:
@@ -125,9 +176,9 @@ def _asked_part(name: str, source: str, wanted) -> tuple[str, str]:
             place = layers.Place(repo[0], _hub(f"/api/models/{repo[0]}/revision/{repo[1] or 'main'}")["sha"])
         found, headers = layers.slices(place, wanted, f"{name} ({source})")
     except StudyError as error:
-        return MISSING, _line(error)
+        return MISSING, one_line(error, 600)
     except (OSError, ValueError, KeyError) as error:
-        return MISSING, f"{source}: the hub does not give it ({_line(error)}): {imports.mend(source)}"
+        return MISSING, f"{source} is not here, and {_why(error)}: {imports.mend(source)}"
     size = sum(one.end - one.begin for one in found)
     told = f"layers {', '.join(map(str, wanted))}: {size + headers:,} bytes will be read ({headers:,} of headers)"
     pin = "" if repo[1] or place.folder else f"; pin it: {place.name}@{place.commit}"
@@ -202,13 +253,13 @@ def _sources(sources) -> Iterator[Line]:
                 _hub(f"/api/datasets/{source.repo}/revision/{source.revision or 'main'}")  # a short wait, not `hub`'s
             found = hub.files(source)
         except hub.HubError as error:
-            return Line(what, MISSING, _line(error))
+            return Line(what, MISSING, one_line(error, 600))
         except (OSError, ValueError) as error:
-            return Line(what, MISSING, f"{source.use}: the hub does not give it ({_line(error)}): {hub.mend(source)}")
+            return Line(what, MISSING, f"{source.use}: not here, and {_why(error)}: {_got(source)}")
         by_hand = hub.folder_of(source)
         pin = found[0].source.revision[:12]
         if not by_hand and source.login and get_token() is None:
-            return Line(what, MISSING, f"{source.use}: {source.login}, or set HF_TOKEN")
+            return Line(what, MISSING, f"{source.use}: {_got(source).partition('; or ')[0]}, or set HF_TOKEN")
         return Line(what, HERE if by_hand else FETCH,
                     f"{source.use}: {len(found)} files {f'in {by_hand}' if by_hand else f'at {pin}'} "
                     f"(licence: {source.licence})")
@@ -231,7 +282,7 @@ def domains_(run) -> Iterator[Line]:
             (verdict,) = rewards(rows[:1], [["</think>\nIt is so."]])
             shared = own_file.leaks(name, file, wanted, len(rows), profile.seed)
         except StudyError as error:
-            yield Line(f"domain {name}", MISSING, _line(error))
+            yield Line(f"domain {name}", MISSING, one_line(error, 600))
             continue
         if verdict.failed:
             yield Line(f"domain {name}", MISSING,
@@ -275,7 +326,7 @@ def _vllm(profile) -> Iterator[Line]:
         try:
             yield Line(f"vllm {address}", HERE, vllm_engine.version([address]))
         except StudyError as error:
-            yield Line(f"vllm {address}", MISSING, _line(error))
+            yield Line(f"vllm {address}", MISSING, one_line(error, 600))
     if not servers:
         told = vllm_engine.version()
         there = told != "not installed"
@@ -332,7 +383,7 @@ def _environments() -> Iterator[Line]:
         try:
             line, count = far_environments.Server(address).connect()
         except far_environments.GONE + (StudyError,) as error:
-            yield Line("environments", MISSING, f"{address}: {_line(error)}: start `python -m m2rl_core.domains."
+            yield Line("environments", MISSING, f"{address}: {one_line(error, 600)}: start `python -m m2rl_core.domains."
                                                 "environment_server` there, with the same secret")
         else:
             line.close()
@@ -346,11 +397,13 @@ def _reach(what: str, address: str, mend: str) -> Line:
         with socket.create_connection((parts.hostname or "", port), SECONDS):
             return Line(what, HERE, f"{address} answers")
     except (OSError, ValueError) as error:
-        return Line(what, MISSING, f"{address} cannot be reached ({_line(error)}): {mend}")
+        why = getattr(error, "strerror", "") or one_line(error)
+        return Line(what, MISSING, f"{address} cannot be reached ({why}): {mend}")
 
 
 def disk(run) -> Iterator[Line]:
-    """Room for what is to be made: float32 weights of each model, and what training keeps to go on."""
+    """Room for what is to be made: float32 weights of each model, what training keeps to go on, rows of a real blend."""
+    from m2rl_core.cost import bill, table2
     root = next(path for path in (run.store.root, *run.store.root.parents) if path.exists())
     if not os.access(root, os.W_OK):
         yield Line("artifacts", MISSING, f"{root} cannot be written: set M2RL_ARTIFACTS to a folder that can")
@@ -361,7 +414,10 @@ def disk(run) -> Iterator[Line]:
         free = shutil.disk_usage(root).free
         yield Line("disk", NOTE, f"{free / 1e9:.0f} GB free in {root}; the model's size is not known yet")
         return
-    needed = (4 * len(made) + 16 * bool({"base", "sft", "rl", "opd"} & {stage.kind for stage in made})) * count
+    kinds = {stage.kind for stage in made}
+    needed = (bill.FULL * len(made) + bill.CHECKPOINT * bool({"base", "sft", "rl", "opd"} & kinds)) * count
+    if "sft" in kinds and run.profile.rows == "real":
+        needed += bill.STORED * table2.MEAN * run.profile.sft.rows
     free = shutil.disk_usage(root).free
     told = (f"{free / 1e9:,.1f} GB free in {root}, about {needed / 1e9:,.1f} GB needed for {len(made)} models of "
             f"{count / 1e6:,.1f} M")
@@ -377,22 +433,26 @@ def copies(run) -> Iterator[Line]:
             at.write(name, b".")
             at.remove(name)
         except StudyError as error:
-            yield Line("copies", MISSING, _line(error))
+            yield Line("copies", MISSING, one_line(error, 600))
         else:
             yield Line("copies", HERE, f"{at.shown} can be written to")
 
 
 def parameters(profile) -> int | None:
     """Weights of one model: of a shape, of a config that is here, else by the number in its name; None where nothing tells."""
-    if isinstance(profile.model, ModelSpec):
-        return shapes.of_spec(profile.model).parameters
+    from m2rl_core.cost import bill
+    with contextlib.suppress(StudyError, KeyError):  # nothing is known, or a config that does not say its shape
+        return bill.shape_of(profile).parameters
     sources = [imports.source_of(profile, "base")] if profile.model else [*filter(None, profile.imports.values())]
-    for source in sources:
-        if found := imports.find(source):
-            with contextlib.suppress(KeyError):  # a config that does not say its shape
-                return shapes.of_config(json.loads((found.folder / "config.json").read_text())).parameters
     told = re.search(r"(\d+(?:\.\d+)?)B\b", sources[0]) if sources else None
     return int(float(told[1]) * 1e9) if told else None
+
+
+def stages(run) -> Iterator[Line]:
+    """Every stage has its key; how many are made."""
+    made = sum(run.has(name) for name in run.stages)
+    yield Line("stages", HERE, f"{len(run.stages)}, of which {made} are made in {run.store.root}; `make status PROFILE="
+                               f"{run.source}` lists them with their keys, `make estimate PROFILE={run.source}` their cost")
 
 
 def notebooks(run) -> Iterator[Line]:
@@ -407,7 +467,3 @@ def parts_left_out(run) -> Iterator[Line]:
     """What of the paper's study this profile leaves out, said openly."""
     if out := left_out(run):
         yield Line("not run", NOTE, f"{', '.join(out)}: {left_out_for(run.profile)}")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

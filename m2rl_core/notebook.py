@@ -55,8 +55,9 @@ def card(run: Run, section: str) -> str:
 def _model(profile) -> str:
     model = profile.model
     if isinstance(model, ModelSpec):
-        return (f"Qwen3, {shapes.of_spec(model).parameters / 1e6:.2f} M parameters ({model.layers} layers, width {model.hidden}, "
-                f"{model.vocab} tokens), context {model.context}")
+        millions = shapes.of_spec(model).parameters / 1e6
+        return (f"Qwen3, {millions:.2f} M parameters ({model.layers} layers, width {model.hidden}, {model.vocab} tokens), "
+                f"context {model.context}")
     brought = ", ".join(f"{name} from `{source}`" for name, source in profile.imports.items() if source)
     return "; ".join(filter(None, [model and f"base `{model.source}`, context {model.context}", brought]))
 

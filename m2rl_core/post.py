@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that may pass
 TRIES, PAUSE, LONGEST = 5, 0.5, 30.0  # attempts; seconds before the second one, twice as long each time, at most
@@ -39,11 +39,11 @@ def post(url: str, message: Mapping, who: str, seconds: float, headers: Mapping[
                 return _object(answer.read(LARGEST), where)
         except urllib.error.HTTPError as error:
             with error:
-                said = f"status {error.code}: {_line(error.read(2000).decode('utf-8', 'replace')) or error.reason}"
+                said = f"status {error.code}: {one_line(error.read(2000).decode('utf-8', 'replace')) or error.reason}"
             if error.code not in AGAIN:
                 raise StudyError(f"{where} refuses with {said}") from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time limits are OSErrors
-            said, silent = _line(str(getattr(error, "reason", error)) or type(error).__name__), silent + 1
+            said, silent = one_line(str(getattr(error, "reason", error)) or type(error).__name__), silent + 1
             if silent >= patience:
                 break
     raise Unreachable(f"{where} cannot be reached ({attempt + 1} attempts; the last: {said}): is it running, is the address "
@@ -84,9 +84,5 @@ def _object(data: bytes, where: str) -> dict:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise StudyError(f"{where} answers with no JSON object: {_line(data[:200].decode('utf-8', 'replace'))!r}")
+        raise StudyError(f"{where} answers with no JSON object: {one_line(data[:200].decode('utf-8', 'replace'))!r}")
     return found
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:200]

@@ -316,7 +316,7 @@ class Run:
     def publish_table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """tables/<name>.csv of the report; returns the frame, to be shown."""
         if frame is None:
-            raise NotInStudy(f"nothing to measure {name} by is in this profile")
+            raise NotInStudy(f"nothing that {name} is made of is trained or measured by this profile")
         return publish.table(name, frame)
 
     def publish_figure(self, name: str, chart):

@@ -52,6 +52,7 @@ MODELS = (*SHARED, *EXPERTS, "rl-multi", *MERGES, "mt-opd")
 JUDGED = ("sft", *EXPERTS, "merge-ties", "rl-multi", "mt-opd")  # the rows of Table 7
 NEIGHBORS = ("sft", *EXPERTS, "rl-multi", "merge-ties", "mt-opd")
 JUDGED_BENCHMARKS = ("aime24", "ifeval", "lcb_v5", "gpqa_diamond")  # Table 7
+JUDGE_TOKENS = 16  # of a judge's words, where its stage says nothing else (`judge.JUDGE_TOKENS`, which would import torch)
 
 
 class UnknownStage(KeyError):
@@ -321,8 +322,8 @@ def upstream(stages: dict[str, Stage], name: str) -> list[Stage]:
 def work(stage: Stage) -> dict[str, int]:
     """How much a stage does, from its settings: steps, rollouts and the most tokens that these can have.
 
-    A rollout is bounded by `max_new_tokens` a turn. Evaluation on the way is counted. Zeros for a merge
-    or for the weights, which sample nothing.
+    A rollout is bounded by `max_new_tokens` a turn, a judge's words by their own number. Evaluation on the way is counted.
+    Zeros for a merge or for the weights, which sample nothing.
     """
     s = stage.settings
     if stage.kind == "base":
@@ -331,17 +332,18 @@ def work(stage: Stage) -> dict[str, int]:
         return {"steps": s["steps"], "rollouts": 0, "tokens": 0}
     if stage.kind in ("rl", "opd"):
         seen = s["along"]
-        marks = s["steps"] // seen["eval_every"] * seen.get("benchmarks", len(BENCHMARKS))
+        marks = -(-s["steps"] // seen["eval_every"]) * seen.get("benchmarks", len(BENCHMARKS))  # and after the last
         rollouts = s["steps"] * s["prompts"] * s["group"] + marks * seen["eval_items"] * seen["eval_k"]
     elif stage.kind == "eval":
         rollouts = sum(s["items"][name] * s["k"][name] for name in s.get("benchmarks", s["items"]))
     elif stage.kind == "sweep":
         rollouts = sum(len(v.get("benchmarks", s.get("on", BENCHMARKS))) for v in s["variants"]) * s["items"] * s["k"]
     elif stage.kind == "judge":
-        on = s.get("benchmarks", BENCHMARKS)
+        on = s.get("benchmarks", JUDGED_BENCHMARKS)
         rollouts = 2 * len(on) * s["items"] * s["k"]  # by outcome and by process
     elif stage.kind == "kl":
         rollouts = len(s["rows"]) ** 2 * s["prompts"] * s["samples"]
     else:
         return {"steps": 0, "rollouts": 0, "tokens": 0}
-    return {"steps": s.get("steps", 0), "rollouts": rollouts, "tokens": rollouts * s["max_new_tokens"]}
+    most = s.get("tokens", JUDGE_TOKENS) if stage.kind == "judge" else s["max_new_tokens"]
+    return {"steps": s.get("steps", 0), "rollouts": rollouts, "tokens": rollouts * most}

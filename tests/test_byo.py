@@ -1,5 +1,8 @@
 """One's own experts and one's own domain: the worked example of the README, from files to every section's notebook."""
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +12,14 @@ import toy_notebooks
 import yaml
 
 from m2rl_core import domains
+from m2rl_core.claims.evidence import Missing
 from m2rl_core.domains import own_file, rewards
 from m2rl_core.domains.own_file import DomainError
 from m2rl_core.profile import ProfileError, load_profile, repo_root
 from m2rl_core.publishing.report import plan
 from m2rl_core.run import open_run
 from m2rl_core.study import MERGES, Members, NotInStudy, find, study
+from m2rl_core.views import judging, preliminary, scores, skills, verdicts
 
 UNITS = repo_root() / "params" / "domains" / "units.py"
 ANALYSIS = ("0_plan", "3.1_preliminary", "3.2_experiments", "3.3_weight_shift", "3.4_policy_neighborhoods", "3.5_same_skills",
@@ -185,6 +190,52 @@ def test_every_notebook_of_the_analysis_says_what_it_has_and_what_is_not_run(mad
         assert "not run" in shown[name].lower() and "rl-multi" in shown[name], name
     assert "rl-units" in shown["3.2_experiments"] and "units" in shown["3.3_weight_shift"]
     assert "Not run: no costs" in shown["4_conclusion"] and os.environ["M2RL_ARTIFACTS"] == str(run.root)
+    # what a reader would take for the paper's: verdicts on other experts, groups and settings that are not there
+    assert "of 9 claims, this run finds: **9 not run**" in shown["3.3_weight_shift"].lower()
+    assert "of 82 claims, this run finds: **82 not run**" in shown["4_conclusion"].lower()
+    assert "with units" in shown["3.3_weight_shift"] and "reasoning with IF" not in shown["3.3_weight_shift"]
+    assert "units 0 of" in shown["3.6_self_verification"] and "not trained here" in shown["A_training_details"]
+
+
+def test_tables_hold_the_study_s_own_models_and_no_others(made, monkeypatch):
+    """Faults: an expert of one's own that stands in no table; the paper's models as rows of "undefined"; the paper's mean of
+    four beside a mean of two; a domain of one's own of which no item is shown."""
+    _, run = made
+    found = verdicts.evidence(run, "scores", "judged")
+    table3 = scores.table(found, scores.TABLE3)
+    assert list(table3["model"]) == ["sft", "rl-math", "rl-units", "merge-ties"]
+    judges = judging.scores(found)
+    assert list(dict.fromkeys(judges["model"])) == ["sft", "rl-math", "rl-units", "merge-ties"]
+    assert list(dict.fromkeys(judges["benchmark"])) == ["aime24", "units", "avg"] and judges["value"].notna().all()
+    shown = judging.table7_shown(judges).set_index("model")
+    assert "paper" in shown.loc["sft", "aime24 (miniature)"] and "paper" not in shown.loc["sft", "mean of 2"]
+    assert "units 0 of 4" in judging.modality_sentence(judges).data
+    items = preliminary.benchmark_items(run.profile).set_index("benchmark")
+    assert "End with the number" in items.loc["units", "prompt"] and " are " in items.loc["units", "a right answer"]
+    with pytest.raises(Missing, match="no scores of rl-multi"):
+        skills.transcripts(skills.apart(found), found.scores, "rl-multi", "model only")
+
+
+def test_the_notebooks_run_by_papermill(made, tmp_path):
+    """Fault: what only a kernel of its own shows: a profile by its path, cells that are not run, pages that are not written.
+
+    The other notebooks are executed likewise, in process, above.
+    """
+    path, run = made
+    done = subprocess.run(
+        [sys.executable, "-m", "m2rl_core", "reproduce", "--profile", str(path), "--nb", "3.6,4"], capture_output=True,
+        text=True, env={**os.environ, "M2RL_ARTIFACTS": str(run.root), "M2RL_REPORTS": str(tmp_path)}, cwd=repo_root())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 notebooks completed" in done.stdout and "made in" not in done.stdout  # every stage was there
+    report = tmp_path / "mine"
+    for name in ("3.6_self_verification", "4_conclusion"):
+        cells = json.loads((report / f"{name}.ipynb").read_text())["cells"]
+        outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
+        assert not [output for output in outputs if output["output_type"] == "error"], name
+        page = (report / f"{name}.html").read_text()
+        assert "not run" in page and "Traceback (most" not in page and f"{name}.html" in (report / "index.html").read_text()
+    verdicts_of = {line["run_verdict"] for line in json.loads((report / "claims.json").read_text())}
+    assert verdicts_of == {"not run"}
 
 
 def test_a_real_mistake_in_a_cell_is_still_an_error(made, monkeypatch):

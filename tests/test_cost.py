@@ -205,8 +205,19 @@ def test_an_unknown_machine_names_the_nearest():
 
 def test_groups_with_an_advantage():
     """Two rollouts agree with probability 3/4 where rates are Beta(1/2, 1/2); and larger groups agree less."""
-    assert plan.mixed_share(2) == pytest.approx(1 / 4) and plan.mixed_share(8) == pytest.approx(0.607, abs=1e-3)
+    assert plan.mixed_share(2, 0.5) == pytest.approx(1 / 4) and plan.mixed_share(8, 0.5) == pytest.approx(0.607, abs=1e-3)
+    assert plan.mixed_share(2) < plan.mixed_share(8) < plan.mixed_share(16) < 0.5
     assert plan.BATCH == BATCH
+
+
+def test_scoring_needs_no_optimizer():
+    """Catches a study without training that is told to have more GPUs, for gradients and moments that nobody holds."""
+    shape, gpu, share = shapes.published()["Qwen3-4B"], machine("h100"), speed.Efficiency(0.3, 0.5)
+    assert speed.sharding(shape, gpu, 1, 33268) is None and speed.sharding(shape, gpu, 1, 33268, learns=False) == 1
+    scored = speed.Work(64, 500, (7000.0,), 32768, passes=3.0, learns=0.0)
+    assert speed.step(shape, gpu, 1, scored, share).seconds > 0
+    assert "training needs" in speed.step(shape, gpu, 1, speed.Work(64, 500, (7000.0,), 32768), share).why
+    assert memory.scoring(shape, 1, 16384) < memory.training(shape, 1, 16384).total / 3
 
 
 def test_too_few_gpus_are_one_line():

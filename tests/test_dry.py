@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import toy_foreign
 
 from m2rl_core import __main__ as cli
-from m2rl_core import dry, imports
+from m2rl_core import dry, errors, imports
 from m2rl_core.real import hub
 from m2rl_core.run import open_run
 
@@ -50,6 +51,12 @@ def test_every_profile_gives_a_whole_list_within_a_minute(name, tmp_path, capsys
     assert cli.main(["reproduce", "--profile", name, "--dry"]) == 0
     assert time.monotonic() - start < 60
     told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"what {name} needs: ") and told[0].endswith("MISSING: do what its line says")
+    assert {line.split()[0] for line in told[1:-1]} <= {dry.HERE, dry.FETCH, dry.NOTE, dry.MISSING}
+    assert any(line.startswith("note     hub ") and "HF_HUB_OFFLINE is set" in line for line in told)
+    stages = len(open_run(name, tmp_path).stages)
+    made = f" {stages}, of which 0 are made in {tmp_path}"
+    assert any(line.startswith("here     stages ") and made in line for line in told)
     missing = [line for line in told if line.startswith("MISSING")]
     assert f"{name}: {len(missing)} missing of " in told[-1] and not any(tmp_path.iterdir())
     assert all(any(word in line for word in ("put ", "pip", "make ", "set ", "run on", "names ")) for line in missing), missing
@@ -63,7 +70,8 @@ def test_the_paper_lacks_every_source_by_name(tmp_path):
     model = found["model base"]
     assert model.state == dry.MISSING and "hf download Qwen/Qwen3-4B-Base --revision 906bfd4b" in model.told
     assert found["judge of hle"].state == dry.MISSING and "M2RL_JUDGE=" in found["judge of hle"].told
-    assert "accept its terms" in found["data Idavidrein/gpqa"].told
+    assert "accept its terms on https://huggingface.co/datasets/Idavidrein/gpqa, then" in found["data Idavidrein/gpqa"].told
+    assert float(found["disk"].told.partition("about ")[2].split()[0].replace(",", "")) > 600  # 24 models, Adam, 14 M rows
 
 
 def test_the_released_checkpoints_and_the_name_that_is_not_known(tmp_path):
@@ -82,12 +90,24 @@ def test_models_that_are_here_are_checked(tmp_path):
     assert found["model rl-math"].state == dry.HERE
     assert imports.content_digest(brought["rl-math"])[:8] in found["model rl-math"].told
     assert found["domain units"].state == dry.HERE and "of 0.0 M" in found["disk"].told
+    assert found["notebooks"].state == dry.HERE and str(path) in found["stages"].told  # a file, which is no name of params/
     shutil.rmtree(brought["rl-math"])
     toy_foreign.checkpoint(brought["rl-math"], 4, num_hidden_layers=1)
     (brought["rl-units"] / "chat_template.jinja").unlink()
     found = lines(str(path), tmp_path / "art")
     assert "num_hidden_layers" in found["model rl-math"].told and found["model rl-math"].state == dry.MISSING
     assert "no chat template" in found["model rl-units"].told
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"eval": {"items": {"units": 4}, "k": {"units": 2}, "max_new_tokens": 4096}},
+     "has a context of 384 tokens, which holds no prompt beside an answer of 4,096: set a smaller `max_new_tokens`"),
+    ({"analysis": {"layer": 17}}, "has 2 layers, and `analysis.layer` asks for number 17, counted from 0: set one below 2")])
+def test_a_model_that_cannot_give_what_is_asked(changes, said, tmp_path):
+    """Fault: every answer empty and scored zero, or an empty table, after all models were fetched and merged."""
+    path = toy_foreign.profile(tmp_path, toy_foreign.models(tmp_path / "models"), **changes)
+    found = lines(str(path), tmp_path / "art")["model rl-math"]
+    assert found.state == dry.MISSING and said in found.told
 
 
 def test_what_the_hub_offers_is_to_be_downloaded(tmp_path, monkeypatch):
@@ -98,6 +118,29 @@ def test_what_the_hub_offers_is_to_be_downloaded(tmp_path, monkeypatch):
     assert (found["model sft"].state, found["model rl-math"].state) == (dry.FETCH, dry.FETCH)
     assert "pin it: a/b@" + "d" * 40 in found["model sft"].told and "pin" not in found["model rl-math"].told
     assert "1.0 GB" in found["model sft"].told
+
+
+@pytest.mark.parametrize(("code", "said"), [
+    (401, "not for everybody (`hf auth login`"), (403, "wants its terms accepted"), (404, "none by that name and commit"),
+    (500, "the hub answered 500")])
+def test_what_the_hub_answers_is_said_in_words(code, said, tmp_path, monkeypatch):
+    """Fault: `<urlopen error ...>` for somebody who has to accept terms, log in, or mend a name."""
+    def refused(path):
+        raise urllib.error.HTTPError(path, code, "x", {}, None)
+    monkeypatch.setattr(dry, "_hub", refused)
+    told = lines(str(toy_foreign.profile(tmp_path, {"sft": "a/b", "rl-math": "/nowhere"})), tmp_path)
+    assert said in told["model sft"].told and "M2RL_MODELS" in told["model sft"].told
+    assert "as `rl-math` under `import` of the profile" in told["model rl-math"].told
+
+
+def test_a_hub_that_is_away_is_said_once(tmp_path, monkeypatch):
+    """Fault: twenty lines with the same number of an error, none of which says what it means."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:1")
+    found = lines("paper", tmp_path)
+    assert found["hub"].state == dry.NOTE and "http://127.0.0.1:1 cannot be reached (Connection refused)" in found["hub"].told
+    away = [line for line in found.values() if line.told.count("not here, and the hub cannot be reached: ")]
+    assert len(away) > 15 and not any("Errno" in line.told for line in found.values())
 
 
 def test_domains_of_ones_own_are_tried(tmp_path):
@@ -159,3 +202,9 @@ def test_the_hub_is_asked_as_whoever_is_logged_in(tmp_path):
         server.shutdown()
     assert done.stdout == "{'sha': 'x'} hf_secret\n", done.stderr
     assert told == ["Bearer hf_secret"]
+
+
+def test_what_is_told_is_one_line():
+    """Faults: an error of many lines in a table of one line each; one without words that says nothing at all."""
+    assert errors.one_line("a\n  b\tc", 4) == "a b " and errors.one_line("") == ""
+    assert errors.one_line(KeyError()) == "KeyError"

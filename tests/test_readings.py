@@ -73,7 +73,8 @@ def test_a_variant_takes_its_methods_place_on_the_sweeps_items():
     assert readings.variants(Evidence(scores=rows), None) == []
     seeds = pd.concat([rows.assign(seed=1), rows.assign(seed=2, score=0.0)])  # the sweep is of the first seed, so are they
     again = readings.variants(Evidence(scores=seeds, resamples=300), pd.concat([cut, worse, same]))
-    assert verdicts(readings.decided(again, {"ties-best-merge": "best", "merge-most-consistent": "inherit"}), "merging") == seen
+    named = {"ties-best-merge": "best", "merge-most-consistent": "inherit"}
+    assert verdicts(readings.decided(again, named), "merging") == seen
 
 
 def test_fewer_samples_are_the_first_ones():

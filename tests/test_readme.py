@@ -27,7 +27,8 @@ def test_refresh_touches_only_what_is_between_the_markers(tmp_path):
     claim = {"id": "few-interferences", "text": "few", "paper_verdict": "undecided", "run_verdict": "contradicted"}
     claims.write_text(json.dumps([claim, {**claim, "id": "other", "run_verdict": "supported"}]))
     readme.refresh(page, claims)
-    assert page.read_text().startswith(f"before\n{readme.BEGIN}\n| claim") and page.read_text().endswith(f"{readme.END}\nafter\n")
+    assert page.read_text().startswith(f"before\n{readme.BEGIN}\n| claim")
+    assert page.read_text().endswith(f"{readme.END}\nafter\n")
     assert "| few | undecided | **contradicted** |" in page.read_text() and "old" not in page.read_text()
     assert "All 2 claims in the small study: 1 contradicted, 1 supported." in page.read_text()
 
@@ -62,3 +63,9 @@ def test_every_benchmark_and_data_set_says_what_it_is():
     tested = {home for home, _, _ in decontamination.FROM.values()}
     assert all(f"| {repo}, `" in others for repo in set(hub.sources()) - tested)
     assert "| 87,699 |" in others and "ODC-BY" in others
+    for line in others.splitlines()[2:]:  # source, what for, commit, licence, rows, K, verifier, needs
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        assert len(cells) == 8 and all(cells), line
+        learns = "RL: all five" in cells[1]
+        assert (cells[5], "math-verify" in cells[6], "nemo-gym 0.2.0" in cells[7]) == ("16" if learns else "–", learns, learns)
+    assert "the wheel bfcl-eval" in lines["bfcl_v3"][1] and lines["bfcl_v3"][2] == "2025.8.6.2"  # not a commit of the hub

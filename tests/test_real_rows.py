@@ -58,7 +58,8 @@ def test_as_many_prompts_as_asked_for_none_too_long_in_the_blends_order(stage, b
 
 def test_fewer_rows_than_asked_for_are_an_error_but_for_a_trial(stage, blend):
     words = toy_foreign.words()
-    with pytest.raises(StudyError, match="rl.rows.science: 16 prompts, but the blend has 15 of at most 40 tokens and 20 in all"):
+    said = "rl.rows.science: 16 prompts, but the blend has 15 of at most 40 tokens and 20 in all"
+    with pytest.raises(StudyError, match=said):
         data.training_prompts(stage(rows={"science": 16}, data={"prompt_tokens": 40}), ("science",), words)
     trial = stage(rows={"science": 16}, data={"prompt_tokens": 40, "first": 20})
     assert len(data.training_prompts(trial, ("science",), words)) == 15

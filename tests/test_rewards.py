@@ -85,5 +85,6 @@ def test_the_format_gate_is_not_a_breakdown():
 
 
 def test_verdicts_come_back_in_the_order_of_the_rows():
-    found = rewards([row(0, "math"), row(1, "coding"), row(2, "math")], [["</think>raise"], ["</think>fine"], ["</think>fine"]])
+    rows = [row(0, "math"), row(1, "coding"), row(2, "math")]
+    found = rewards(rows, [["</think>raise"], ["</think>fine"], ["</think>fine"]])
     assert [v.score for v in found] == [0, 1, 1]

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from m2rl_core import judge
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.profile import load_profile
 from m2rl_core.study import (
@@ -87,6 +88,12 @@ def test_work_by_hand():
     stages = study(replace(PROFILE, eval=spec))
     assert work(stages["eval-sft"])["rollouts"] == 54
     assert work(stages["eval-pair-math-coding"])["rollouts"] == 24  # four benchmarks: Table 6 asks for no others
+    # 5 steps with a look after the second, the fourth and the last: 3 x 9 x 2 + 5 x 4 x 2
+    assert work(study(replace(PROFILE, rl=replace(rl, steps=5, eval_every=2)))["rl-math"])["rollouts"] == 94
+    asked = replace(PROFILE.analysis, judge_items=3, judge_k=2)  # two ways of judging four benchmarks, not all nine
+    judged = study(replace(PROFILE, analysis=asked))["judge-sft"]
+    assert work(judged) == {"steps": 0, "rollouts": 2 * 4 * 3 * 2, "tokens": 2 * 4 * 3 * 2 * judge.JUDGE_TOKENS}
+    assert work(replace(judged, settings=judged.settings | {"tokens": 100}))["tokens"] == 2 * 4 * 3 * 2 * 100
 
 
 def test_a_merge_reads_exactly_what_its_method_takes():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from m2rl_core import claims
-from m2rl_core.claims.evidence import EXPERT, JUDGED, MERGES, OWN, Evidence
+from m2rl_core.claims.evidence import EXPERT, JUDGED, MERGES, OWN, Evidence, Missing
 from m2rl_core.domains import BENCHMARKS, DOMAINS
 from m2rl_core.study import MODELS
 from m2rl_core.views import decision, judging, mechanisms, neighbours, preliminary, scores, skills, verdicts
@@ -336,6 +336,20 @@ def test_balanced_accuracy_has_an_interval_over_items_of_each_kind():
     assert "No judge gives one and the same verdict" in judging.quality_sentence(found).data
     single, shown = judged_by(lambda t, mode: t, [1] * 5 + [0])
     assert single["balanced"].eq(100).all() and single["low"].isna().all() and set(shown.iloc[:, 3]) == {"undefined"}
+
+
+def test_a_study_without_answers_says_so():
+    """Fault: a traceback where nothing was judged, tested away from home, or measured in the layer that is asked for."""
+    with pytest.raises(Missing, match="no answer was judged"):
+        judging.quality(pd.DataFrame(), Evidence())
+    home = pd.DataFrame([{"model": "rl-math", "domain": "math", "difference": 1.0, "low": 0.0, "high": 2.0}])
+    assert scores.interference_sentence(home).data == "No expert was tested away from home."
+    none = pd.DataFrame({name: pd.Series(dtype=bool if name == "bf16" else float) for name in (
+        "layer", "bf16", "matrix", "a", "b", "cosine", "cosine_projected", "cosine_sd", "jaccard")})
+    with pytest.raises(Missing, match="no layer 17 was measured: `analysis.layer`"):
+        mechanisms.figure3(none, 17)
+    with pytest.raises(Missing, match="no layer 17 was measured"):
+        mechanisms.index_sentence(none, 17)
 
 
 def test_what_avg_at_eight_would_cost():

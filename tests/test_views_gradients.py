@@ -28,7 +28,8 @@ def noises(sampled, full, group="all weights"):
 def test_names_are_those_of_the_measurements():
     """Catches a group or an estimator that is called another thing where it is measured: it would be lost here."""
     names = ["model.embed_tokens.weight", "model.norm.weight", *(
-        f"model.layers.{i}.{part}.weight" for i in range(3) for part in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm"))]
+        f"model.layers.{i}.{part}.weight" for i in range(3)
+        for part in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm"))]
     assert {interference.WHOLE, *(interference.group_of(name, 3) for name in names)} == set(gradients.ORDER)
     assert gradients.GAP == gradient_noise.GAP
 
@@ -80,7 +81,8 @@ def test_variances_by_hand():
 
 def test_profiles_that_do_not_look_say_so():
     """Fault: a notebook that fails, or shows an empty picture, where the option is at its default."""
-    run = SimpleNamespace(profile=SimpleNamespace(rl=SimpleNamespace(interference_every=0), opd=SimpleNamespace(variance_every=0)))
+    never = {"rl": SimpleNamespace(interference_every=0), "opd": SimpleNamespace(variance_every=0)}
+    run = SimpleNamespace(profile=SimpleNamespace(**never))
     seen, found = gradients.noise(run), gradients.cosines(gradients.interference(run))
     assert "`interference_every` is zero" in gradients.interference_sentence(found, 0).data
     assert "`variance_every` is zero" in gradients.noise_sentence(seen, pd.DataFrame(), 0).data

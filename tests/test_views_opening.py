@@ -28,7 +28,8 @@ def gain(steps=40, model="rl-math"):
     return pd.DataFrame({
         "step": step, "reward": reward, f"reward_{model.removeprefix('rl-')}": reward, "kept": 1.0,
         "skipped_groups": np.where(step % 10 == 0, 1.0, 0.25), "entropy": np.where(step % 10 == 0, 0.0, 0.5),
-        "mismatch": 2e-6, "mismatch_mean": 3e-7, "grad_norm": 1.0, "length": 20.0, "truncated": 0.0, "response_tokens": 1000, "rollouts": 192})
+        "mismatch": 2e-6, "mismatch_mean": 3e-7, "grad_norm": 1.0, "length": 20.0, "truncated": 0.0, "response_tokens": 1000,
+        "rollouts": 192})
 
 
 def plan(seconds=60.0):
@@ -146,7 +147,8 @@ def test_the_worst_step_of_all_runs_is_told():
     runs = {"rl-math": gain(), "rl-if": gain().assign(mismatch=0.25, kept=[0.5] + [0.75] * 39), "mt-opd": gain().drop(
         columns="mismatch")}
     frame = details.agreement(runs)
-    assert set(frame["model"]) == {"rl-math", "rl-if"} and frame.groupby(["model", "panel"])["value"].count().tolist() == [36] * 6
+    assert set(frame["model"]) == {"rl-math", "rl-if"}
+    assert frame.groupby(["model", "panel"])["value"].count().tolist() == [36] * 6
     kept = frame[frame["panel"] == "tokens kept (%)"]
     assert set(kept[kept["model"] == "rl-if"]["value"].dropna()) == {50.0, 75.0}
     largest = frame[frame["panel"].str.startswith("largest")].groupby("model")["value"].max()

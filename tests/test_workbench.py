@@ -323,7 +323,8 @@ def test_a_dead_server_ends_the_run_in_one_line(monkeypatch):
     monkeypatch.setenv("M2RL_WORKPLACE", "http://127.0.0.1:9")
     for ask in (lambda: environments.open_environment(REPLY).step(text(*gold(REPLY))),
                 lambda: rewards([REPLY], [["</think>Done."]])):
-        with pytest.raises(StudyError, match=r"^the workplace server at http://127.0.0.1:9/\w+ cannot be reached \(5 ") as dead:
+        said = r"^the workplace server at http://127.0.0.1:9/\w+ cannot be reached \(5 "
+        with pytest.raises(StudyError, match=said) as dead:
             ask()
         assert "\n" not in str(dead.value)
 
@@ -382,7 +383,8 @@ def test_a_rollout_of_a_real_row_reads_the_tools_and_is_rewarded(policy, monkeyp
     row = replace(REPLY, messages=({"role": "user", "content": "Delete it."},), tools=(tool,),
                   truth=REPLY.truth | {"calls": [delete]})
     think = "<think>\n\n</think>\n\n"
-    right = [{"role": "assistant", "content": think + text(delete)}, {"role": "tool", "content": "Email deleted successfully."},
+    right = [{"role": "assistant", "content": think + text(delete)},
+             {"role": "tool", "content": "Email deleted successfully."},
              {"role": "assistant", "content": think + "Done."}]
     wrong = [{"role": "assistant", "content": think + text(call("email_delete_email"))},
              {"role": "tool", "content": "email_delete_email() missing required argument 'email_id'"},

@@ -45,11 +45,12 @@ def models(root: Path) -> dict[str, Path]:
                            for name, seed in (("math", 2), ("units", 3))}}
 
 
-def profile(folder: Path, found: dict[str, Path], **changes) -> Path:
-    """A profile of one's own over smoke: math and the README's domain, every model brought."""
+def profile(folder: Path, found: dict[str, Path], over: str = "smoke", **changes) -> Path:
+    """A profile of one's own over smoke (or `over`): math and the README's domain, every model brought."""
+    trained = {"base": None} if over == "smoke" else {}
     content = {
-        "extends": str(repo_root() / "params" / "smoke.yaml"), "about": "Two experts of one's own.",
-        "model": None, "base": None, "train": [], "import": {name: str(path) for name, path in found.items()},
+        "extends": str(repo_root() / "params" / f"{over}.yaml"), "about": "Two experts of one's own.",
+        "model": None, **trained, "train": [], "import": {name: str(path) for name, path in found.items()},
         "domains": ["math", str(repo_root() / "params" / "domains" / "units.py")],
         "rl": {"rows": {"units": 24}}, "eval": {"items": {"units": 4}, "k": {"units": 2}}, **changes}
     path = folder / "mine.yaml"

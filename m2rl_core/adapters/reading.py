@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2rl_core.adapters.foreign import line_for
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PART = 1 << 24  # values that are compared at once
@@ -100,7 +100,7 @@ def config_of(folder: Path):
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
-        raise StudyError(f"{folder}/config.json: {' '.join(str(error).split())[:200]}") from error
+        raise StudyError(f"{folder}/config.json: {one_line(error)}") from error
 
 
 def plain(value):

@@ -22,7 +22,8 @@ AGAINST = {  # name: (our side, the peer's, its name, how many times as fast we 
     "a step of GRPO": ("step", "trl", "trl", 5),
 }
 OURS = ("sample", "step", "floor")
-THEIRS = {"GOMP_SPINCOUNT": "300000", "MKL_CBWR": "AUTO"}  # the libraries' own choices, and the fastest for others: ours are for us
+# The libraries' own choices, and the fastest for others: ours are for us.
+THEIRS = {"GOMP_SPINCOUNT": "300000", "MKL_CBWR": "AUTO"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -118,7 +118,7 @@ PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"),
 
 
 def shares(run: Callable[[int], int]) -> dict[str, float]:
-    """Where a repetition spends its time, by PyTorch's profiler: shares of 1 by kind of operation, outside of them the rest."""
+    """Where a repetition spends its time, by PyTorch's profiler: shares of 1 by kind of operation, and the rest."""
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         start = time.perf_counter()

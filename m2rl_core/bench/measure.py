@@ -30,7 +30,8 @@ def drop(files: Sequence[Path]) -> None:
 
 
 def run(command: Sequence[str], log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> dict:
-    """Runs a command, with these environment variables beside its own, to its end: seconds of wall time, peak of anonymous memory and of all resident memory in MB.
+    """Runs a command, with these environment variables beside its own, to its end: seconds of wall time, peak of anonymous
+    memory and of all resident memory in MB.
 
     Resident memory includes pages of mapped files, which cost nothing; anonymous memory does not. It is read
     every 20 ms. RuntimeError, with the end of `log`, where the command fails.

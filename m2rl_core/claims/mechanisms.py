@@ -17,9 +17,18 @@ from m2rl_core.metrics.groups import WHOLE
 from m2rl_core.metrics.stats import Estimate, difference
 
 
+def _weights(evidence, name, *columns):
+    """The rows of `name` on pairs of the paper's five experts; Missing where not all five are there."""
+    found = evidence.frame(name, "a", "b", *columns)
+    a, b = (found[side].str.removeprefix("rl-") for side in "ab")
+    if absent := [EXPERT[domain] for domain in DOMAINS if domain not in {*a, *b}]:
+        raise Missing(f"no weights of {', '.join(absent)}")
+    return found[a.isin(DOMAINS) & b.isin(DOMAINS)]
+
+
 def changed_share(evidence, low, high):
     """The mean share of changed weights, in percent, lies between `low` and `high`."""
-    found = evidence.frame("jaccard", "share_a", "share_b")
+    found = _weights(evidence, "jaccard", "share_a", "share_b")
     share = 100 * pd.concat([found["share_a"], found["share_b"]])
     verdict = "supported" if low <= share.mean() <= high else "contradicted"
     return extremes(share, verdict, "mean over matrices and experts")
@@ -27,7 +36,7 @@ def changed_share(evidence, low, high):
 
 def overlap_above_chance(evidence):
     """Every pair's Jaccard overlap above that of random masks; contradicted where the mean is not."""
-    found = evidence.frame("jaccard", "jaccard", "jaccard_random").dropna(subset="jaccard")
+    found = _weights(evidence, "jaccard", "jaccard", "jaccard_random").dropna(subset="jaccard")
     note = "overlap minus that of random masks"
     if "jaccard_null" in found and len(found):  # stricter than the paper: relative changes sit where |w| is small
         note += f"; given |w|: {(found['jaccard'] > found['jaccard_null']).mean():.0%} of cells above chance"
@@ -36,13 +45,13 @@ def overlap_above_chance(evidence):
 
 def directions_agree(evidence):
     """The projected cosine of every pair, averaged over matrices, is positive; contradicted where the mean is not."""
-    found = evidence.frame("cosine", "a", "b", "cosine_projected")
+    found = _weights(evidence, "cosine", "cosine_projected")
     return _sign(found.groupby(["a", "b"])["cosine_projected"].mean().dropna(), "mean cosine of each pair")
 
 
 def directions_modest(evidence, limit):
     """The projected cosine of every pair, averaged over matrices, below `limit`; contradicted where the mean is not."""
-    found = evidence.frame("cosine", "a", "b", "cosine_projected")
+    found = _weights(evidence, "cosine", "cosine_projected")
     return _sign(limit - found.groupby(["a", "b"])["cosine_projected"].mean().dropna(), f"{limit} minus the mean of each pair")
 
 
@@ -79,7 +88,7 @@ def _of_steps(found: Verdict) -> Verdict:
 
 def reasoning_closer(evidence):
     """Mean cosine among the reasoning experts above that between them and the other two; bootstrap over matrices."""
-    found = evidence.frame("cosine", "a", "b", "layer", "matrix", "cosine_projected")
+    found = _weights(evidence, "cosine", "layer", "matrix", "cosine_projected")
     a, b = (found[side].str.removeprefix("rl-").isin(REASONING) for side in "ab")
     by = ["layer", "matrix"]
     inner = found[a & b].groupby(by)["cosine_projected"].mean()

@@ -23,7 +23,8 @@ from m2rl_core.study import Stage, first, work
 
 DEFAULT = "h100"  # where a model does not run on this machine and no GPU is named
 LONG = 4096  # answers of so many tokens are those of a reasoning model, whose lengths are Table 2's
-FULL, TEXT = 4, 6  # bytes on disk: of a saved weight, of a token that an evaluation keeps as text
+FULL, TEXT, STORED = 4, 6, 1.5  # bytes on disk: of a saved weight; of a token as text that was sampled; of one in a real blend
+CHECKPOINT = 24  # bytes a weight while a policy trains: itself and both moments, the old and the new as one replaces the other
 PROCESS = 5e8  # bytes of a process with torch loaded
 SMALL = 5e7  # parameters of the largest model that is calibrated on a CPU
 
@@ -103,8 +104,7 @@ def source(run, given: Given = Given(), measure: bool = False) -> Source:
     row = min(table2.MEAN, cut / 2)
     cluster = modelled.Cluster(
         shape, named, gpus, fit.efficiency, lengths_of(run, fit), rl.max_new_tokens,
-        profile.base.batch_tokens if profile.base else 0, profile.sft.batch_size, row, max(1.0, prompt),
-        float(min(profile.analysis.judge_tokens, table2.MEAN) or modelled.JUDGE_ANSWER))
+        profile.base.batch_tokens if profile.base else 0, profile.sft.batch_size, row, max(1.0, prompt))
     label = f"modelled for {gpus} x {named.name}"
     if given.sampling or given.training:
         cluster, label = at_rates(cluster, given, profile), f"{label}, at the given rates"
@@ -132,11 +132,22 @@ def lengths_of(run, fit: table2.Fit | None = None) -> dict[str, float]:
     longest = run.profile.rl.max_new_tokens
     found = {} if fit is None else {
         d: min(0.9 * longest, fit.lengths.get(d, fit.mean)) if longest >= LONG else longest / 2 for d in run.members.experts}
+    return found | _told(run, "length")
+
+
+def learnt_of(run) -> dict[str, float]:
+    """The share of groups with an advantage by domain, where the domain's expert was trained here."""
+    return {domain: 1 - share for domain, share in _told(run, "skipped_groups").items()}
+
+
+def _told(run, what: str) -> dict[str, float]:
+    """The mean over all steps of one column of metrics.jsonl, by domain, of experts that were trained here."""
+    found = {}
     for domain, model in run.members.experts.items():
         path = run.store.folder(run.stages[model]) / "metrics.jsonl" if model in run.stages else Path()
         if path.is_file():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            found[domain] = sum(line["length"] for line in lines) / len(lines)
+            found[domain] = sum(line[what] for line in lines) / len(lines)
     return found
 
 
@@ -144,7 +155,8 @@ def frame(run, given: Given = Given(), measure: bool = False) -> pd.DataFrame:
     """One row a stage: work, tokens at most and as expected, seconds with range and bound, bytes, and where times are from."""
     here = source(run, given, measure)
     known = here.cluster.lengths if here.cluster else lengths_of(run)
-    costs = {name: _cost(run, here, stage, known) for name, stage in run.stages.items()}
+    learnt = learnt_of(run)
+    costs = {name: _cost(run, here, stage, known, learnt) for name, stage in run.stages.items()}
     taken = {name: run.expected_seconds(name) for name in run.stages} if not here.cluster else {}
     factors = corrections(run, costs, taken)
     shape = shape_of(run.profile) if here.found or here.cluster else None
@@ -161,18 +173,18 @@ def frame(run, given: Given = Given(), measure: bool = False) -> pd.DataFrame:
             "stage": name, "kind": stage.kind, "done": done, **work(stage), "expected tokens": tokens_of(parts, known, here),
             "seconds": cost.seconds, "low": cost.low, "high": cost.high, "most": cost.most,
             "gpus": here.cluster.gpus if here.cluster else 0,
-            "disk": disk(stage, parts, shape, known, here), "memory": memory_of(run, stage, shape, here), "from": label})
+            "disk": disk(run, stage, parts, shape, known, here), "memory": memory_of(run, stage, shape, here), "from": label})
     found = pd.DataFrame(rows)
     return found.astype(dict.fromkeys(("seconds", "low", "high", "most", "disk", "memory"), float))
 
 
-def _cost(run, here: Source, stage: Stage, known: Mapping[str, float]) -> plan.Cost | None:
+def _cost(run, here: Source, stage: Stage, known: Mapping[str, float], learnt: Mapping[str, float]) -> plan.Cost | None:
     own = run.profile.benchmarks
     if here.found:
-        return plan.calibrated(here.found, stage, run.profile.rl.max_new_tokens, own, known)
+        return plan.calibrated(here.found, stage, run.profile.rl.max_new_tokens, own, known, learnt)
     if here.cluster:
         few, many = (plan.parts(stage, own, share) for share in plan.LEARNS)
-        return modelled.modelled(here.cluster, plan.parts(stage, own), few, many, table2.error())
+        return modelled.modelled(here.cluster, plan.parts(stage, own, learnt), few, many, table2.error())
     return None
 
 
@@ -190,18 +202,24 @@ def tokens_of(parts: plan.Parts, told: Mapping[str, float], here: Source) -> flo
     known = {d: f["length"] for d, f in here.found["domains"].items()} | dict(told) if here.found else dict(told)
     if not known:
         return math.nan
-    judge = here.cluster.judge if here.cluster else modelled.JUDGE_ANSWER
-    return sum(call.times * n * (judge if call.judge else known.get(domain, max(known.values())))
+    return sum(call.times * n * (call.judge_length(known) if call.judge else known.get(domain, max(known.values())))
                for call in parts.calls for domain, n in call.rollouts.items())
 
 
-def disk(stage: Stage, parts: plan.Parts, shape: shapes.Shape | None, told: Mapping[str, float], here: Source) -> float:
-    """Bytes that a finished stage keeps: a model in float32, or its answers as text; a sweep keeps no models."""
+def disk(run, stage: Stage, parts: plan.Parts, shape: shapes.Shape | None, told: Mapping[str, float], here: Source) -> float:
+    """Bytes that a finished stage keeps: a model in float32 (one that is brought as it is, or as the hub's, in bfloat16), its
+    answers as text, the rows of a real blend; a sweep keeps no models."""
     if shape is None:
         return math.nan
     if stage.kind == "import" and "layers" in stage.settings:
         return 2 * len(stage.settings["layers"]) * shape.layer  # bfloat16, as models are published
-    kept = FULL * shape.parameters if stage.kind in ("base", "sft", "rl", "opd", "merge", "import") else 0
+    if stage.kind == "import":
+        place = imports.find(imports.source_of(run.profile, stage.name))
+        files = imports.files(place.folder) if place else ()
+        return float(sum(path.stat().st_size for path in files)) if place else float(memory.HALF * shape.parameters)
+    kept = FULL * shape.parameters if stage.kind in ("base", "sft", "rl", "opd", "merge") else 0
+    if stage.kind == "sft" and run.profile.rows == "real":
+        kept += STORED * table2.MEAN * stage.settings["rows"]
     return kept + (TEXT * tokens_of(parts, told, here) if stage.kind in ("eval", "judge", "sweep") else 0)
 
 
@@ -256,9 +274,10 @@ def skippable(run, found: pd.DataFrame) -> pd.DataFrame:
 
 
 def choices(run) -> dict[str, list[str]]:
-    """What one may do without: every trained policy but SFT, and every group of analyses."""
+    """What one may do without: every model but SFT, trained or brought, and every group of merges and analyses."""
     names = list(run.stages)
-    found = {model: [model] for model in run.members.trained}
+    found = {model: [model] for model in run.members.models if model != "sft" and not model.startswith("merge-")
+             and (model != "base" or "base" not in run.stages["sft"].needs)}
     found |= {
         "further seeds": [n for n in names if first(n) != n], "pairs": [n for n in names if n.startswith("pair-")],
         "subsets": [n for n in names if n == "subsets"], "sweep": [n for n in names if n == "sweep"],

@@ -74,6 +74,13 @@ def rollouts_at_once(shape: Shape, machine: Machine, ways: int, tokens: float, s
     return max(0, int(room / (tokens * shape.key_values())))
 
 
-def fits(shape: Shape, machine: Machine, gpus: int, tokens: float, checkpointed: bool = True) -> bool:
-    """Whether training fits each GPU, the sampler's weights put aside (colocated and asleep)."""
-    return training(shape, gpus, tokens, checkpointed).total <= (1 - SPARE) * machine.memory
+def scoring(shape: Shape, gpus: int, tokens: float) -> float:
+    """Bytes on each GPU while a model gives log-probs: its share of the weights, two layers gathered, activations of one."""
+    gathered = 2 * HALF * max(shape.layer, shape.embedding) if gpus > 1 else 0
+    return HALF * shape.parameters / gpus + gathered + stored(shape, tokens) + 4 * min(LOGITS, tokens * shape.vocab)
+
+
+def fits(shape: Shape, machine: Machine, gpus: int, tokens: float, checkpointed: bool = True, learns: bool = True) -> bool:
+    """Whether training (or, where nothing learns, scoring) fits each GPU, the sampler's weights put aside (asleep)."""
+    needed = training(shape, gpus, tokens, checkpointed).total if learns else scoring(shape, gpus, tokens)
+    return needed <= (1 - SPARE) * machine.memory

@@ -147,26 +147,30 @@ def updating(shape: Shape, machine: Machine, gpus: int, shard: int, work: Work, 
     gathers = 2 * work.learns + work.passes  # forward and backward; scoring once
     moved = (gathers * memory.HALF + memory.GRADIENT * work.learns) * shape.parameters * rounds if shard > 1 else 0.0
     by_wire = moved / (machine.wire(shard) * efficiency.wire)
-    if gpus > shard:  # once a step, the copies agree on the gradient
+    if gpus > shard and work.learns:  # once a step, the copies agree on the gradient
         by_wire += 2 * memory.GRADIENT * shape.parameters / shard / (machine.wire(gpus) * efficiency.wire)
     return max(by_operations, by_wire), "operations" if by_operations >= by_wire else "traffic"
 
 
-def sharding(shape: Shape, machine: Machine, gpus: int, tokens: float) -> int | None:
-    """The least number of GPUs over which training fits; None where it does not fit `gpus`."""
-    return next((n for n in GROUPS if n <= gpus and memory.fits(shape, machine, n, tokens)), None)
+def sharding(shape: Shape, machine: Machine, gpus: int, tokens: float, learns: bool = True) -> int | None:
+    """The least number of GPUs over which training (where nothing learns: scoring) fits; None where it does not fit `gpus`."""
+    return next((n for n in GROUPS if n <= gpus and memory.fits(shape, machine, n, tokens, learns=learns)), None)
 
 
 def step(shape: Shape, machine: Machine, gpus: int, work: Work, efficiency: Efficiency) -> Step:
-    """One step of GRPO on `gpus` of these machines; where it does not fit, seconds are NaN and `why` says why."""
+    """One step of GRPO on `gpus` of these machines; where it does not fit, seconds are NaN and `why` says why.
+
+    Without a share that learns, answers are sampled and scored only, and no optimizer is held.
+    """
     tokens = max(MICRO_TOKENS, work.longest + work.prompt)
-    shard, ways = sharding(shape, machine, gpus, tokens), memory.sharded_engine(shape, machine, gpus)
+    shard = sharding(shape, machine, gpus, tokens, bool(work.learns))
+    ways = memory.sharded_engine(shape, machine, gpus)
     nan = float("nan")
     if shard is None:
-        needed = memory.training(shape, gpus, tokens).total
-        return Step(nan, nan, nan, "–", 0, 0, 
-            f"training needs {needed / 1e9:,.0f} GB a GPU, {(1 - memory.SPARE) * machine.memory / 1e9:,.0f} of "
-            f"{machine.memory / 1e9:,.0f} GB can be had")
+        needed = memory.training(shape, gpus, tokens).total if work.learns else memory.scoring(shape, gpus, tokens)
+        what, there = "training" if work.learns else "scoring", (1 - memory.SPARE) * machine.memory
+        return Step(nan, nan, nan, "–", 0, 0, f"{what} needs {needed / 1e9:,.0f} GB a GPU, {there / 1e9:,.0f} of "
+                                              f"{machine.memory / 1e9:,.0f} GB can be had")
     if ways is None or not memory.rollouts_at_once(shape, machine, ways, work.prompt + work.longest):
         return Step(nan, nan, nan, "–", shard, 0, "no room for the keys and values of one longest answer")
     sample, by = sampling(shape, machine, gpus, ways, work, efficiency)

@@ -5,7 +5,7 @@ import math
 
 import pandas as pd
 
-from m2rl_core.cost import bill, table2
+from m2rl_core.cost import bill, plan, table2
 from m2rl_core.progress import duration
 
 ERROR_SAID = "the cost model's largest error on the rows of Table 2 that did not fit it is a factor of"
@@ -39,11 +39,16 @@ def totals(run, found: pd.DataFrame) -> list[str]:
         told.append(f"      {len(left) - len(timed)} of them have no time yet")
     if gpus:
         hours, low, high = (sums[name] * gpus / 3600 for name in ("seconds", "low", "high"))
-        told.append(f"      {hours:,.0f} GPU hours on {gpus} GPUs (likely {low:,.0f} to {high:,.0f})")
+        told.append(f"      {hours:,.0f} GPU hours on {gpus} GPU{'s' if gpus > 1 else ''} (likely {low:,.0f} to {high:,.0f})")
     told.append(f"      {count(left['expected tokens'].sum())} sampled tokens as expected, "
                 f"{count(float(left['tokens'].sum()))} at most; {size(left['disk'].sum())} of disk when all is made; "
                 f"{size(left['memory'].max())} of memory at the peak"
                 + (" on each GPU" if gpus else f" of one stage, {jobs} at a time"))
+    if gpus:
+        told.append("      merging and the weight analysis read tensor by tensor: they need no GPU")
+    weights = left.loc[left["kind"].isin(("base", "sft", "rl", "opd")), "disk"].notna().any()
+    if weights and (shape := bill.shape_of(run.profile)):
+        told.append(f"      {size(bill.CHECKPOINT * shape.parameters)} more of disk while a policy trains, to go on from")
     return told
 
 
@@ -79,8 +84,11 @@ def left_out(run, found: pd.DataFrame) -> list[str]:
     if table.empty:
         return ["nothing is left that could be left out"]
     told = [f"{'without':18} {'saves':>9} {'share':>6} {'stages':>7}  notebooks that lose by it"]
-    return told + [f"{r['without']:18} {clock(r['saves']):>9} {100 * r['share']:>5.0f}% {r['stages']:>7}  "
-                   f"{r['lost or poorer']}" for r in table.to_dict("records")]
+    told += [f"{r['without']:18} {clock(r['saves']):>9} {100 * r['share']:>5.0f}% {r['stages']:>7}  "
+             f"{r['lost or poorer']}" for r in table.to_dict("records")]
+    return [*told, "  each alone, with all that needs it (without one expert the others are merged instead); models are left",
+            "  out by `train:` and `import:` of a profile, pairs and subsets by `analysis: {pairs: false}`, the rest where",
+            "  `NB=` names other notebooks"]
 
 
 def sure(run, found: pd.DataFrame) -> list[str]:
@@ -93,8 +101,11 @@ def sure(run, found: pd.DataFrame) -> list[str]:
         told.append(f"  {ERROR_SAID} {table2.error():.2f}")
         told.append(f"  fitted: {100 * reached.train:.0f} % of a GPU's operations in training, "
                     f"{100 * reached.decode:.0f} % of its bandwidth in sampling")
-        told.append("  the likely range has answers from half to one and a half times as long as assumed; `at most`: all at "
-                    "full length")
+        few, many = (100 * share for share in plan.LEARNS)
+        told.append("  the likely range has answers from half to one and a half times as long as assumed"
+                    + (f",\n  and {few:.0f} to {many:.0f} % of the groups with something to learn"
+                       if found["kind"].isin(["rl"]).any() else "") + "; `at most`: all at full length")
+        told.append("  no run on GPUs stands behind it: say what yours reach, SAMPLING= and TRAINING= tokens a second of one")
     else:
         told.append("  the likely range is that of the calibration's repetitions, of how many groups have an advantage, and a "
                     "factor for what it leaves out; `at most`: every answer at full length")

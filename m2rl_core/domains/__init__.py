@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 DOMAINS = ("math", "coding", "science", "if", "agent")
 OWN: dict[str, str] = {}  # a domain of one's own, which is a benchmark too -> its file; see `own`
@@ -237,7 +237,7 @@ def verified(verify, rows: list[Row], answers: list[list[str]]) -> list[Verdict]
         raise
     except Exception as error:  # whatever a verifier of one's own raises, it must not cost the step
         if len(rows) == 1:
-            return [Verdict(0.0, _line(f"verifier failed: {type(error).__name__}: {error}"), failed=True)]
+            return [Verdict(0.0, one_line(f"verifier failed: {type(error).__name__}: {error}"), failed=True)]
         return [verified(verify, [row], [answer])[0] for row, answer in zip(rows, answers, strict=True)]
     if len(found) != len(rows):
         raise StudyError(f"{verify.__module__}.{verify.__name__} gave {len(found)} verdicts for {len(rows)} answers: "
@@ -247,12 +247,8 @@ def verified(verify, rows: list[Row], answers: list[list[str]]) -> list[Verdict]
 
 def _sound(verdict) -> Verdict:
     if not isinstance(verdict, Verdict):
-        return Verdict(0.0, _line(f"verifier gave {verdict!r}, which is no Verdict"), failed=True)
+        return Verdict(0.0, one_line(f"verifier gave {verdict!r}, which is no Verdict"), failed=True)
     score = verdict.score
     if not isinstance(score, numbers.Real) or isinstance(score, bool) or not 0 <= score <= 1:
-        return Verdict(0.0, _line(f"verifier gave {score!r}"), failed=True)
+        return Verdict(0.0, one_line(f"verifier gave {score!r}"), failed=True)
     return verdict if type(score) is float else replace(verdict, score=float(score))
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:200]

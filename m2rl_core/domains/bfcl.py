@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 from m2rl_core.domains import Row, UserSays, Verdict, bfcl_wheel
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 KIND = "bfcl"  # truth["kind"] of its rows
 SINGLE = {  # category: official number of items
@@ -200,4 +200,4 @@ def _verdict(found: dict | str) -> Verdict:
     if isinstance(found, str):
         return Verdict(0.0, f"checker ended: {found}"[:200], failed=True)
     return Verdict(1.0, "right") if found["valid"] else Verdict(
-        0.0, " ".join(f"{found['error_type']}: {found['error']}".split())[:200])
+        0.0, one_line(f"{found['error_type']}: {found['error']}"))

@@ -14,6 +14,7 @@ from random import Random
 from m2rl_core import sandbox
 from m2rl_core.domains import Row, Verdict, livecodebench, programs
 from m2rl_core.domains.programs import CHANGES, KEEPS, PRINTS, READ, Parts
+from m2rl_core.errors import one_line
 
 # Difficulty, in one place. SFT sees a part of the kinds of compositions and half of its rows answer without working.
 SFT_TERSE = 0.5  # share of SFT rows with an empty <think>
@@ -134,5 +135,5 @@ def _verdict(outcome: sandbox.Outcome, expected: Sequence[str]) -> Verdict:
         if got is None:
             return Verdict(0.0, outcome.error)
         if not livecodebench.same(got, want):
-            return Verdict(0.0, f"wrong answer on input {number}: {' '.join(got.split())[:40]}")
+            return Verdict(0.0, f"wrong answer on input {number}: {one_line(got, 40)}")
     return Verdict(1.0, "right")

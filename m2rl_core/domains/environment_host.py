@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 from m2rl_core.domains import Row
 from m2rl_core.domains.worker import START_LIMIT, Worker, loaded
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 HOSTS = max(1, min(16, (os.cpu_count() or 1) - 1))  # one core is for what samples
 
@@ -95,10 +95,10 @@ def replies(environment, answer: str) -> list[str] | None:
     with _failing():
         found = environment.step(answer)
         if isinstance(found, str):
-            raise Failed(_line(f"environment replied {found!r}, which is one text and no list of texts"))
+            raise Failed(one_line(f"environment replied {found!r}, which is one text and no list of texts"))
         found = None if found is None else list(found)
     if found is not None and not all(isinstance(text, str) for text in found):
-        raise Failed(_line(f"environment replied {found!r}, which is no list of texts"))
+        raise Failed(one_line(f"environment replied {found!r}, which is no list of texts"))
     return found
 
 
@@ -109,11 +109,7 @@ def _failing() -> Iterator[None]:
     except (Failed, StudyError, ImportError):
         raise
     except Exception as error:  # whatever an environment of one's own raises, it must not cost the step
-        raise Failed(_line(f"environment failed: {type(error).__name__}: {error}")) from None
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:200]
+        raise Failed(one_line(f"environment failed: {type(error).__name__}: {error}")) from None
 
 
 # --- inside

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from m2rl_core import post
 from m2rl_core.domains import Row, Verdict, exact, letters, math
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 WHO = "the judge of HLE"
 SECONDS, AT_ONCE, TRIES = 300.0, 8, 2  # for one request; requests on their way; requests until a reply can be read
@@ -119,7 +119,7 @@ def _verdict(asked: Judge, prompt: str) -> Verdict:
             sure = f"confidence {opinion.confidence:g}"
             return Verdict(1.0, f"judge: right, {sure}") if opinion.correct else Verdict(
                 0.0, f"judge: wrong answer: {opinion.extracted[:40]}, {sure}")
-    return Verdict(0.0, f"judge: a reply that cannot be read: {' '.join(reply.split())[:120]!r}", failed=True)
+    return Verdict(0.0, f"judge: a reply that cannot be read: {one_line(reply, 120)!r}", failed=True)
 
 
 def ask(asked: Judge, prompt: str) -> str:
@@ -132,7 +132,7 @@ def ask(asked: Judge, prompt: str) -> str:
         return reply["choices"][0]["message"]["content"] or ""
     except (LookupError, TypeError):
         raise StudyError(f"{WHO} at {post.shown(asked.url)} answers without choices[0].message.content: "
-                         f"{' '.join(str(reply).split())[:120]}") from None
+                         f"{one_line(reply, 120)}") from None
 
 
 def read(reply: str) -> Opinion | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from m2rl_core import sandbox
 from m2rl_core.domains import Row, Verdict
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 SECONDS = 6  # a test
 LIMITS = sandbox.Limits(memory_bytes=4 * 2**30, output_bytes=8 * 2**20)
@@ -181,7 +181,7 @@ def failure(outcome: sandbox.Outcome, asked: Tests, number: int) -> str:
     if got is None:
         return f"test {number + 1}: {outcome.error.removeprefix('input 1: ')}"
     right = same(got, want) if asked.function is None else returned(got) == json.loads(want)
-    return "" if right else f"wrong answer on test {number + 1}: {' '.join(got.split())[:40]}"
+    return "" if right else f"wrong answer on test {number + 1}: {one_line(got, 40)}"
 
 
 def returned(text: str) -> Any:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2rl_core.domains import Row, Verdict
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 
 class DomainError(StudyError):
@@ -88,7 +88,7 @@ def _load(file: str, _digest: str):
         spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody's file raises
         line = getattr(error, "lineno", None) or _line(error, file)
-        raise DomainError(f"{file}, line {line}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+        raise DomainError(f"{file}, line {line}: {type(error).__name__}: {one_line(error, 160)}") from error
     for function in ("rows", "verify"):
         if not callable(getattr(module, function, None)):
             raise DomainError(f"{file}: it has no function `{function}`; a domain's file has rows(split, n, seed) and "
@@ -133,7 +133,7 @@ def _rows(name: str, file: str, split: str, n: int, seed: int, _digest: str) -> 
         raise
     except Exception as error:  # whatever somebody's file raises
         raise DomainError(f"{file}, line {_line(error, file)}: rows({split!r}, {n}, {seed}): {type(error).__name__}: "
-                          f"{' '.join(str(error).split())[:160]}") from error
+                          f"{one_line(error, 160)}") from error
     if len(given) != n:
         raise DomainError(f"{file}: rows({split!r}, {n}, {seed}) gave {len(given)} rows; the profile asks for {n}: give as "
                           "many, or lower its number")

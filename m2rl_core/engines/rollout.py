@@ -2,7 +2,7 @@
 
 A prompt is prefilled once for its whole group, which shares its keys and values; finished rows are retired and the
 batch is compacted. In multi-turn rollouts the keys and values of earlier turns stay, and tool results are appended as
-tokens: what was sampled is never tokenised again. Draw t of rollout r uses its own uniform number, so batching changes nothing.
+tokens: what was sampled is never tokenised again. Draw t of rollout r uses its own uniform number: batching changes nothing.
 """
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from m2rl_core.merging.statistics import STEPS, Needs, selection_of, survivors
 class Merger:
     """Merges a model by any number of recipes; `diagnoses` is filled at the end.
 
-    base, experts[name]: a `Checkpoint`, entered, or a `states.State`. ValueError, naming model, tensor and count, for names or shapes that differ,
-    NaN or Inf and, unless `allow_identical`, an expert with the base's very weights.
+    base, experts[name]: a `Checkpoint`, entered, or a `states.State`. ValueError, naming model, tensor and count, for names
+    or shapes that differ, NaN or Inf and, unless `allow_identical`, an expert with the base's very weights.
     `report(what, done, total)` is called as tensors are done. With `digest`, `digests` has one for each model, made
     on the way. `threads` 0: one a core, as far as memory goes.
     """

@@ -39,7 +39,8 @@ def trajectory_kl(expert: Policy, others: dict[str, Policy], rollouts: list[Roll
             exact = gap.new_zeros(len(part)).index_add(0, owner, exact) / counts
             for j, i in enumerate(batch):
                 found.append({"policy": name, "rollout": i, "kl_seq": float(sequence[j]),
-                              "kl_token": float(sequence[j] / counts[j]), "kl_exact": float(exact[j]), "tokens": int(counts[j])})
+                              "kl_token": float(sequence[j] / counts[j]), "kl_exact": float(exact[j]),
+                              "tokens": int(counts[j])})
     return found
 
 

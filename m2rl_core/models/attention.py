@@ -135,7 +135,8 @@ class Cache:
         kept = [(k.contiguous(), v.contiguous()) for k, v in prompts.kept]
         _, kv_heads, _, d = kept[0][0].shape
         own = [tuple(x.new_empty(len(group), kv_heads, BLOCK, d) for x in pair) for pair in kept]
-        return Cache(prompts.padding.lengths.to(group.device), prompts.padding.inside, kept, own, group, torch.zeros_like(group))
+        return Cache(prompts.padding.lengths.to(group.device), prompts.padding.inside, kept, own, group,
+                     torch.zeros_like(group))
 
     @cached_property
     def places(self) -> Places:
@@ -223,7 +224,8 @@ class Replies:
             parts, start.split([len(part.group) for part in parts]), strict=True)]  # where each column was
         own = [tuple(torch.cat([_columns(part.own[layer][i], at) for part, at in zip(parts, sources, strict=True)])
                      for i in range(2)) for layer in range(len(parts[0].prompts))]
-        cache = self.cache = replace(parts[0], own=own, group=torch.cat([part.group for part in parts]), start=start, columns=end)
+        group = torch.cat([part.group for part in parts])
+        cache = self.cache = replace(parts[0], own=own, group=group, start=start, columns=end)
         self.row = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)  # of each token
         ends = sizes.cumsum(0)
         back = ends[self.row] - torch.arange(len(self.row), device=sizes.device)  # 1 for the last token of a row

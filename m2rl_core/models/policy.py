@@ -149,7 +149,8 @@ def sizes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
             at + "self_attn.q_proj.weight": (q, d), at + "self_attn.k_proj.weight": (kv, d),
             at + "self_attn.v_proj.weight": (kv, d), at + "self_attn.o_proj.weight": (d, q),
             at + "self_attn.q_norm.weight": (config.head_dim,), at + "self_attn.k_norm.weight": (config.head_dim,),
-            at + "mlp.gate_proj.weight": (config.intermediate_size, d), at + "mlp.up_proj.weight": (config.intermediate_size, d),
+            at + "mlp.gate_proj.weight": (config.intermediate_size, d),
+            at + "mlp.up_proj.weight": (config.intermediate_size, d),
             at + "mlp.down_proj.weight": (d, config.intermediate_size),
         }
     return found

@@ -145,7 +145,8 @@ def readings(frame, title, good="right is better; filled: as in Table 4, hollow:
     dots = [base.mark_point(size=45, filled=filled, strokeWidth=1.5).encode(
         x="value:Q", y=y, color=drawing.color(models, None), shape=drawing.shape(models, None),
     ).transform_filter(test) for filled, test in ((True, "datum.own"), (False, "!datum.own"))]
-    return drawing.finish(alt.layer(rules.add_params(chosen), *dots).properties(width=330, height=14 * len(order)), title, good)
+    layers = alt.layer(rules.add_params(chosen), *dots)
+    return drawing.finish(layers.properties(width=330, height=14 * len(order)), title, good)
 
 
 def against(frame, title, good="left is better; filled: ours, hollow: the other tool, grey tick: the floor; log scale"):
@@ -303,7 +304,7 @@ def paired_dots(frame, title, good="right is better", columns=2):
     return drawing.finish(chart, title, good)
 
 
-def grouped_bars(frame, title, y_title="average over four benchmarks (%)", good="higher is better"):
+def grouped_bars(frame, title, y_title="average over the benchmarks (%)", good="higher is better"):
     """Fig. 8: generation, outcome and process of each model side by side.
 
     Columns: model, mode ("generation", "outcome" or "process"), value; optional low, high.

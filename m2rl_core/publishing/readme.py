@@ -21,7 +21,8 @@ def table(claims: list[dict], ids=HEADLINES) -> str:
     """A Markdown table of the chosen claims and one line that counts the verdicts on all of them."""
     known = {claim["id"]: claim for claim in claims}
     lines = ["| claim of the paper | on its printed numbers | in the small study |", "|---|---|---|"]
-    lines += [f"| {known[i]['text']} | {known[i]['paper_verdict']} | **{known[i]['run_verdict']}** |" for i in ids if i in known]
+    lines += [f"| {known[i]['text']} | {known[i]['paper_verdict']} | **{known[i]['run_verdict']}** |"
+              for i in ids if i in known]
     counts: dict[str, int] = {}
     for claim in claims:
         counts[claim["run_verdict"]] = counts.get(claim["run_verdict"], 0) + 1
@@ -51,7 +52,9 @@ DATA_BEGIN, DATA_END = "<!-- data: from m2rl_core/real -->", "<!-- end of data -
 
 
 def data_table() -> str:
-    """Two Markdown tables, of the nine benchmarks and of what is trained on: where from, how much, by whom verified."""
+    """Two Markdown tables, of the nine benchmarks and of what is trained on: where from, how much, by whom verified, what
+    it needs."""
+    from m2rl_core.domains import bfcl_wheel
     from m2rl_core.real import benchmarks, hub
     from m2rl_core.real.decontamination import FROM
     listed = hub.sources()
@@ -59,13 +62,17 @@ def data_table() -> str:
     for name, about in benchmarks.NINE.items():
         repo, split, _ = FROM[name]
         source = listed[repo]
-        lines.append(_line(name, f"{repo}, `{source.splits[split]}`", _commit(source), source.licence,
+        where, commit = f"{repo}, `{source.splits[split]}`", _commit(source)
+        if about.make is None:  # its items come with a wheel
+            where, commit = f"the wheel {bfcl_wheel.NAME}; by hand: {where}", bfcl_wheel.VERSION
+        lines.append(_line(name, where, commit, source.licence,
                            " or ".join(f"{n:,}" for n in about.full("")), about.k, about.verifier,
                            "; ".join(filter(None, (source.login, about.needs))) or "–"))
-    lines += ["", "| data set | for | commit | licence | rows | needs |", f"{'|---' * 6}|"]
+    lines += ["", "| data set | for | commit | licence | rows | K | verifier | needs |", f"{'|---' * 8}|"]
     tested = {repo for repo, _, _ in FROM.values()}
     lines += [_line(f"{repo}, `{', '.join(source.splits.values())}`", source.use, _commit(source), source.licence,
-                    _drawn(repo), source.login or "–") for repo, source in listed.items() if repo not in tested]
+                    _drawn(repo), *_learned(repo), _needed(repo, source))
+              for repo, source in listed.items() if repo not in tested]
     return "\n".join(lines)
 
 
@@ -75,6 +82,25 @@ def _line(*cells: object) -> str:
 
 def _commit(source) -> str:
     return f"`{source.revision[:12]}`" if source.revision else "of the first run"
+
+
+def _learned(repo: str) -> tuple[str, str]:
+    """How many answers of a prompt are sampled, and who verifies them; of rows whose answers are imitated neither."""
+    from m2rl_core.profile import load_profile
+    from m2rl_core.real import rl_blend
+    if repo != rl_blend.REPO:
+        return "–", "–"
+    return f"{load_profile('paper').rl.group}", ("math: math-verify; code: all its unit tests; choice: the last letter; "
+                                                 "instructions: IFEvalG's ids; agent: NeMo-Gym's workplace")
+
+
+def _needed(repo: str, source) -> str:
+    """What must be there before the rows serve: terms accepted, a sandbox, a wheel."""
+    from m2rl_core.domains import workbench_wheel
+    from m2rl_core.real import benchmarks, rl_blend
+    wheel = f"the wheel {workbench_wheel.PACKAGE} {workbench_wheel.VERSION}"
+    ours = (benchmarks.SANDBOX, wheel) if repo == rl_blend.REPO else ()
+    return "; ".join(filter(None, (source.login, *ours))) or "–"
 
 
 def _drawn(repo: str) -> str:

@@ -49,7 +49,8 @@ NEEDS = {  # what must not have failed in this run for a notebook to be worth it
 }
 
 # What only has to be over: the plan shows the store before this run, the benchmarks and the scaling after it.
-BEFORE = {"3.1_preliminary": ("0_plan",), **dict.fromkeys(("B_benchmarks", "C_scaling"), ("4_conclusion", "A_training_details"))}
+BEFORE = {"3.1_preliminary": ("0_plan",),
+          **dict.fromkeys(("B_benchmarks", "C_scaling"), ("4_conclusion", "A_training_details"))}
 FIRST = (f"{TRAIN}.rl-agent", f"{TRAIN}.rl-multi")  # the longest are begun first of those that may run
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel that ends well is interrupted first, and would call it an error
 

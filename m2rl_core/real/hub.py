@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 from m2rl_core.real.schema import SchemaError
 
 FOLDER = "M2RL_DATA"
@@ -194,5 +194,5 @@ def mend(source: Source) -> str:
 
 
 def _unreachable(source: Source, error: object, path: str = "") -> HubError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    reason = one_line(error, 160)
     return HubError(f"{_name(source)}{': ' + path if path else ''} cannot be read ({reason}): {mend(source)}")

@@ -114,7 +114,7 @@ def _join(out: Path, done: list[pieces.Piece]) -> dict:
 
 
 def _idle(agents: list[Row]) -> dict[str, int]:
-    """How many agent rows reward an answer without any call, as their verifier finds; not counted where it is not installed."""
+    """How many agent rows reward an answer without any call, as their verifier finds; none where it is not installed."""
     if not workbench_wheel.installed():
         return {}
     found = worker.verify(workbench.__name__, agents, [[""]] * len(agents))

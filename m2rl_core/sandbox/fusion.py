@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from m2rl_core import post
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 from m2rl_core.sandbox import Limits, Outcome, Program, Sandbox
 
 COMPILE, LEAST, GRACE = 5, 6, 60.0  # seconds: to compile; to run, at least, for it is wall time; to wait in the server's queue
@@ -72,7 +72,7 @@ class Client:
             if reply.get("status") != "SandboxError":
                 return read(reply)
         # Its own fault, or a program's that it could not stand, as one that prints no UTF-8: no reason to end a training.
-        return None, f"{WHO} failed: {' '.join(str(reply.get('message')).split())[:160]}"
+        return None, f"{WHO} failed: {one_line(reply.get('message'), 160)}"
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -96,7 +96,7 @@ def read(reply: dict) -> tuple[str | None, str]:
             return None, "time limit"
         if result["return_code"] != 0:
             lines = (result.get("stderr") or "").strip().splitlines()
-            return None, " ".join(lines[-1].split())[:200] if lines else f"exit code {result['return_code']}"
+            return None, one_line(lines[-1]) if lines else f"exit code {result['return_code']}"
     return result["stdout"] or "", ""
 
 

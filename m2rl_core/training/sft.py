@@ -121,7 +121,8 @@ def _miniature(ctx, policy: Policy) -> list[tuple[list[int], list[bool]]]:
     for kind, _ in blend:
         counts[kind] = counts.get(kind, 0) + 1
     write_lines(ctx.out / "blend.jsonl", [
-        {"type": k.type, "domain": k.domain, "pool": k.pool, "sampling": k.sampling, "rows": counts[k.type]} for k in spec.blend])
+        {"type": k.type, "domain": k.domain, "pool": k.pool, "sampling": k.sampling, "rows": counts[k.type]}
+        for k in spec.blend])
     (ctx.out / "examples.json").write_text(json.dumps({kind: json.loads(row.to_json()) for kind, row in reversed(blend)}))
     return rows
 

@@ -46,7 +46,8 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
 
     return pd.DataFrame([{
         "what": r["name"], "ours (s)": runs(r, "ours"), "other (s)": runs(r, "peer"), "other is": r["peer_name"],
-        "other / ours": f"{r['ratio']:.1f}", "bar": "–" if pd.isna(r["bar"]) else f"{r['bar']:.2g}", "ours / floor": f"{r['floor_multiple']:.1f}",
+        "other / ours": f"{r['ratio']:.1f}", "bar": "–" if pd.isna(r["bar"]) else f"{r['bar']:.2g}",
+        "ours / floor": f"{r['floor_multiple']:.1f}",
         "our memory (MB)": f"{r['ours_anonymous_mb']:,.0f}", "other's (MB)": f"{r['peer_anonymous_mb']:,.0f}",
         "pairs": r["pairs"],
     } for r in found.to_dict("records")])

@@ -11,9 +11,11 @@ from m2rl_core.claims.evidence import Missing
 from m2rl_core.domains import BENCHMARKS, DOMAINS, mean_of
 from m2rl_core.metrics import stats
 from m2rl_core.progress import duration
-from m2rl_core.study import MERGES
+from m2rl_core.study import MERGES, Members
 from m2rl_core.views.opening import interval, miniature
 from m2rl_core.views.training import defined, failures
+
+VERIFIED = ("reward", "math verifier", "instruction verifier", "code verifier", "agent environment")  # of rollouts and answers
 
 
 def used(profile) -> dict[tuple[str, str], object]:
@@ -23,7 +25,7 @@ def used(profile) -> dict[tuple[str, str], object]:
                    "tis": f"truncated at {rl.is_high:g} (token level)", "none": "none"}
     found = {
         "sft": {
-            "initial model": "base of this study", "samples": sft.rows,
+            "initial model": getattr(profile.model, "source", "base of this study"), "samples": sft.rows,
             "epochs": round(sft.steps * sft.batch_size / sft.rows, 2),
             "optimizer": f"AdamW, betas {sft.betas[0]:g} and {sft.betas[1]:g}", "weight decay": sft.weight_decay,
             "learning rate": f"{sft.lr:g} with cosine decay to {sft.final_lr:g}", "batch size": sft.batch_size,
@@ -43,8 +45,9 @@ def used(profile) -> dict[tuple[str, str], object]:
             "reward": "binary; without </think> it is 0", "math verifier": "math-verify on every box",
             "instruction verifier": "IFEval's strict checks, all must hold",
             "code verifier": "all unit tests, in a sandbox",
-            "agent environment": (f"{'small workplace' if profile.rows == 'miniature' else 'workplace assistant of NeMo-Gym'}, "
-                                  f"at most {rl.max_turns} turns"),
+            "agent environment": (
+                f"{'small workplace' if profile.rows == 'miniature' else 'workplace assistant of NeMo-Gym'}, "
+                f"at most {rl.max_turns} turns"),
             **{f"{'instruction' if domain == 'if' else domain} prompts": rl.rows.get(domain, "not in this study")
                for domain in DOMAINS}},
         "merge": {"anchor": "SFT model", "DARE mask ratio": merge.drop_rate, "SCE select": "all weights (no selection)",
@@ -67,8 +70,15 @@ def used(profile) -> dict[tuple[str, str], object]:
 
 
 def settings_table(profile, stage: str) -> pd.DataFrame:
-    """Stated, released and used settings of one stage (sft, rl, merge, opd, analysis): name, section, and the three."""
+    """Stated, released and used settings of one stage (sft, rl, merge, opd, analysis): name, section, and the three.
+
+    What is brought, or not in the profile's study, uses no settings of training; its verifiers serve evaluation all the same.
+    """
     stated, ours = paper.settings(), used(profile)
+    trained = Members.of(profile).trained
+    made = {"sft": "sft" not in profile.imports, "rl": any(name != "mt-opd" for name in trained), "opd": "mt-opd" in trained}
+    if not made.get(stage, True):
+        ours = {place: value if place[1] in VERIFIED else "not trained here" for place, value in ours.items()}
     part = stated[stated["stage"] == stage]
     return pd.DataFrame({"setting": part["name"], "stated": part["stated"].astype(str), "section": part["section"],
                          "released code, where it differs": part["released"].astype(str).replace("", "–"),

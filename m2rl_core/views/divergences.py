@@ -66,5 +66,5 @@ def sentence(found: pd.DataFrame) -> Markdown:
     return Markdown(
         f"The standard error of the sampled estimate is {told[0]}, and {told[1]}: in the median, a sampled divergence of a "
         f"response needs {ratio ** 2:.1f} times the prompts for the same precision. The intervals of the two do not touch in "
-        f"{apart} of {len(found)} cells. By token and by response the five experts stand in one order in {same.sum()} of "
+        f"{apart} of {len(found)} cells. By token and by response the experts stand in one order in {same.sum()} of "
         f"{len(same)} (policy, domain) columns.")

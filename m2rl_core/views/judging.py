@@ -13,7 +13,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from m2rl_core import paper
-from m2rl_core.claims.evidence import JUDGED, Evidence, Missing
+from m2rl_core.claims.evidence import EXPERT, JUDGED, Evidence, Missing
 from m2rl_core.metrics import stats
 from m2rl_core.metrics.stats import average
 from m2rl_core.paper import audit
@@ -33,14 +33,23 @@ def prompts(run) -> Markdown:
     return Markdown("\n\n".join(f"**{mode}**\n\n~~~~text\n{text}\n~~~~" for mode, text in found.items()))
 
 
-def scores(evidence: Evidence, models: Sequence[str] = JUDGES) -> pd.DataFrame:
-    """Generation and judging, long: model, benchmark ("avg": mean of the four), mode, value, low, high, n."""
-    lines = []
-    for model in models:
+def judged(evidence: Evidence) -> tuple[list[str], list[str]]:
+    """The models and benchmarks of this study's Table 7: the paper's, less what the study leaves out, and what is its own."""
+    rows, five = evidence.frame("judged"), {*EXPERT.values()} <= {*evidence.experts.values()}
+    models, on = (list(dict.fromkeys(rows[name])) for name in ("model", "benchmark"))
+    if five:  # what is missing of the paper's own is shown as undefined
+        models, on = [*JUDGES, *(m for m in models if m not in JUDGES)], [*JUDGED, *(b for b in on if b not in JUDGED)]
+    return models, on
+
+
+def scores(evidence: Evidence, models: Sequence[str] = ()) -> pd.DataFrame:
+    """Generation and judging, long: model, benchmark ("avg": mean of all, the paper's four), mode, value, low, high, n."""
+    lines, (there, judges_on) = [], judged(evidence)
+    for model in models or there:
         for mode in SHORT:
             of, column = ("first", model) if mode == "generation" else ("judged", f"{model}/{mode}")
-            for benchmark in (*JUDGED, "avg"):
-                on = JUDGED if benchmark == "avg" else [benchmark]
+            for benchmark in (*judges_on, "avg"):
+                on = judges_on if benchmark == "avg" else [benchmark]
                 if not all(evidence.measured(of).has(b, column) for b in on):
                     lines.append({"model": model, "benchmark": benchmark, "mode": mode, "value": nan, "low": nan,
                                   "high": nan, "n": 0})
@@ -54,10 +63,10 @@ def scores(evidence: Evidence, models: Sequence[str] = JUDGES) -> pd.DataFrame:
 
 def table7(found: pd.DataFrame) -> pd.DataFrame:
     """Table 7, wide: model, then <bench>_gen, <bench>_gen_low, <bench>_gen_high, <bench>_out, ..., avg_proc_high."""
-    lines = []
+    lines, places = [], list(dict.fromkeys(found["benchmark"]))
     for model, part in found.groupby("model", sort=False):
         line: dict[str, object] = {"model": model}
-        ordered = part.assign(place=part["benchmark"].map([*JUDGED, "avg"].index)).sort_values("place", kind="stable")
+        ordered = part.assign(place=part["benchmark"].map(places.index)).sort_values("place", kind="stable")
         for r in ordered.itertuples():
             name = f"{r.benchmark}_{SHORT[r.mode]}"
             line |= {name: r.value, f"{name}_low": r.low, f"{name}_high": r.high}
@@ -68,15 +77,17 @@ def table7(found: pd.DataFrame) -> pd.DataFrame:
 def table7_shown(found: pd.DataFrame) -> pd.DataFrame:
     """Table 7 for the eye: in each cell "gen / out / proc", below it their intervals and the paper's three."""
     printed, cells = paper.table(7), found.set_index(["model", "benchmark", "mode"])
-    lines = []
+    lines, on = [], list(dict.fromkeys(found["benchmark"]))
+    mean = f"mean of {'four' if on[:-1] == list(JUDGED) else len(on) - 1}"
     for model in dict.fromkeys(found["model"]):
         line = {"model": model}
-        for benchmark in (*JUDGED, "avg"):
+        for benchmark in on:
             own = [cells.loc[(model, benchmark, mode)] for mode in SHORT]
             told = [" / ".join("undefined" if isnan(r.value) else f"{r.value:.1f}" for r in own)]
             told += [f"{short} {bounds(r.low, r.high)}" for short, r in zip(SHORT.values(), own, strict=True)]
-            told.append("paper " + " / ".join(f"{printed.loc[model, f'{benchmark}_{s}']:.1f}" for s in SHORT.values()))
-            line["mean of four" if benchmark == "avg" else miniature(benchmark)] = "\n".join(told)
+            if model in printed.index and (mean.endswith("four") if benchmark == "avg" else benchmark in JUDGED):
+                told.append("paper " + " / ".join(f"{printed.loc[model, f'{benchmark}_{s}']:.1f}" for s in SHORT.values()))
+            line[mean if benchmark == "avg" else miniature(benchmark)] = "\n".join(told)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -89,6 +100,8 @@ def quality(rows: pd.DataFrame | None, evidence: Evidence) -> pd.DataFrame:
     reply that is neither yes nor no is unreadable and counts as wrong.
     """
     rows = evidence.frame("judged") if rows is None else rows  # Missing, where nobody judged
+    if rows.empty:
+        raise Missing("no answer was judged")
     lines, cells = [], _kinds(rows, evidence)
     for (model, benchmark, mode), part in rows.groupby(["model", "benchmark", "mode"], sort=False):
         both = part["truth"].nunique() == 2
@@ -228,7 +241,7 @@ def figure8(found: pd.DataFrame, models: Sequence[str] = INTEGRATED) -> pd.DataF
     part = found[(found["benchmark"] == "avg") & found["model"].isin(list(models))].dropna(subset="value")
     if part.empty:
         without = found[found["value"].isna() & (found["benchmark"] != "avg")]["benchmark"].unique()
-        raise Missing(f"no model has scores and judgements on all four benchmarks: {', '.join(without) or 'some'} is missing")
+        raise Missing(f"no model has scores and judgements on all benchmarks: {', '.join(without) or 'some'} is missing")
     return part
 
 
@@ -238,8 +251,8 @@ def modality_sentence(found: pd.DataFrame) -> Markdown:
     wide = cells.pivot(index=["benchmark", "model"], columns="mode", values="value").dropna()
     theirs = audit.finding1().groupby("benchmark")["process_better"].agg(["sum", "size"])
     told = []
-    for benchmark in JUDGED:
+    for benchmark in dict.fromkeys(cells["benchmark"]):
         own = wide[wide.index.get_level_values("benchmark") == benchmark]
-        told.append(f"{miniature(benchmark)} {(own['process'] > own['outcome']).sum()} of {len(own)} "
-                    f"(paper {theirs.loc[benchmark, 'sum']} of {theirs.loc[benchmark, 'size']})")
+        beside = f" (paper {theirs.loc[benchmark, 'sum']} of {theirs.loc[benchmark, 'size']})" if benchmark in JUDGED else ""
+        told.append(f"{miniature(benchmark)} {(own['process'] > own['outcome']).sum()} of {len(own)}{beside}")
     return Markdown("Models for which judging the process is better: " + "; ".join(told) + ".")

@@ -8,7 +8,8 @@ import torch
 from IPython.display import Markdown
 
 from m2rl_core import paper
-from m2rl_core.claims.evidence import REASONING
+from m2rl_core.claims.evidence import REASONING, Missing
+from m2rl_core.domains import DOMAINS
 from m2rl_core.pictures.drawing import DOMAIN_NAMES
 from m2rl_core.metrics import masks
 
@@ -74,6 +75,8 @@ def index_bases(jaccard: pd.DataFrame, layer: int) -> pd.DataFrame:
 def index_sentence(jaccard: pd.DataFrame, layer: int) -> Markdown:
     """Whether it matters from which number layers are counted."""
     here, there = table5(jaccard, layer), table5(jaccard, layer - 1)
+    if here.empty:
+        raise Missing(f"no layer {layer} was measured: `analysis.layer` of the profile, counted from 0")
     if there.empty:
         return Markdown(f"Layer {layer} is the first: counted from 1, there is no layer of that number.")
     columns = [c for c in here if f"{c}_random" in here]
@@ -129,6 +132,8 @@ def figure3(cosine: pd.DataFrame, layer: int) -> pd.DataFrame:
     The exact value has 1.96 standard errors beside it (see `_error`).
     """
     found = cosine[(cosine["layer"] == layer) & ~cosine["bf16"]]
+    if found.empty:
+        raise Missing(f"no layer {layer} was measured: `analysis.layer` of the profile, counted from 0")
     part = found["matrix"].isin(ATTENTION).map({True: "attention (Q, K, V, O)", False: "FFN (up, down, gate)"})
     by = found.assign(part=part).groupby(["part", "a", "b"], sort=False)
     mean = by[["cosine_projected", "cosine"]].mean()
@@ -157,6 +162,8 @@ def directions(cosine: pd.DataFrame) -> pd.DataFrame:
     found = cosine[~cosine["bf16"]]
     inside = found["a"].isin(REASONING).astype(int) + found["b"].isin(REASONING)
     group = inside.map({2: "reasoning with reasoning", 1: "reasoning with IF, agent", 0: "IF with agent"})
+    own = sorted({*found["a"], *found["b"]} - {*DOMAINS})  # domains of one's own
+    group = group.mask(found["a"].isin(own) | found["b"].isin(own), f"with {', '.join(own)}")
     by = found.assign(group=group, depth=found["layer"]).groupby(["group", "depth"])
     means = by.agg(projected=("cosine_projected", "mean"), exact=("cosine", "mean"),
                    projection_sd=("projection_sd", "mean"), cells=("cosine", "size"))

@@ -16,7 +16,8 @@ MISTAKES = (
      "test_rollout::test_both_end_markers_stop_and_the_budget_truncates"),
     ("padding has the end marker's id, so that stopping is never learnt", "TRL #4970, #6357",
      "test_grpo::test_gradient_is_that_of_plain_autograd"),
-    ("padding shifts positions or is attended to", "TRL #6800, #2708", "test_policy::test_sequences_of_unlike_length_side_by_side"),
+    ("padding shifts positions or is attended to", "TRL #6800, #2708",
+     "test_policy::test_sequences_of_unlike_length_side_by_side"),
     ("a turn's text tokenised again, so that other tokens are trained than were sampled", "TRL #5144",
      "test_rollout::test_sampled_tokens_are_never_tokenised_again"),
     ("a tool's tokens in the loss", "TRL #5144", "test_rollout::test_tools_answers_come_in_unsampled"),
@@ -38,7 +39,8 @@ MISTAKES = (
      "test_opd::test_each_row_learns_from_its_own_domains_teacher"),
     ("logits of all tokens over the whole vocabulary held at once", "TRL #3055, #2255; unsloth #11556",
      "test_opd::test_no_more_than_a_chunk_of_the_vocabulary_is_held"),
-    ("a teacher of another vocabulary or shape", "known from several", "test_teachers::test_a_teacher_that_does_not_fit_is_named"),
+    ("a teacher of another vocabulary or shape", "known from several",
+     "test_teachers::test_a_teacher_that_does_not_fit_is_named"),
     ("teachers gather gradients", "TRL #6526", "test_opd::test_teachers_gather_no_gradient"),
 )
 

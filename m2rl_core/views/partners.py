@@ -59,8 +59,8 @@ def test(found: pd.DataFrame, evidence: Evidence, policy: str = "merge-ties") ->
         part = order[order["domain"] == domain]
         for side, sign in ((part[part["near"]], 1), (part[~part["near"]], -1)):
             for model in side["model"]:
-                weights |= {(b, model): weights.get((b, model), 0.0) + sign / len(side) / len(mixed) / len(evidence.own[domain])
-                            for b in evidence.own[domain]}
+                own = evidence.own[domain]
+                weights |= {(b, model): weights.get((b, model), 0.0) + sign / len(side) / len(mixed) / len(own) for b in own}
     gap = evidence.contrast(weights, of="first") if mixed else stats.Estimate(np.nan, np.nan, np.nan, 0, np.nan)
     return {"tau": count / most, "low": float(low), "high": float(high), "n": len(order), "comparisons": most,
             "p": nearness.p_value(count, nearness.chance(kl, change)), "gap": gap.estimate, "gap_low": gap.low,

@@ -102,10 +102,10 @@ def benchmark_items(profile, not_run: Mapping[str, str] = {}) -> pd.DataFrame:
     lines = []
     if profile.eval.rows == "real":
         from m2rl_core.real.benchmarks import wording
-        return pd.DataFrame([{"benchmark": miniature(name), "items": profile.eval.items[name], "K": profile.eval.k[name],
-                              **profile.eval.sampled_by(name), "prompt": not_run.get(name) or wording(name)}
-                             for name in profile.benchmarks if name in BENCHMARKS])
-    for benchmark, domain in BENCHMARKS.items():
+        lines = [{"benchmark": miniature(name), "items": profile.eval.items[name], "K": profile.eval.k[name],
+                  **profile.eval.sampled_by(name), "prompt": not_run.get(name) or wording(name)}
+                 for name in profile.benchmarks if name in BENCHMARKS]
+    for benchmark, domain in BENCHMARKS.items() if profile.eval.rows == "miniature" else ():
         if benchmark not in profile.benchmarks:
             continue
         row = benchmark_rows(benchmark, 1, profile.seed)[0]
@@ -113,6 +113,10 @@ def benchmark_items(profile, not_run: Mapping[str, str] = {}) -> pd.DataFrame:
                   for t in module(domain).respond(row, worked=False)]
         lines.append({"benchmark": miniature(benchmark), "items": profile.eval.items[benchmark],
                       "K": profile.eval.k[benchmark], "prompt": prompt_of(row), "a right answer": "\n".join(answer)})
+    for domain in profile.files:  # of one's own; what a right answer is stands in its file
+        row = benchmark_rows(domain, 1, profile.seed)[0]
+        lines.append({"benchmark": domain, "items": profile.eval.items[domain], "K": profile.eval.k[domain],
+                      "prompt": prompt_of(row), "a right answer": str(row.truth["row"].get("answer", "as its file verifies"))})
     return pd.DataFrame(lines)
 
 

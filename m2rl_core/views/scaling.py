@@ -28,8 +28,8 @@ def fit_sentence() -> Markdown:
     missed = " and ".join(f"{row['row']} by {row['residual']:+.0f} %" for row in checked.to_dict("records"))
     train, decode = 100 * fit.efficiency.train, 100 * fit.efficiency.decode
     return Markdown(f"Fitted, for {table2.GPUS} {table2.GPU.upper()}: {train:.0f} % of the operations a second that the GPU "
-                    f"could do in training and {decode:.0f} % of its memory bandwidth in sampling; mean tokens of an answer: {told}. "
-                    f"The model misses {missed}: neither row was fitted.")
+                    f"could do in training and {decode:.0f} % of its memory bandwidth in sampling; mean tokens of an answer: "
+                    f"{told}. The model misses {missed}: neither row was fitted.")
 
 
 def table2_shown() -> pd.DataFrame:
@@ -200,7 +200,7 @@ def own_shape(run) -> str:
         shape = shape_of(run.profile)
     except StudyError as error:  # brought, and not here yet
         return str(error)
-    kind = "trained from scratch" if isinstance(run.profile.model, ModelSpec) else "published"
+    kind = "trained from scratch" if isinstance(run.profile.model, ModelSpec) else "brought"
     return (f"This profile's model ({kind}) has {shape.parameters:,} parameters, takes "
             f"{shape.forward(1, 1) / 1e6:,.1f} million operations for a token and "
             f"{shape.key_values(4):,} bytes for its keys and values.")

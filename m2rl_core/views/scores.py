@@ -81,7 +81,8 @@ def cost_sentence(spent: pd.DataFrame) -> Markdown:
     time, processor, tokens = shares(spent), shares(spent, "cpu_hours"), shares(spent, "tokens")
     return Markdown(
         f"`rl-multi` took **{time['rl-multi']:.1f} %** of the five experts' training seconds "
-        f"({processor['rl-multi']:.1f} % of their processor time, {tokens['rl-multi']:.1f} % of their sampled tokens); by the paper's GPU hours {printed['rl-multi']:.1f} %. "
+        f"({processor['rl-multi']:.1f} % of their processor time, {tokens['rl-multi']:.1f} % of their sampled tokens); by the "
+        f"paper's GPU hours {printed['rl-multi']:.1f} %. "
         f"`mt-opd` adds {time['mt-opd']:.1f} % on top of the experts that it needs, the paper's "
         f"{printed['mt-opd']:.1f} %.")
 
@@ -90,7 +91,11 @@ def cost_sentence(spent: pd.DataFrame) -> Markdown:
 
 def table(evidence: Evidence, models: Sequence[str]) -> pd.DataFrame:
     """Avg@K of `models` on the nine benchmarks and their mean, in percent, as `stats.score_table` writes it."""
-    rows = evidence.frame("scores")
+    rows, five = evidence.frame("scores"), {*EXPERT.values()}
+    own = [name for name in evidence.experts.values() if name not in five]  # on domains of one's own
+    if own and five <= {*models}:
+        at = 1 + max(models.index(name) for name in five)
+        models = (*models[:at], *own, *models[at:])
     return stats.score_table(rows, evidence.present(models), list(evidence.benchmarks), evidence.rng(), evidence.resamples)
 
 
@@ -181,6 +186,8 @@ def interference(evidence: Evidence, models: Iterable[str] | None = None) -> pd.
 def interference_sentence(found: pd.DataFrame) -> Markdown:
     """How many cells away from home are clearly up, clearly down, or open."""
     away = found[found["model"] != "rl-" + found["domain"]]
+    if away["difference"].isna().all():
+        return Markdown("No expert was tested away from home.")
     up, down = (away["low"] > 0).sum(), (away["high"] < 0).sum()
     worst = away.loc[away["difference"].idxmin()]
     return Markdown(

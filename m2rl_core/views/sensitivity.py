@@ -72,15 +72,17 @@ def rounding(merges: Mapping[str, dict]) -> pd.DataFrame:
     the sum of absolute rounding errors over the sum of absolute changes; `merges` is the sweep's merges.json."""
     stored = {name.split(" ")[0]: entry["diagnosis"] for name, entry in merges.items() if name.endswith("=bfloat16")}
     return pd.DataFrame([{
-        "merge": model, "moved by the merge (%)": f"{100 * d['moved']:.1f}", "undone by rounding (%)": f"{100 * d['lost']:.1f}",
+        "merge": model, "moved by the merge (%)": f"{100 * d['moved']:.1f}",
+        "undone by rounding (%)": f"{100 * d['lost']:.1f}",
         "rounding error / change (%)": f"{100 * d['rounding']:.1f}"} for model, d in stored.items()])
 
 
 def sentence(found: pd.DataFrame) -> Markdown:
     """Who leads under which reading, and how many single changes matter beyond noise."""
     own, changed = found[found["varied"] == ""], found[found["varied"] != ""]
-    leader = own.loc[own["mean"].idxmax(), "model"]
-    leads = changed[(changed["place"] == 1) & (changed["model"] != leader)]
+    leader, best = own.loc[own["mean"].idxmax(), "model"], own["mean"].max()
+    tied = int((own["mean"] == best).sum()) - 1
+    leads = changed[(changed["place"] == 1) & (changed["model"] != leader) & (changed["mean"] > best)]
     falls = changed[(changed["place"] > 1) & (changed["model"] == leader)]
     clear = changed[(changed["shift_low"] > 0) | (changed["shift_high"] < 0)]
 
@@ -88,7 +90,7 @@ def sentence(found: pd.DataFrame) -> Markdown:
         return ", ".join(f"`{r.model}` at {READINGS[r.varied]} {r.value}" for r in part.itertuples()) or "none"
 
     return Markdown(
-        f"Under the readings of Table 4 `{leader}` leads on these items. Another method takes the lead under "
-        f"{len(leads)} of {len(changed)} single changes ({named(leads)}); `{leader}` loses it by changes of its own in "
-        f"{len(falls)} ({named(falls)}). The change moves a method's own score beyond its interval in "
+        f"Under the readings of Table 4 `{leader}` leads on these items{f', level with {tied} more' if tied else ''}. Another "
+        f"method takes the lead under {len(leads)} of {len(changed)} single changes ({named(leads)}); `{leader}` loses it by "
+        f"changes of its own in {len(falls)} ({named(falls)}). The change moves a method's own score beyond its interval in "
         f"{len(clear)} of {len(changed)} ({named(clear)}).")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from m2rl_core.claims.evidence import Evidence, first_seed
+from m2rl_core.claims.evidence import Evidence, Missing, first_seed
 from m2rl_core.metrics import skills, solved
 from m2rl_core.pictures import drawing, plots
 from m2rl_core.views.opening import interval, miniature
@@ -105,7 +105,7 @@ def apart_counts(found: pd.DataFrame, evidence: Evidence, models: Sequence[str] 
 def apart_shown(found: pd.DataFrame) -> pd.DataFrame:
     """`apart_counts` for the eye: a row a benchmark and one for their sum; small print for the halves."""
     lines = []
-    for benchmark, part in [*found.groupby("benchmark", sort=False), ("all five", _total(found).reset_index())]:
+    for benchmark, part in [*found.groupby("benchmark", sort=False), (_all(found), _total(found).reset_index())]:
         line = {"benchmark": miniature(benchmark)}
         for r in part.itertuples():
             line[f"{r.model}: it alone / an expert alone"] = (
@@ -113,6 +113,12 @@ def apart_shown(found: pd.DataFrame) -> pd.DataFrame:
                 f"own expert's copy {_one_digit(r.copy_alone)} / {_one_digit(r.copy_experts)}")
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _all(found: pd.DataFrame) -> str:
+    """What the sum over these benchmarks is called."""
+    count = found["benchmark"].nunique()
+    return "all five" if count == 5 else f"all {count}"
 
 
 def _total(found: pd.DataFrame) -> pd.DataFrame:
@@ -140,21 +146,24 @@ def apart_sentence(found: pd.DataFrame) -> Markdown:
             clear = "more than luck" if gap > reach else "less than luck" if gap < -reach else "not told from luck"
             gaps.append(f"{interval(gap, gap - reach, gap + reach)} items ({clear})")
         told.append(f"`{model}` minus the copy: alone {gaps[0]}, left to an expert alone {gaps[1]}")
-    return Markdown("All five benchmarks, by halves of the samples, 95 % over items: " + "; ".join(told) + ".")
+    return Markdown(f"{_all(found).capitalize()} benchmarks, by halves of the samples, 95 % over items: {'; '.join(told)}.")
 
 
 def transcripts(found: pd.DataFrame, rows: pd.DataFrame, model: str, who: str, n: int = 6) -> HTML | Markdown:
     """Up to `n` such items to open, clearest first, two a benchmark: a response of `model` and of the best expert.
 
     `who` is "model only" or "experts only". The response shown is the first right one of the side that solves it.
+    Missing where `model` is not in this study.
     """
+    rows = first_seed(rows)
+    if not (rows["model"] == model).any():
+        raise Missing(f"no scores of {model}")
     part = found[(found["model"] == model) & (found["who"] == who)]
     part = part.assign(gap=(part["accuracy"] - part["best_accuracy"]).abs()).sort_values(
         ["gap", "item"], ascending=[False, True])
-    rows = first_seed(rows)
     chosen = part.groupby("benchmark", sort=False).head(2).head(n)
     if chosen.empty:
-        return Markdown(f"No item of the five benchmarks is of the kind \"{who}\" for `{model}`.")
+        return Markdown(f"No item of these benchmarks is of the kind \"{who}\" for `{model}`.")
     return HTML(f"<p>{len(chosen)} of {len(part)} items; click one to open it.</p>\n"
                 + "\n".join(_one(line, rows) for line in chosen.itertuples()))
 

@@ -124,8 +124,9 @@ def match_sentence(steps: pd.DataFrame) -> str:
     if steps.empty or "mismatch" not in steps:
         return "Sampler against trainer: undefined, for no step of this run recorded an update by policy gradient."
     return (f"Steps with an update: {len(steps)}. In them sampler and trainer differed by at most "
-            f"{steps['mismatch'].max():.1e} nats on a token, {steps['mismatch_mean'].mean():.0e} on average; the importance weights kept at least "
-            f"{100 * steps['kept'].min():.2f} % of the tokens, {100 * steps['kept'].mean():.2f} % on average.")
+            f"{steps['mismatch'].max():.1e} nats on a token, {steps['mismatch_mean'].mean():.0e} on average; the "
+            f"importance weights kept at least {100 * steps['kept'].min():.2f} % of the tokens, "
+            f"{100 * steps['kept'].mean():.2f} % on average.")
 
 
 def skipped_sentence(steps: pd.DataFrame) -> str:
