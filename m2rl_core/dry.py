@@ -6,8 +6,8 @@ hub cannot be reached, the line names the files and the folder for them. Nothing
 from __future__ import annotations
 
 import contextlib
-import json
 import importlib.metadata
+import json
 import os
 import re
 import shutil
