@@ -298,6 +298,21 @@ def test_another_thread_may_stop_it(door, toy, toy_rows):
             draw(engine, toy, toy_rows[:1])
 
 
+def test_the_last_server_is_not_replaced_by_a_vllm_of_ones_own(door, toy, toy_rows, monkeypatch, capsys):
+    """Fault: a run that goes on in the trainer's own memory when no server is left. Of two the first loss is told."""
+    monkeypatch.setattr(servers.Server, "_work", lambda self, wire, model: wire.send(about="nothing"))  # and hangs up
+    monkeypatch.setattr(vllm_engine.Local, "__init__", None)
+    address, others = door(), (door(), door())
+    with VllmEngine(1, servers=[address]) as engine:
+        for why in ("there is no other", "it is the second one"):
+            lost = f"^the vLLM server {address} is lost: it closed the connection .*; {why}: look after it"
+            with pytest.raises(StudyError, match=lost):
+                draw(engine, toy, toy_rows[:1])
+    with VllmEngine(1, servers=others) as engine, pytest.raises(StudyError, match="it is the second one"):
+        draw(engine, toy, toy_rows[:1])
+    assert capsys.readouterr().out.count("its share goes to the other 1") == 1
+
+
 def test_versions_must_agree(door, toy, monkeypatch):
     """Faults: rollouts of two vLLMs taken for one's; a server that was started before an update of this package."""
     one, other = door(), door(vllm="vllm 0.31.0")
