@@ -44,9 +44,9 @@ class Line:
 
 def check(run) -> list[Line]:
     """All lines of a profile's run."""
-    parts: list[Callable] = [hub_, models, data, benchmarks, domains_, machine, disk, copies, stages, notebooks, parts_left_out]
-    if {stage.kind for stage in run.stages.values()} <= {"import", "weights"}:  # nothing is sampled
-        parts = [hub_, models, disk, copies, stages, notebooks, parts_left_out]
+    parts: list[Callable] = [hub_, models, disk, copies, stages, notebooks, parts_left_out]
+    if not {stage.kind for stage in run.stages.values()} <= {"import", "weights"}:  # something is sampled
+        parts[2:2] = [data, benchmarks, domains_, machine]
     with ThreadPoolExecutor(len(parts)) as pool:
         return [line for part in pool.map(lambda part: _guarded(part, run), parts) for line in part]
 

@@ -123,8 +123,8 @@ def slices(place: Place, layers: Iterable[int], what: str) -> tuple[list[Slice],
                 begin, end = (length + at for at in tensors[name]["data_offsets"])
                 found.append(Slice(name, file, tensors[name]["dtype"], tuple(tensors[name]["shape"]), begin, end))
     if missing := [name for name in wanted if name not in {one.name for one in found}]:
-        raise ModelError(f"{what}: {missing[0]} is in no file ({len(missing)} of {len(wanted)} matrices are not): no dense Qwen3 "
-                         "model, or convert the checkpoint again")
+        raise ModelError(f"{what}: {missing[0]} is in no file ({len(missing)} of {len(wanted)} matrices are not): no dense "
+                         "Qwen3 model, or convert the checkpoint again")
     return sorted(found, key=lambda one: (one.file, one.begin)), read
 
 

@@ -41,8 +41,8 @@ def card(run: Run, section: str) -> str:
         "profile": f"`{profile.name}`: {profile.about}",
         "model": _model(profile),
         **({"not run": f"{', '.join(left)}: {left_out_for(profile)}"} if (left := left_out(run)) else {}),
-        **({"layers": f"weights are looked at in {', '.join(map(str, only))} alone (counted from 0), also where a text says every "
-                      "layer"} if (only := profile.analysis.layers) else {}),
+        **({"layers": f"weights are looked at in {', '.join(map(str, only))} alone (counted from 0), also where a text says "
+                      "every layer"} if (only := profile.analysis.layers) else {}),
         **_without(run),
         "seed": f"{profile.seed} ({profile.seeds} run{'s of every policy after SFT' if profile.seeds > 1 else ''})",
         "code": f"commit {commit()}",

@@ -236,7 +236,7 @@ class Store:
     def _check_brought(self, stage: Stage, folder: Path) -> None:
         """Weights that are linked are theirs that were brought, by `imports.file_digest`."""
         origin = json.loads((folder / "origin.json").read_text(encoding="utf-8"))
-        if origin.get("anchor", "") not in ("", stage.settings.get("anchor")):  # its key is the content's own, as it was brought
+        if origin.get("anchor", "") not in ("", stage.settings.get("anchor")):  # the key is the brought content's
             raise self._corrupt(folder, stage.name, "origin.json", "says that it was mended by another anchor's files")
         for name, digest in origin["digests"].items():
             if (folder / name).is_symlink():

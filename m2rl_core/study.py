@@ -220,7 +220,8 @@ def study(profile: Profile) -> dict[str, Stage]:
             if profile.parts:
                 return add(name, "import", (), layers.settings(profile.imports[first(name)], profile.parts))
             anchor = stages.get(imports.anchor_of(profile, name))
-            add(name, "import", (), imports.settings(profile.imports[first(name)]) | ({"anchor": anchor.key} if anchor else {}))
+            held = {"anchor": anchor.key} if anchor else {}
+            add(name, "import", (), imports.settings(profile.imports[first(name)]) | held)
         else:
             add(name, kind, needs, settings)
 

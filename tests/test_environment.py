@@ -105,7 +105,8 @@ def test_every_import_is_pinned():
         for found in re.finditer(r"^\s*(?:import|from) (\w+)(?=[. \n])", path.read_text(), re.M):
             name = found[1]
             if name not in sys.stdlib_module_names and name != "m2rl_core":
-                there = {"vllm_worker.py": of_vllm, "cluster.py": pinned | of_ray, "places.py": pinned | of_ray}.get(path.name, pinned)
+                apart = {"vllm_worker.py": of_vllm, "cluster.py": pinned | of_ray, "places.py": pinned | of_ray}
+                there = apart.get(path.name, pinned)
                 if path.name.startswith("side_"):
                     there = pinned | peers  # these run in the peers' environment
                 assert names.get(name, name) in there, f"{path.name}: {name} is in no requirements file"

@@ -86,7 +86,7 @@ def test_what_a_killed_one_left_is_removed_by_the_next(tmp_path):
 
 
 def test_an_error_of_a_rank_and_an_interrupt_end_a_launch(one, tmp_path):
-    """Catches a launcher's own words in place of the ranks', and a launch that Ctrl-C, or a notebook's view, does not reach."""
+    """Catches a launcher's own words in place of the ranks', a launch that Ctrl-C, or a notebook's view, does not reach."""
     store = beginning(one, tmp_path, TWO)
     process = start(tmp_path, "run", "rl-math")
     at_step(process, 1)

@@ -143,7 +143,8 @@ def test_from_the_hub_those_tensors_and_headers_are_read_and_no_byte_more(brough
         assert all(torch.equal(found[key], part) for key, part in expected["tensors"].items())
         served = sum(size for path, size in hub.served if f"/{name}/" in path and path.endswith(".safetensors"))
         origin = json.loads((folder / "origin.json").read_text())
-        assert served == expected["bytes"] == origin["bytes_read"] < sum(p.stat().st_size for p in brought[name].glob("model*"))
+        whole = sum(p.stat().st_size for p in brought[name].glob("model*"))
+        assert served == expected["bytes"] == origin["bytes_read"] < whole
         assert f"{expected['bytes']:,} bytes will be read" in told[f"model {name}"].told
         assert origin["commit"] == SHA and origin["part"] == "the matrices of layers 0, 1"
     assert all(SHA in path for path, _ in hub.served if path.endswith(".safetensors"))  # not what `main` is by then
@@ -240,7 +241,8 @@ def test_a_hub_that_cannot_be_reached_and_a_repository_that_is_not_there(brought
     told = refusal(open_run(str(tmp_path / "mine.yaml"), tmp_path / "art2").need, "sft")  # its commit is known
     assert f"lab/sft@{SHA}" in told and "cannot be fetched" in told
     assert {line.state for line in dry.models(run)} == {dry.MISSING}
-    gone = open_run(str(profile(tmp_path, {"sft": str(tmp_path / "nowhere"), "rl-math": "/x", "rl-units": "/y"})), tmp_path / "art")
+    nowhere = {"sft": str(tmp_path / "nowhere"), "rl-math": "/x", "rl-units": "/y"}
+    gone = open_run(str(profile(tmp_path, nowhere)), tmp_path / "art")
     assert f"{tmp_path / 'nowhere'} holds no model" in refusal(gone.need, "sft")
 
 

@@ -29,7 +29,8 @@ from m2rl_core.run import BuilderContext
 from m2rl_core.store import store_of
 from m2rl_core.training import collect, grpo, opd, sft
 
-BUILD = {"rl-multi": grpo.build, "rl-multi-ahead": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build, "sft": sft.build_sft}
+BUILD = {"rl-multi": grpo.build, "rl-multi-ahead": grpo.build, "mt-opd": opd.build, "mt-opd-full": opd.build,
+         "sft": sft.build_sft}
 STEPS, PROMPTS = 3, 3  # 2 ranks have unequal shares, and one of 4 has nothing to sample
 
 
@@ -53,7 +54,8 @@ def profile(stage: str):
     toy = toy_training.profile(int(stage.endswith(toy_training.AHEAD)))
     lesson = dataclasses.replace(toy.opd, prompts=PROMPTS, steps=STEPS, variance_every=2,
                                  loss="full" if stage.endswith("full") else "sampled")
-    return dataclasses.replace(toy, engine=os.environ.get("TOY_ENGINE", "torch"), opd=lesson, sft=dataclasses.replace(toy.sft, steps=STEPS),
+    return dataclasses.replace(toy, engine=os.environ.get("TOY_ENGINE", "torch"), opd=lesson,
+                               sft=dataclasses.replace(toy.sft, steps=STEPS),
                                rl=dataclasses.replace(toy.rl, prompts=PROMPTS, kl=0.1))
 
 

@@ -274,7 +274,8 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
     sampled = torch.tensor([s for r in rollouts for s in r.sampled], dtype=torch.bool, device=device)
     of, place = torch.arange(len(rollouts), device=device).repeat_interleave(lens), places(lens)
     begins = len(prompts) + ilens.cumsum(0) - ilens
-    before = torch.where(place == 0, (plens.cumsum(0) - 1)[owner[of]], begins[of] + place - 1)  # a prompt's end predicts the first
+    last = (plens.cumsum(0) - 1)[owner[of]]  # a prompt's end predicts the first
+    before = torch.where(place == 0, last, begins[of] + place - 1)
     # `embedding` and not an index: its backward pass adds the rows in parallel
     return F.embedding(before[sampled], hidden), tokens[sampled], of[sampled]
 

@@ -219,22 +219,23 @@ def check_sizes(profile: Profile, kinds, nodes: list[Node]) -> None:
         if not any(node.has(wanted) for node in nodes):
             largest = max(nodes, key=lambda node: (node.gpus, node.cpus))
             raise ClusterError(
-                f"a stage of kind {kind} takes {wanted['num_cpus']:g} cores and {wanted['num_gpus']:g} GPUs, and no node has them: "
-                f"{largest.name} has {largest.cpus:g} and {largest.gpus:g}; lower resources.{kind} (or threads) of the profile "
-                f"{profile.name}")
+                f"a stage of kind {kind} takes {wanted['num_cpus']:g} cores and {wanted['num_gpus']:g} GPUs, and no node has "
+                f"them: {largest.name} has {largest.cpus:g} and {largest.gpus:g}; lower resources.{kind} (or threads) of the "
+                f"profile {profile.name}")
         if not _room(profile, kind, nodes):
             raise ClusterError(
                 f"a stage of kind {kind} takes {launch.taken(profile, kind).nodes} nodes with {wanted['num_cpus']:g} cores "
-                f"and {wanted['num_gpus']:g} GPUs each, and {sum(node.has(wanted) for node in nodes)} of {len(nodes)} have them: "
-                f"lower resources.{kind} of the profile {profile.name}, or start more nodes")
+                f"and {wanted['num_gpus']:g} GPUs each, and {sum(node.has(wanted) for node in nodes)} of {len(nodes)} have "
+                f"them: lower resources.{kind} of the profile {profile.name}, or start more nodes")
 
 
 def check_disks(profile: Profile, kinds) -> None:
     """Raise ClusterError, where nodes have disks of their own, for a kind of stage that is made on several at once."""
     for kind in sorted(kinds):
         if launch.taken(profile, kind).nodes > 1:
-            raise ClusterError(f"resources.{kind} takes {launch.taken(profile, kind).nodes} nodes, which must share the store's folder "
-                               f"while they make one stage: {SETTING} is for nodes that share none; unset it, or take nodes: 1")
+            raise ClusterError(f"resources.{kind} takes {launch.taken(profile, kind).nodes} nodes, which must share the "
+                               f"store's folder while they make one stage: {SETTING} is for nodes that share none; unset it, "
+                               "or take nodes: 1")
 
 
 def _room(profile: Profile, kind: str, nodes: list[Node]) -> bool:
@@ -319,8 +320,8 @@ def difference(node: str, here: dict[str, str], there: dict[str, str]) -> str:
                 f"{here['code']}): check out the same commit on both")
     for name in here:
         if name not in ("commit", "code") and here[name] != there.get(name):
-            return (f"node {node} has {name} {there.get(name, 'not at all')}, the driver {here[name]}: install the same version "
-                    "on both")
+            return (f"node {node} has {name} {there.get(name, 'not at all')}, the driver {here[name]}: install the same "
+                    "version on both")
     return ""
 
 

@@ -238,8 +238,8 @@ def measure(
     check_models(base, models, layers=layers)
     work, names = matrices(base.meta), list(models)
     if lacking := sorted(set(layers) - {layer for layer, _, _ in work}):
-        raise StudyError(f"layer {lacking[0]} is asked for, the models have {len({layer for layer, _, _ in work})}, counted from "
-                         "0: change analysis.layers")
+        raise StudyError(f"layer {lacking[0]} is asked for, the models have {len({layer for layer, _, _ in work})}, counted "
+                         "from 0: change analysis.layers")
     work = [entry for entry in work if entry[0] in layers or not layers]
     table, cosines = [], []
     stream = Stream(base, models, eta=eta, k=k, seed=seed, threads=threads)([name for _, _, name in work])
