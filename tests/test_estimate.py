@@ -167,6 +167,9 @@ def test_what_a_stage_does_by_hand():
     evaluation = plan.parts(stages["eval-sft"])
     assert sum(sum(call.rollouts.values()) for call in evaluation.calls) == 2 * 60 * 8 + 2 * 60 * 4 + 5 * 80 * 4
     judged = plan.parts(stages["judge-sft"]).calls[0]
+    assert judged.judge == judge.JUDGE_TOKENS == judged.judge_length({"math": 7000.0})
+    thinks = dataclasses.replace(judged, judge=4096)  # then it is as long as answers are, and cut where these are
+    assert thinks.judge_length({"math": 1000.0, "if": 2000.0}) == 1500 and thinks.judge_length({"math": 9e3}) == 0.9 * 4096
     assert judged.rollouts == {"judge": 60 * 8 * len(judge.JUDGED_BENCHMARKS)} and judged.times == len(judge.MODES)
     assert sum(sum(c.rollouts.values()) * c.times for c in plan.parts(stages["neighborhoods"]).calls) == 25 * 24 * 4
 

@@ -202,7 +202,7 @@ def tokens_of(parts: plan.Parts, told: Mapping[str, float], here: Source) -> flo
     known = {d: f["length"] for d, f in here.found["domains"].items()} | dict(told) if here.found else dict(told)
     if not known:
         return math.nan
-    return sum(call.times * n * (modelled.JUDGE_ANSWER if call.judge else known.get(domain, max(known.values())))
+    return sum(call.times * n * (call.judge_length(known) if call.judge else known.get(domain, max(known.values())))
                for call in parts.calls for domain, n in call.rollouts.items())
 
 

@@ -11,7 +11,7 @@ from m2rl_core.cost.shapes import Shape
 from m2rl_core.errors import StudyError
 
 DISK = 1e9  # bytes a second of reading and writing models
-PROMPT, JUDGE_ANSWER = 500.0, 16.0  # tokens: a prompt's; a judge's answer (judge.JUDGE_TOKENS)
+PROMPT = 500.0  # tokens of a prompt
 BASE_TOKENS = 128  # of a block of plain text
 
 
@@ -40,8 +40,8 @@ class Cluster:
     def call(self, call: Call) -> float:
         """Seconds of one call of the sampler, and of the update where one follows."""
         count = sum(call.rollouts.values())
-        parts = {JUDGE_ANSWER: 1.0} if call.judge else self._mix(call.rollouts, count)
-        longest = JUDGE_ANSWER if call.judge else self.longest
+        parts = {call.judge_length(self.lengths): 1.0} if call.judge else self._mix(call.rollouts, count)
+        longest = float(call.judge) if call.judge else self.longest
         work = speed.Work(max(1, round(count)), self.prompt, lengths.mixture(parts, longest), longest, 1,
                           call.scored, True, call.learns)
         if call.learns or call.scored:

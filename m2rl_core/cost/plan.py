@@ -12,7 +12,7 @@ from statistics import mean, median
 from types import MappingProxyType
 
 from m2rl_core.domains import BENCHMARKS
-from m2rl_core.study import JUDGED_BENCHMARKS, Stage
+from m2rl_core.study import JUDGE_TOKENS, JUDGED_BENCHMARKS, Stage
 
 BATCH = 256  # rollouts in flight (rollout.BATCH, which would import torch)
 # Both parameters of the Beta that rates of success are taken from, over a whole training. A policy grows sure of itself, so
@@ -30,14 +30,20 @@ NOTHING: Mapping[str, float] = MappingProxyType({})
 class Call:
     """One call of the sampler, made `times` over: rollouts of each domain, sampled and verified.
 
-    A share `learns` of them has a gradient, `scored` other models score them all; `judge`: a short answer, none of a domain's.
+    A share `learns` of them has a gradient, `scored` other models score them all; `judge`: a judge's words, so many at most.
     """
 
     rollouts: dict[str, float]
     times: float = 1.0
     learns: float = 0.0
     scored: float = 0.0
-    judge: bool = False
+    judge: int = 0
+
+    def judge_length(self, lengths: Mapping[str, float]) -> float:
+        """Mean tokens of a judge's words: all of a verdict's; where it thinks first, as many as answers of `lengths` have."""
+        if self.judge <= JUDGE_TOKENS:
+            return float(self.judge)
+        return min(0.9 * self.judge, mean(lengths.values()) if lengths else self.judge / 2)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ def parts(stage: Stage, benchmarks: Mapping[str, str] = BENCHMARKS, learns: floa
         return Parts(tuple(calls), models=len(stage.needs) + len(s["variants"]), saved=len(s["variants"]))
     if kind == "judge":
         asked = s["items"] * s["k"] * len(s.get("benchmarks", JUDGED_BENCHMARKS))
-        return Parts((Call({"judge": asked}, 2, judge=True),), models=1)  # by outcome and by process
+        told = s.get("tokens", JUDGE_TOKENS)
+        return Parts((Call({"judge": asked}, 2, judge=told),), models=1)  # by outcome and by process
     if kind == "kl":
         others = len(stage.needs) - len(s["rows"]) + 1
         return Parts(tuple(Call({d: s["prompts"] * s["samples"]}, len(s["rows"]), scored=1.5 * others) for d in s["rows"]),
@@ -136,7 +143,8 @@ class Measured:
     def call(self, call: Call) -> float:
         """Seconds of one call: a part that the longest answers take, however many there are, and a part for each rollout."""
         if call.judge:
-            return sum(call.rollouts.values()) * self.pick(self.found["judge"])
+            known = {name: d["length"] for name, d in self.found["domains"].items()} | dict(self.lengths)
+            return sum(call.rollouts.values()) * self.pick(self.found["judge"]) * call.judge_length(known) / JUDGE_TOKENS
         waves, first, rest = max(1.0, sum(call.rollouts.values()) / BATCH), [], 0.0
         for domain, n in call.rollouts.items():
             d, longer = self._domain(domain)
