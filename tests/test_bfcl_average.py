@@ -11,7 +11,7 @@ from test_bfcl import official
 from m2rl_core.claims.evidence import Evidence
 from m2rl_core.domains import NO_ROOM
 from m2rl_core.domains.bfcl import CATEGORIES
-from m2rl_core.metrics import bfcl, stats
+from m2rl_core.metrics import bfcl, bfcl_parts, stats
 from m2rl_core.metrics.measured import measure
 from m2rl_core.views import categories
 
@@ -73,7 +73,7 @@ def test_the_parts_of_a_score():
     """Catches a group that is averaged by items where the benchmark averages by categories, and the reverse; an item that
     did not fit and is not counted; categories of a miniature under the names of BFCL's."""
     frame = pd.concat([rows({**dict.fromkeys(SIMPLE, 10), "live_simple": 258}), rows({}, model="other")])
-    found = bfcl.breakdown(frame, "m", np.random.default_rng(0)).set_index("part")
+    found = bfcl_parts.breakdown(frame, "m", np.random.default_rng(0)).set_index("part")
     simple = (10 / 400 + 10 / 100 + 10 / 50) / 3
     assert found.loc["Non-Live", "estimate"] == pytest.approx(100 * simple / 5)
     assert found.loc["Live", "estimate"] == pytest.approx(100 * 258 / 2251)

@@ -98,7 +98,7 @@ def test_every_id_is_there_once():
     """Fault: a training row whose id nobody checks; or one of ours in the place of a published checker."""
     assert [case[0] for case in CASES] == list(dict.fromkeys(case[0] for case in CASES))
     assert {case[0] for case in CASES} == set(ifevalg.CHECKS) and len(CASES) == 29
-    published, _ = checkers._published()
+    published, _ = checkers.published()
     assert len(published) == 25 + 58 and not set(published) & set(ifevalg.CHECKS)
     ifeval = [name for name in published if checkers.require(name).__module__.split(".")[2] == "ifeval"]
     assert len(ifeval) + len(CASES) == 54

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from m2rl_core.domains import checkers
+from m2rl_core.domains import published
 
 RELATIONS = ("less than", "at least")
 DIVIDER = r"\s?\*\*\*\s?"  # the prompt of counting_composition writes it "* * *", its checker does not
@@ -138,7 +138,7 @@ def copy_span_idx(text: str, prompt_to_repeat: str, n_start: int, n_end: int) ->
 
 def sentence_hyphens(text: str) -> bool:
     """Sentences joined by hyphens without a space; as released, parts beyond the shorter list are not looked at."""
-    sentences = checkers.sentences(text.replace("-", " "))
+    sentences = published.sentences(text.replace("-", " "))
     return all(part == part.strip() == sentence for part, sentence in zip(text.split("-"), sentences, strict=False))
 
 
@@ -183,14 +183,14 @@ def palindrome(text: str) -> bool:
 
 def keyword_specific_position(text: str, keyword: str, n: int, m: int) -> bool:
     """The m-th token of the n-th sentence is the keyword, in its case; a mark is a token too. Both count from 1."""
-    sentences = checkers.sentences(text)
-    tokens = checkers.tokens(sentences[n - 1]) if 0 < n <= len(sentences) else []
+    sentences = published.sentences(text)
+    tokens = published.tokens(sentences[n - 1]) if 0 < n <= len(sentences) else []
     return 0 < m <= len(tokens) and tokens[m - 1] == keyword
 
 
 def start_end(text: str) -> bool:
     """First and last token are the same word."""
-    tokens = checkers.tokens(text)
+    tokens = published.tokens(text)
     return len(tokens) > 1 and tokens[0].lower() == tokens[-1].lower()
 
 
@@ -206,7 +206,7 @@ def paragraphs2(text: str) -> bool:
 
 def first_word_sent(text: str, first_word: str) -> bool:
     """Every sentence starts with the word."""
-    return all(sentence.split()[:1] and _same(sentence.split()[0], first_word) for sentence in checkers.sentences(text))
+    return all(sentence.split()[:1] and _same(sentence.split()[0], first_word) for sentence in published.sentences(text))
 
 
 def first_word_answer(text: str, first_word: str) -> bool:
@@ -216,7 +216,7 @@ def first_word_answer(text: str, first_word: str) -> bool:
 
 def last_word_sent(text: str, last_word: str) -> bool:
     """Every sentence ends with the word; marks do not count."""
-    return all(sentence.split() and _same(_bare(sentence.split()[-1]), last_word) for sentence in checkers.sentences(text))
+    return all(sentence.split() and _same(_bare(sentence.split()[-1]), last_word) for sentence in published.sentences(text))
 
 
 def last_word_answer(text: str, last_word: str) -> bool:
@@ -255,14 +255,14 @@ def letter_counting2(text: str, letter: str, let_frequency: int, let_relation: s
 
 def counting_composition(text: str, n_sent: int, n_words: int) -> bool:
     """Three paragraphs with *** between them, of n_sent sentences of n_words tokens; a final full stop is a token too."""
-    found = [checkers.sentences(part) for part in re.split(DIVIDER, text)]
+    found = [published.sentences(part) for part in re.split(DIVIDER, text)]
     return len(found) == 3 and all(len(part) == n_sent for part in found) and all(
-        len(checkers.tokens(sentence)) == n_words for part in found for sentence in part)
+        len(published.tokens(sentence)) == n_words for part in found for sentence in part)
 
 
 def count_unique(text: str) -> bool:
     """No token twice; marks are tokens, and case counts."""
-    tokens = checkers.tokens(text)
+    tokens = published.tokens(text)
     return len(tokens) == len(set(tokens))
 
 

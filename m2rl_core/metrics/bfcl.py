@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 GROUPS = {
@@ -53,19 +52,3 @@ def average(rows: pd.DataFrame) -> float:
     means = rows.groupby("category")["score"].agg(["mean", "size"])
     weight = shares(means["size"].to_dict())
     return float(sum(weight[name] * mean for name, mean in means["mean"].items()))
-
-
-def breakdown(rows: pd.DataFrame, model: str, rng: np.random.Generator) -> pd.DataFrame:
-    """A model's score on BFCL v3 in percent: overall, in each group, in each category: part, estimate, low, high, n."""
-    from m2rl_core.metrics.measured import measure  # which weighs by `shares`
-    own = rows[rows["model"] == model]
-    groups = own["category"].map(GROUP_OF)
-    parts = [("overall", own)]
-    for group in GROUPS:
-        parts += [(group, own[groups == group]), *own[groups == group].groupby("category", sort=False)]
-    lines = []
-    for name, part in parts:
-        if not part.empty:
-            found = measure(part.assign(benchmark="bfcl_v3"), rng).contrast({("bfcl_v3", model): 1.0})
-            lines.append({"part": name, "estimate": found.estimate, "low": found.low, "high": found.high, "n": found.n})
-    return pd.DataFrame(lines)

@@ -8,7 +8,7 @@ from IPython.display import HTML, Markdown
 
 from m2rl_core.claims.evidence import Evidence
 from m2rl_core.domains import NO_ROOM
-from m2rl_core.metrics import bfcl
+from m2rl_core.metrics import bfcl, bfcl_parts
 from m2rl_core.views.grid import grid
 from m2rl_core.views.opening import interval, miniature
 
@@ -30,7 +30,7 @@ def parts(evidence: Evidence, models: Sequence[str]) -> pd.DataFrame:
         own = rows[rows["model"] == model]
         lost = own[own["reason"].str.startswith(NO_ROOM)]["category"]
         counts = {"overall": len(lost), **lost.map(bfcl.GROUP_OF).value_counts(), **lost.value_counts()}
-        lines = bfcl.breakdown(own, model, evidence.rng())
+        lines = bfcl_parts.breakdown(own, model, evidence.rng())
         found.append(lines.assign(model=model, no_room=[int(counts.get(part, 0)) for part in lines["part"]]))
     return pd.concat(found, ignore_index=True)[COLUMNS]
 
