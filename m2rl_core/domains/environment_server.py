@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-from m2rl_core.domains import Row, UserSays, environment_host, own_file
+from m2rl_core.domains import Row, environment_host, own_file
 from m2rl_core.domains.environments import PLAYED_OTHER, Hosted
-from m2rl_core.domains.far_line import GREETING, Line, Refused, secret
+from m2rl_core.domains.far_line import GREETING, Line, Refused, decoded, encoded, secret
 from m2rl_core.errors import StudyError
 from m2rl_core.provenance import code
 
@@ -121,15 +121,6 @@ class _Client:
         if not mark or digest not in self.files:
             raise StudyError(f"it has no {name or asked} of that content: start it with --domain and the same file")
         return f"{self.files[digest]}?{digest}"
-
-
-def encoded(replies: Sequence[str] | None) -> list[list] | None:
-    """Texts as JSON: [text, whether the user says it]."""
-    return None if replies is None else [[str(text), isinstance(text, UserSays)] for text in replies]
-
-
-def decoded(replies: list[list] | None) -> list[str] | None:
-    return None if replies is None else [UserSays(text) if user else text for text, user in replies]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,8 +17,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from m2rl_core.domains import Row
-from m2rl_core.domains.environment_server import decoded, encoded
-from m2rl_core.domains.far_line import GREETING, SERVERS, Line, Refused, secret
+from m2rl_core.domains.far_line import GREETING, SERVERS, Line, Refused, decoded, encoded, secret
 from m2rl_core.errors import StudyError
 from m2rl_core.provenance import code
 

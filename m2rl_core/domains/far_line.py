@@ -13,8 +13,10 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from m2rl_core.domains import UserSays
 from m2rl_core.errors import StudyError
 
 SECRET, SECRET_FILE, SERVERS = "M2RL_ENVIRONMENTS_SECRET", "M2RL_ENVIRONMENTS_SECRET_FILE", "M2RL_ENVIRONMENTS"
@@ -125,3 +127,12 @@ def secret() -> str:
         raise StudyError(f"environments over the network need a secret of {SHORTEST} characters or more, the same on all "
                          f"machines: set {SECRET}, or {SECRET_FILE} to a file that holds it (`openssl rand -hex 32`)")
     return found
+
+
+def encoded(replies: Sequence[str] | None) -> list[list] | None:
+    """Texts as JSON: [text, whether the user says it]."""
+    return None if replies is None else [[str(text), isinstance(text, UserSays)] for text in replies]
+
+
+def decoded(replies: list[list] | None) -> list[str] | None:
+    return None if replies is None else [UserSays(text) if user else text for text, user in replies]
