@@ -315,10 +315,10 @@ def test_it_samples_ahead_while_the_trainer_computes(engine, toy, tmp_path, monk
 
 def test_what_samples_ahead_is_stopped(toy, toy_rows):
     """Fault: after Ctrl-C the thread waits for vLLM, or starts it once more when its process is gone."""
-    before, begun, real = workers(), threading.Event(), vllm_engine._Process.ask
+    before, begun, real = workers(), threading.Event(), vllm_link.Local.ask
     with VllmEngine(threads=1) as own, pytest.MonkeyPatch.context() as patch:
         draw(own, toy, toy_rows[:1], 1)
-        patch.setattr(vllm_engine._Process, "ask", lambda self, **request: (begun.set(), real(self, **request))[1])
+        patch.setattr(vllm_link.Local, "ask", lambda self, **request: (begun.set(), real(self, **request))[1])
         thread = batches.Beside(lambda: draw(own, toy, toy_rows, 64, max_new_tokens=200))
         assert begun.wait(60)
         start = time.monotonic()
@@ -326,7 +326,7 @@ def test_what_samples_ahead_is_stopped(toy, toy_rows):
         own.stop()
         thread.join(30)
         assert not thread.is_alive() and time.monotonic() - start < 25 and thread.error is not None
-        assert own.processes == [] and workers() == before
+        assert own.links == [] and workers() == before
 
 
 def test_an_evaluation_is_asked_and_scored_as_ever(engine, toy):
