@@ -15,8 +15,8 @@ import time
 import pytest
 from whole_study import ROOT
 
-from m2rl_core import domains, dry
-from m2rl_core.domains import Row, UserSays, environments, far_environments, far_line, training_rows
+from m2rl_core import domains, dry, peers
+from m2rl_core.domains import Row, UserSays, environments, far_environments, training_rows
 from m2rl_core.domains.environment_server import Server, decoded, encoded
 from m2rl_core.domains.far_line import Line, Refused
 from m2rl_core.errors import StudyError
@@ -60,7 +60,7 @@ STEP_SECONDS = 2
 
 @pytest.fixture(autouse=True)
 def secret(monkeypatch):
-    monkeypatch.setenv("M2RL_ENVIRONMENTS_SECRET", SECRET)
+    monkeypatch.setenv("M2RL_SECRET", SECRET)
     monkeypatch.setattr(far_environments, "_servers", {})
 
 
@@ -84,7 +84,7 @@ def serve(tmp_path, talk):
         (copy / "talk.py").write_bytes((tmp_path / "talk.py").read_bytes())
         process = subprocess.Popen([sys.executable, "-m", "m2rl_core.domains.environment_server", "--port", "0", "--domain",
                                     str(copy / "talk.py"), *options], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                                   env=os.environ | {"M2RL_ENVIRONMENTS_SECRET": word})
+                                   env=os.environ | {"M2RL_SECRET": word})
         running.append(process)
         process.address = process.stdout.readline().split()[2].rstrip(",")
         return process
@@ -226,22 +226,22 @@ def test_another_secret_is_refused_in_one_line(talk, serve, use, monkeypatch):
     use(serve(word="quite another secret"))
     with pytest.raises(StudyError, match=r"^all servers of M2RL_ENVIRONMENTS are lost: \S+ \(it has another secret\): do"):
         environments.open_environment(talk).step("a")
-    monkeypatch.setenv("M2RL_ENVIRONMENTS_SECRET", "short")
+    monkeypatch.setenv("M2RL_SECRET", "short")
     with pytest.raises(StudyError, match="need a secret of 16 characters or more") as caught:
-        far_line.secret()
+        peers.secret()
     assert "short" not in str(caught.value)
     command = [sys.executable, "-m", "m2rl_core.domains.environment_server"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr.startswith("error: environments over the network need a secret of 16")
+    assert done.returncode == 1 and done.stderr.startswith("error: programs on other machines need a secret of 16")
 
 
 def test_a_secret_may_lie_in_a_file(tmp_path, monkeypatch):
     (tmp_path / "word").write_text(f"{SECRET} too\n")
-    monkeypatch.setenv("M2RL_ENVIRONMENTS_SECRET_FILE", str(tmp_path / "word"))
-    assert far_line.secret() == f"{SECRET} too"
-    monkeypatch.setenv("M2RL_ENVIRONMENTS_SECRET_FILE", str(tmp_path / "none"))
-    with pytest.raises(StudyError, match="^M2RL_ENVIRONMENTS_SECRET_FILE=.*none cannot be read"):
-        far_line.secret()
+    monkeypatch.setenv("M2RL_SECRET_FILE", str(tmp_path / "word"))
+    assert peers.secret() == f"{SECRET} too"
+    monkeypatch.setenv("M2RL_SECRET_FILE", str(tmp_path / "none"))
+    with pytest.raises(StudyError, match="^M2RL_SECRET_FILE: .*none cannot be read"):
+        peers.secret()
 
 
 @pytest.fixture

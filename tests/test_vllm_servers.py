@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_ranks import HOME, PARTS, environment, launch
 from test_vllm import NEAR, SPEC, draw, mismatch
 
-from m2rl_core import dry
+from m2rl_core import dry, peers
 from m2rl_core.engines import server as servers
 from m2rl_core.engines import vllm_engine, vllm_link, vllm_wire
 from m2rl_core.engines.vllm_engine import VllmEngine
@@ -40,7 +40,7 @@ STAGE = "rl-multi"
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    monkeypatch.setenv("M2RL_VLLM_SECRET", SECRET)
+    monkeypatch.setenv("M2RL_SECRET", SECRET)
     monkeypatch.delenv("M2RL_VLLM", raising=False)
     monkeypatch.setattr(vllm_wire, "SEEN", {})
 
@@ -63,7 +63,7 @@ class Started:
     def __init__(self, **settings: str):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "m2rl_core.engines.server", "--port", "0", "--threads", "1"], cwd=HOME, text=True,
-            stdout=subprocess.PIPE, env=environment(**{"M2RL_VLLM_SECRET": SECRET, **settings}))
+            stdout=subprocess.PIPE, env=environment(**{"M2RL_SECRET": SECRET, **settings}))
         self.said = self.process.stdout.readline()
         self.address = self.said.split(" at ")[1].split(",")[0]
 
@@ -87,7 +87,7 @@ def pair(root):
 
 
 def trained(n: int, root: Path, folder: Path, **settings: str) -> None:
-    done = launch(n, root, STAGE, folder, TOY_ENGINE="vllm", **{"M2RL_VLLM_SECRET": SECRET, **settings})
+    done = launch(n, root, STAGE, folder, TOY_ENGINE="vllm", **{"M2RL_SECRET": SECRET, **settings})
     assert done.returncode == 0, done.stderr
 
 
@@ -245,15 +245,15 @@ def refusal(toy, *addresses: str) -> str:
 def test_who_has_another_secret_is_refused(door, toy, monkeypatch, capsys):
     """Faults: a server that serves anybody; a secret that is sent, or left out on either side; a run that waits."""
     address = door()
-    monkeypatch.setenv("M2RL_VLLM_SECRET", "sixteen letters.")
-    assert refusal(toy, address) == f"the vLLM server {address} has another secret than M2RL_VLLM_SECRET here"
+    monkeypatch.setenv("M2RL_SECRET", "sixteen letters.")
+    assert refusal(toy, address) == f"the vLLM server {address} has another secret than M2RL_SECRET here"
     until(lambda: "refused 127.0.0.1: it has another secret" in capsys.readouterr().out)
-    monkeypatch.setenv("M2RL_VLLM_SECRET", "short")
-    assert "has 5 characters, at least 16" in refusal(toy, address)
-    monkeypatch.delenv("M2RL_VLLM_SECRET")
-    assert refusal(toy, address).startswith("vLLM servers need a secret: let M2RL_VLLM_SECRET be")
-    assert servers.main(["--port", "0"]) == 2 and "M2RL_VLLM_SECRET" in capsys.readouterr().err
-    with socket.create_connection(vllm_wire.address_of(address)) as stranger:
+    monkeypatch.setenv("M2RL_SECRET", "short")
+    assert "(here are 5)" in refusal(toy, address)
+    monkeypatch.delenv("M2RL_SECRET")
+    assert refusal(toy, address).startswith("programs on other machines need a secret of 16 characters or more")
+    assert servers.main(["--port", "0"]) == 2 and "M2RL_SECRET" in capsys.readouterr().err
+    with socket.create_connection(peers.address_of(address, "here")) as stranger:
         wire = vllm_wire.Wire(stranger, 10)
         assert SECRET not in str(wire.receive())
         wire.send(call="begin", who="me", model={}, proof="")
@@ -267,11 +267,11 @@ def test_a_false_server_is_found_out(door, toy):
 
 def test_a_secret_may_lie_in_a_file(door, toy, monkeypatch, tmp_path):
     (tmp_path / "secret").write_text(SECRET + "\n")
-    monkeypatch.delenv("M2RL_VLLM_SECRET")
-    monkeypatch.setenv("M2RL_VLLM_SECRET_FILE", str(tmp_path / "secret"))
+    monkeypatch.delenv("M2RL_SECRET")
+    monkeypatch.setenv("M2RL_SECRET_FILE", str(tmp_path / "secret"))
     assert Remote(door(), described(toy)).about == "nothing"
-    monkeypatch.setenv("M2RL_VLLM_SECRET_FILE", str(tmp_path / "none"))
-    assert refusal(toy, "a:1").startswith(f"M2RL_VLLM_SECRET_FILE: {tmp_path / 'none'} cannot be read (No such file")
+    monkeypatch.setenv("M2RL_SECRET_FILE", str(tmp_path / "none"))
+    assert refusal(toy, "a:1").startswith(f"M2RL_SECRET_FILE: {tmp_path / 'none'} cannot be read (No such file")
 
 
 def test_a_second_trainer_waits_for_the_end_of_the_first(door, toy):
@@ -332,8 +332,8 @@ def test_what_is_no_server_is_one_line(toy):
         assert refusal(toy, address).startswith(f"the vLLM server {address} does not answer as one (this was no line of ours)")
     assert refusal(toy, address).startswith(f"the vLLM server {address} cannot be reached (Connection refused): start it")
     for wrong in ("node2", "node2:", ":1", "node2:70000", "::1:80"):
-        assert refusal(toy, wrong).endswith("is no vLLM server: write host:port, as in node2:8123")
-    assert vllm_wire.address_of("[::1]:80") == ("::1", 80)
+        assert refusal(toy, wrong).endswith("is no address: write host:port, as in node2:8123")
+    assert peers.address_of("[::1]:80", "here") == ("::1", 80)
 
 
 def test_the_server_says_whom_it_lets_in(monkeypatch, capsys):

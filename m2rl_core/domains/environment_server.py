@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from m2rl_core import peers
 from m2rl_core.domains import Row, environment_host, own_file
 from m2rl_core.domains.environments import PLAYED_OTHER, Hosted
-from m2rl_core.domains.far_line import GREETING, Line, Refused, decoded, encoded, secret
+from m2rl_core.domains.far_line import GREETING, Line, Refused, decoded, encoded
 from m2rl_core.errors import StudyError
 from m2rl_core.provenance import code
 
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--domain", action="append", default=[], metavar="FILE", help="a domain of one's own; repeatable")
     asked = arguments.parse_args(argv)
     environment_host.HOSTS = max(1, min(16, asked.processes))
-    server = Server(asked.host, asked.port, secret(), asked.domain)
+    server = Server(asked.host, asked.port, peers.secret(), asked.domain)
     print(f"environments at {server.address}, {environment_host.HOSTS} steps at once; Ctrl-C ends it", flush=True)
     try:
         server.serve()

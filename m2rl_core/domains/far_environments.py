@@ -16,8 +16,9 @@ import weakref
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from m2rl_core import peers
 from m2rl_core.domains import Row
-from m2rl_core.domains.far_line import GREETING, SERVERS, Line, Refused, decoded, encoded, secret
+from m2rl_core.domains.far_line import GREETING, SERVERS, Line, Refused, decoded, encoded
 from m2rl_core.errors import StudyError
 from m2rl_core.provenance import code
 
@@ -79,10 +80,7 @@ class Server:
     """One server of M2RL_ENVIRONMENTS: its lanes, and since when and why it is taken for lost."""
 
     def __init__(self, address: str):
-        host, colon, port = address.rpartition(":")
-        if not colon or not host or not port.isdigit():
-            raise StudyError(f"{SERVERS}: {address!r} is no address: 10.0.0.5:7000, for example, or several with commas")
-        self.address, self.place = address, (host.strip("[]"), int(port))
+        self.address, self.place = address, peers.address_of(address, SERVERS)
         self.lanes: list[Lane] = []
         self.lost, self.why = 0.0, ""
 
@@ -90,7 +88,7 @@ class Server:
         """A connection and how many steps the server takes at once; GONE where it is lost, StudyError for other code."""
         line = Line(socket.create_connection(self.place, CONNECT))
         try:
-            line.greet(secret(), server=False)
+            line.greet(peers.secret(), server=False)
             told = line.receive(GREETING)
         except BaseException:
             line.close()

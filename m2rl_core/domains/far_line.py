@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import secrets
 import socket
 import struct
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from m2rl_core.domains import UserSays
 from m2rl_core.errors import StudyError
 
-SECRET, SECRET_FILE, SERVERS = "M2RL_ENVIRONMENTS_SECRET", "M2RL_ENVIRONMENTS_SECRET_FILE", "M2RL_ENVIRONMENTS"
-SHORTEST = 16  # characters of a secret
+SERVERS = "M2RL_ENVIRONMENTS"
 STRANGER, LARGEST = 1024, 64 * 2**20  # bytes of a message: before the proof, and after it
 GREETING = 10.0  # seconds for the proofs
 MARK = 32  # bytes of a message's mark
@@ -114,19 +111,6 @@ class Line:
         if not isinstance(found, str) or len(found) > 200:
             raise Refused("it is no server or client of environments")
         return found
-
-
-def secret() -> str:
-    """What M2RL_ENVIRONMENTS_SECRET says, or the file that M2RL_ENVIRONMENTS_SECRET_FILE names; StudyError for none."""
-    file = os.environ.get(SECRET_FILE)
-    try:
-        found = Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get(SECRET, "")
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{SECRET_FILE}={file} cannot be read: {error}") from error
-    if len(found) < SHORTEST:
-        raise StudyError(f"environments over the network need a secret of {SHORTEST} characters or more, the same on all "
-                         f"machines: set {SECRET}, or {SECRET_FILE} to a file that holds it (`openssl rand -hex 32`)")
-    return found
 
 
 def encoded(replies: Sequence[str] | None) -> list[list] | None:

@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from m2rl_core import peers
 from m2rl_core.engines import vllm_wire
 from m2rl_core.engines.vllm_link import MEND, Local, Memory, installed, interpreter, visible_gpus
 from m2rl_core.engines.vllm_wire import Ended, Wire
@@ -141,7 +142,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def main(argv: list[str] | None = None) -> int:
     """Serves until it is stopped; 2 after one line on standard error."""
     parser = argparse.ArgumentParser(prog="python -m m2rl_core.engines.server", description=__doc__.split("\n")[0],
-                                     epilog="The secret is M2RL_VLLM_SECRET, or what is in the file M2RL_VLLM_SECRET_FILE.")
+                                     epilog="The secret is M2RL_SECRET, or what is in the file M2RL_SECRET_FILE.")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s)")
     parser.add_argument("--port", type=int, default=8123, help="0: any that is free (%(default)s)")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of one model (%(default)s)")
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
             raise StudyError(f"{python} has no vllm: {MEND}")
         if gpus and len(gpus) < args.tensor_parallel:
             raise StudyError(f"--tensor-parallel {args.tensor_parallel}, but {len(gpus)} GPUs are here")
-        server = Server(vllm_wire.secret(), vllm, python, args.threads, args.gpu_memory, args.tensor_parallel)
+        server = Server(peers.secret().encode(), vllm, python, args.threads, args.gpu_memory, args.tensor_parallel)
         with _listen(args.host, args.port) as listener:
             host, port = listener.getsockname()[:2]
             alone = host.startswith("127.") or host == "::1"

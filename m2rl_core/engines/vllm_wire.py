@@ -14,16 +14,14 @@ import secrets
 import socket
 from pathlib import Path
 
+from m2rl_core import peers
 from m2rl_core.errors import StudyError
 
 PATIENCE = 3600.0  # seconds for one answer, vLLM's start among them; the environment's M2RL_VLLM_TIMEOUT
 GREETING = 10.0  # seconds in which two machines must have connected and shown the secret
 LINE = 4096  # bytes of a line from somebody who has not shown it
 PIECE = 2**22  # bytes of weights that are sent at once
-SHORTEST = 16  # characters of a secret
 SILENT = (10, 10, 6)  # seconds before, seconds between and number of unanswered probes after which a machine is lost
-NO_SECRET = ("vLLM servers need a secret: let M2RL_VLLM_SECRET be the same {n} characters or more on both sides, or "
-             "M2RL_VLLM_SECRET_FILE a file that holds them").format(n=SHORTEST)
 SEEN: dict[str, str] = {}  # the vLLM of each server that this process has spoken to
 
 
@@ -88,19 +86,6 @@ class Wire:
         self.socket.close()
 
 
-def secret() -> bytes:
-    """What both sides know, from M2RL_VLLM_SECRET or the file M2RL_VLLM_SECRET_FILE; StudyError where it is no secret."""
-    path = os.environ.get("M2RL_VLLM_SECRET_FILE")
-    try:
-        found = Path(path).read_text().strip() if path else os.environ.get("M2RL_VLLM_SECRET", "")
-    except OSError as error:
-        raise StudyError(f"M2RL_VLLM_SECRET_FILE: {path} cannot be read ({error.strerror})") from error
-    if len(found) < SHORTEST:
-        raise StudyError(NO_SECRET if not found else
-                         f"the secret for vLLM servers has {len(found)} characters, at least {SHORTEST} are needed")
-    return found.encode()
-
-
 def code() -> str:
     """A digest of what both sides must have in common: the wire, the server and the worker."""
     here = Path(__file__).parent
@@ -112,20 +97,11 @@ def ourselves() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def address_of(text: str) -> tuple[str, int]:
-    """(host, port) of "host:port" or "[IPv6]:port"; StudyError for anything else."""
-    host, _, port = text.rpartition(":")
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host if ":" not in host else ""
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise StudyError(f"{text!r} is no vLLM server: write host:port, as in node2:8123")
-    return host, int(port)
-
-
 def connect(address: str) -> tuple[Wire, str]:
     """A connection to a server that has shown the secret, and its vLLM; StudyError where there is none of our kind."""
-    key, who = secret(), f"the vLLM server {address}"
+    key, who = peers.secret().encode(), f"the vLLM server {address}"
     try:
-        connected = socket.create_connection(address_of(address), timeout=GREETING)
+        connected = socket.create_connection(peers.address_of(address, "a vLLM server"), timeout=GREETING)
     except OSError as error:
         raise StudyError(f"{who} cannot be reached ({error.strerror or error}): start it there with `python -m "
                          "m2rl_core.engines.server`, or take it from vllm.servers (M2RL_VLLM)") from error
@@ -141,7 +117,7 @@ def connect(address: str) -> tuple[Wire, str]:
         raise StudyError(f"{who} does not answer as one ({error}): another program's port, or a busy machine") from error
     if not _shown(found, _proof(key, "server", theirs, ours)):
         wire.close()
-        raise StudyError(f"{who} has another secret than M2RL_VLLM_SECRET here")
+        raise StudyError(f"{who} has another secret than M2RL_SECRET here")
     if found["code"] != (here := code()):
         wire.close()
         raise StudyError(f"{who} runs other code of this package ({found['code']}, here {here}): bring both to one "
