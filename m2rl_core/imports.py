@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2rl_core.adapters.foreign import line_for
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 if TYPE_CHECKING:
     from m2rl_core.adapters.checkpoints import Checked
@@ -111,7 +111,7 @@ def fetch(source: str) -> None:
         from huggingface_hub import snapshot_download
         snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
     except Exception as error:  # what a failed connection raises depends on the client's version
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error, 160)
         raise ModelError(f"{source} is not on this machine and cannot be fetched ({reason}): {mend(source)}") from error
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from m2rl_core import imports, post
 from m2rl_core.adapters.foreign import PART
+from m2rl_core.errors import one_line
 from m2rl_core.imports import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -261,7 +262,7 @@ def _source(place: Place) -> str:
 
 
 def _unreachable(place: Place, file: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    reason = one_line(error, 160)
     return ModelError(f"{_source(place)}: {file} cannot be fetched ({reason}); what was read is kept; start again, or have it "
                       f"whole: {imports.mend(_source(place))}")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from m2rl_core import peers
 from m2rl_core.domains import Row
 from m2rl_core.domains.far_line import GREETING, SERVERS, Line, Refused, decoded, encoded
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 from m2rl_core.provenance import code
 
 CONNECT = 5.0  # seconds for a connection
@@ -111,7 +111,7 @@ class Server:
             self.why = ""
 
     def lose(self, error: BaseException) -> None:
-        self.why, self.lost = " ".join(str(error).split())[:120] or type(error).__name__, time.monotonic()
+        self.why, self.lost = one_line(error, 120), time.monotonic()
 
 
 class Servers:

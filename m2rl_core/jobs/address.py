@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m2rl_core import post
-from m2rl_core.errors import StudyError
+from m2rl_core.errors import StudyError, one_line
 
 SETTING = "M2RL_STORE"
 TRIES = 3  # attempts at what the address may do the next time
@@ -48,8 +48,8 @@ class Address:
             raise RemoteError(f"{SETTING}={_shown(self.address)}: {scheme}:// needs a package that is not installed here: "
                               f"`pip install {package}`") from error
         except ValueError as error:
-            raise RemoteError(f"{SETTING}={_shown(self.address)} is no address that fsspec knows ({line(error)}): a path, or "
-                              "s3://bucket/folder, for example") from error
+            raise RemoteError(f"{SETTING}={_shown(self.address)} is no address that fsspec knows ({one_line(error)}): a path, "
+                              "or s3://bucket/folder, for example") from error
         except Exception as error:  # some connect at once, and each has errors of its own
             raise self._error("cannot be reached", error) from error
         return fs, f"{path.rstrip('/')}/{self.name}"
@@ -141,7 +141,7 @@ class Address:
     def _error(self, what: str, error: Exception) -> RemoteError:
         mend = {"cannot be written": "give the right to write there", "cannot be read": "is it up, are the rights there?"}
         denied = isinstance(error, PermissionError) or what != "cannot be written"
-        return RemoteError(f"{SETTING}: {self.shown} {what} ({type(error).__name__}: {line(error)}): "
+        return RemoteError(f"{SETTING}: {self.shown} {what} ({type(error).__name__}: {one_line(error)}): "
                            + (mend.get(what, "is the address right?") if denied else "is the address right, is there room?"))
 
 
@@ -155,7 +155,3 @@ def _shown(address: str) -> str:
     """The address as it may stand in a message: without a password."""
     head, at, rest = address.partition("@")
     return f"{head.split('://')[0]}://{rest}" if at and "://" in head and "/" not in head.split("://")[1] else address
-
-
-def line(error: object) -> str:
-    return " ".join(str(error).split())[:200]

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from m2rl_core.errors import StudyError
-from m2rl_core.jobs.address import SETTING, Address, RemoteError, line
+from m2rl_core.errors import StudyError, one_line
+from m2rl_core.jobs.address import SETTING, Address, RemoteError
 from m2rl_core.jobs.far_locks import FOLDER as LOCKS
 from m2rl_core.jobs.locks import Mark
 
@@ -193,7 +193,7 @@ class StateCopies:
         try:
             self.remote.push_state(self.snapshot, self.where, seconds)
         except (RemoteError, OSError) as error:
-            self.say(f"{self.where}: its state stays on this machine for now: {line(error)}")
+            self.say(f"{self.where}: its state stays on this machine for now: {one_line(error)}")
 
     def _files(self) -> list[Path]:
         return [path for path in sorted(self.state.rglob("*")) if path.is_file()
