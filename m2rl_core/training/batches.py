@@ -110,7 +110,8 @@ class Batches:
         if self.beside is not None:
             self.beside.stop()
             self.engine.stop()
-            self.beside.join(STOPPING)
+            if self.beside.over.wait(STOPPING):
+                self.beside.join()
             self.beside = None
 
 
@@ -135,6 +136,7 @@ class Beside(threading.Thread):
     def __init__(self, work: Callable):
         super().__init__(name="m2rl-batch", daemon=True)
         self.work, self.found, self.error = work, None, None
+        self.over = threading.Event()  # Ctrl-C in `join` would have Python 3.11 take the thread for ended (bpo-45274)
         self.start()
 
     def run(self) -> None:
@@ -142,10 +144,12 @@ class Beside(threading.Thread):
             self.found = self.work()
         except BaseException as error:  # whatever it is, the thread that waits raises it
             self.error = error
+        finally:
+            self.over.set()
 
     def result(self):
         """What `work` gave, or raises what it raised."""
-        self.join()
+        self.over.wait()
         if self.error is not None:
             raise self.error
         return self.found
