@@ -5,6 +5,17 @@ import json
 
 import pytest
 
+from m2rl_core import run as runs
+
+
+@pytest.fixture(autouse=True)
+def builders():
+    """The registry of builders as it was, whatever a toy study puts into it."""
+    before = dict(runs.BUILDERS)
+    yield
+    runs.BUILDERS.clear()
+    runs.BUILDERS.update(before)
+
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):

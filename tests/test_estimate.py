@@ -14,7 +14,6 @@ import torch
 from toy_study import toy_run
 
 from m2rl_core import judge
-from m2rl_core import run as runs
 from m2rl_core.__main__ import main
 from m2rl_core.cost import bill, calibrate, lengths, plan, speed, told
 from m2rl_core.domains import DOMAINS, rewards, training_rows
@@ -31,12 +30,6 @@ GOLDEN = Path(__file__).parent / "golden" / "estimate_tiny.json"  # a calibratio
 def small():
     """Smoke's calibration of this machine."""
     return calibrate.measure(load_profile("smoke"))
-
-
-@pytest.fixture
-def real_builders(monkeypatch):
-    """The registry of builders as it was, whatever a toy study puts into it."""
-    monkeypatch.setattr(runs, "BUILDERS", dict(runs.BUILDERS))
 
 
 def test_a_calibration_says_right_answers(small):
@@ -117,7 +110,7 @@ def test_what_few_groups_learn_makes_a_run_cheap():
     assert mixed == pytest.approx(sum(n * learnt[d] for d, n in rows.items()) / sum(rows.values()))
 
 
-def test_a_finished_expert_tells_its_share(tmp_path, real_builders, small, monkeypatch):
+def test_a_finished_expert_tells_its_share(tmp_path, small, monkeypatch):
     """Catches a run that skipped all of its groups and is still told to have learned from a third of them."""
     run = toy_run(tmp_path, "smoke")
     run.need("rl-math")
@@ -131,14 +124,14 @@ def test_a_finished_expert_tells_its_share(tmp_path, real_builders, small, monke
     assert told_now < bill.frame(run).set_index("stage").loc["rl-multi", "seconds"]
 
 
-def test_smoke_says_nothing_of_tiny(tmp_path, real_builders):
+def test_smoke_says_nothing_of_tiny(tmp_path):
     """The fault of old: a finished smoke study scaled to tiny said 26 hours."""
     toy_run(tmp_path, "smoke").need("eval-sft")
     frame = open_run("tiny", tmp_path).estimate()
     assert frame["seconds"].isna().all() and set(frame["from"]) == {"not measured yet"}
 
 
-def test_finished_stages_correct_those_to_come(tmp_path, real_builders, small, monkeypatch):
+def test_finished_stages_correct_those_to_come(tmp_path, small, monkeypatch):
     """What a finished evaluation took over what it was told to take holds for the others, and for no other kind."""
     run = toy_run(tmp_path, "smoke")
     run.need("eval-base")

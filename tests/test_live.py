@@ -15,7 +15,6 @@ from toy_study import toy_run
 from whole_study import ROOT
 
 from m2rl_core import progress
-from m2rl_core import run as runs
 from m2rl_core.errors import StudyError
 from m2rl_core.jobs import live, locks
 from m2rl_core.run import open_run
@@ -135,7 +134,6 @@ def test_a_job_that_dies_is_said_with_its_last_words(store, monkeypatch):
 
 
 def test_under_a_runner_the_kernel_makes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "BUILDERS", dict(runs.BUILDERS))
     run = toy_run(tmp_path)
     live.train(run, "rl-math")
     assert run.has("rl-math") and not (run.store.root / live.JOBS).exists()
@@ -145,7 +143,6 @@ def test_under_a_runner_the_kernel_makes_it(tmp_path, monkeypatch):
 
 def test_the_picture_by_hand(tmp_path, monkeypatch):
     """A step made again after a crash counts once; speed is that of the process that works now."""
-    monkeypatch.setattr(runs, "BUILDERS", dict(runs.BUILDERS))
     run = toy_run(tmp_path)
     state = run.store.begin(run.stages["rl-math"]) / "state"
     rows = [{"step": 1, "total": 4, "reward": 0.0, "seconds": 50.0, "left": 150.0},

@@ -39,7 +39,6 @@ SLOW = "import sys, toy_study; toy_study.DIE_AT_STEP, toy_study.PAUSE = int(sys.
 
 @pytest.fixture(autouse=True)
 def calm(monkeypatch):
-    monkeypatch.setattr(runs, "BUILDERS", dict(runs.BUILDERS))
     monkeypatch.setattr(post, "PAUSE", 0.001)
     monkeypatch.setattr(remote, "FORGET", 0.0)
 

@@ -94,6 +94,26 @@ def test_a_killed_kernel_is_a_failure_and_says_how_to_go_on(outcome):
     assert entry["status"] == "failed" and "the kernel died" in entry["reason"]
 
 
+@pytest.mark.parametrize(("silent", "status"), [(2, "completed"), (9, "failed")])
+def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch, silent, status):
+    """Fault: two kernels that chose one port at the same moment end a night's study with a traceback."""
+    import papermill
+    source = tmp_path / "1.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(1)")]), source)
+    real, left = papermill.execute_notebook, [silent]
+
+    def execute(source, new, **settings):
+        left[0] -= 1
+        if left[0] >= 0:
+            nbformat.write(nbformat.read(source, 4), new)  # as papermill does before it starts a kernel
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return real(source, new, **settings)
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    found = report.execute(Job("1", source, {}), tmp_path, tmp_path / "log")
+    assert found.status == status and left == [-1 if silent == 2 else silent - 3]
+    assert silent == 2 or found.reason == "its kernel did not start (Kernel died before replying to kernel_info); run again"
+
+
 def test_dependants_are_marked_and_independents_run(outcome):
     folder, _, entries, _ = outcome
     assert entries["4_conclusion"]["status"] == "not run"

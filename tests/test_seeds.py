@@ -180,7 +180,6 @@ def profile(tmp_path):
 @pytest.fixture
 def run(profile, tmp_path, monkeypatch):
     """That profile's study with builders that take milliseconds."""
-    monkeypatch.setattr(runs, "BUILDERS", dict(runs.BUILDERS))
     made = toy_study.toy_run(tmp_path, profile)
     runs.BUILDERS["eval"] = "toy_study:score"
     return made

@@ -13,18 +13,12 @@ import pytest
 import toy_study
 from toy_study import toy_run
 
-from m2rl_core import run as runs
 from m2rl_core import store as stores
 from m2rl_core.__main__ import main
 from m2rl_core.run import MissingArtifact
 from m2rl_core.store import CorruptArtifact, DiskFull, Store, differences, hold
 
 HERE = Path(__file__).resolve().parent
-
-
-@pytest.fixture(autouse=True)
-def builders(monkeypatch):
-    monkeypatch.setattr(runs, "BUILDERS", dict(runs.BUILDERS))
 
 
 def spawn(root, stage, moment="", **options):

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m2rl_core.errors import one_line
 from m2rl_core.jobs.schedule import Executor, Lanes, Result, Task, scheduled
 from m2rl_core.jobs.tasks import TRAIN, stage_tasks, with_stages
 from m2rl_core.profile import load_profile
@@ -52,11 +53,16 @@ NEEDS = {  # what must not have failed in this run for a notebook to be worth it
 BEFORE = {"3.1_preliminary": ("0_plan",),
           **dict.fromkeys(("B_benchmarks", "C_scaling"), ("4_conclusion", "A_training_details"))}
 FIRST = (f"{TRAIN}.rl-agent", f"{TRAIN}.rl-multi")  # the longest are begun first of those that may run
+SILENT = ("Kernel died before replying", "Kernel didn't respond in")  # jupyter_client's words for one that did not start
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel that ends well is interrupted first, and would call it an error
 
 
 class ReportError(ValueError):
     """A request that cannot be met as it stands; the message is one line."""
+
+
+class NotStarted(RuntimeError):
+    """A kernel that ended, or said nothing, before it was asked anything."""
 
 
 @dataclass(frozen=True)
@@ -178,14 +184,16 @@ def execute(job: Job, report: Path, log: Path) -> Result:
     start, reason = time.monotonic(), ""
     with _environment(environment):
         try:
-            papermill.execute_notebook(
+            _started(lambda: papermill.execute_notebook(
                 str(job.source), str(new), parameters=job.parameters, kernel_name="python3", progress_bar=False,
-                cwd=str(job.source.parent), extra_arguments=QUIET)
+                cwd=str(job.source.parent), extra_arguments=QUIET))
         except papermill.PapermillExecutionError as error:
             message = str(error.evalue).strip().splitlines() or [""]
             reason = f"cell In [{error.exec_count}]: {error.ename}: {message[0]}"
         except DeadKernelError:
             reason = "the kernel died (killed, or out of memory); run again to go on from the last checkpoint"
+        except NotStarted as error:
+            reason = f"its kernel did not start ({error}); run again"
     notebook = nbformat.read(new, as_version=4)
     if not reason:
         reason = unfinished(notebook)
@@ -193,6 +201,19 @@ def execute(job: Job, report: Path, log: Path) -> Result:
     os.replace(new, target)
     seconds = round(time.monotonic() - start, 1)
     return Result(job.name, "failed" if reason else "completed", seconds, reason, job.parameters)
+
+
+def _started(work: Callable) -> None:
+    """`work()`, tried again where its kernel ended before it answered: ports are chosen some time before they are taken."""
+    for last in (False, False, True):
+        try:
+            work()
+            return
+        except RuntimeError as error:
+            if not str(error).startswith(SILENT):
+                raise
+            if last:
+                raise NotStarted(one_line(error)) from error
 
 
 def unfinished(notebook) -> str:
