@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
 from m2rl_core import run as runs
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; several tests are about Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -229,7 +229,7 @@ class Failing(TorchEngine):
     def sample(self, *args, **settings):
         self.calls += 1
         if self.calls == 3:
-            while self.hang:
+            for _ in range(6000 * self.hang):  # a minute
                 self.hanging.set()
                 time.sleep(0.01)
             raise StudyError("agent/00003: prompt of 900 tokens, but 374 fit")
