@@ -185,6 +185,14 @@ def test_all_stop_with_one_line_that_names_who_is_lost(root, tmp_path, stage, mo
     assert not (tmp_path / stage / "out" / "model.safetensors").exists()
 
 
+def test_a_rank_that_dies_while_torch_gathers_weights_is_named_as_well(root, tmp_path):
+    """Fault: a traceback of FSDP's own call to the other ranks, which is none of ours."""
+    done = launch(2, root, "rl-multi", tmp_path, "drop 2 1", M2RL_RANK_TIMEOUT="60", **PARTS)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and re.match(r"error: rank 1 of 2 \(process \d+ on .*\) has ended; all ranks stop", lines[0]), done.stderr
+
+
 # ---- accelerate's config files
 
 def launcher(path: Path) -> dict[str, str]:

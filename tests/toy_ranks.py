@@ -35,8 +35,19 @@ STEPS, PROMPTS = 3, 3  # 2 ranks have unequal shares, and one of 4 has nothing t
 
 
 def fail_at(what: str, count: int, who: int) -> None:
-    """Let a rank die, hang or raise at its `count`-th sampling."""
+    """Let a rank die, hang or raise at its `count`-th sampling, or die between two layers of its `count`-th update."""
     real, left = engines.TorchEngine.sample, [count]
+    if what == "drop":
+        gather = grpo.response_hidden
+
+        def half(policy, part):
+            left[0] -= 1
+            if left[0] == 0 and ranks.rank() == who:
+                block = policy.stack.blocks[1]
+                block.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            return gather(policy, part)
+        grpo.response_hidden = half
+        return
 
     def call(*args, **settings):
         left[0] -= 1

@@ -17,7 +17,8 @@ from itertools import groupby
 from pathlib import Path
 
 from m2rl_core.ranks.world import (  # noqa: F401  all that the others ask for, under one name
-    RankLost, alone, beat, connection, control, device, first, go_on, here, launched, leave, lost, rank, size, tell, together)
+    RankLost, alone, beat, connection, control, device, first, go_on, here, launched, leave, lost, rank, size, tell, together,
+    watched)
 
 # Dividing the work ------------------------------------------------------------------------------------------------------
 

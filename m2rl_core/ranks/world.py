@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from m2rl_core.errors import StudyError
 PATIENCE = 1800.0  # seconds in which every rank must come to the same point; the environment's M2RL_RANK_TIMEOUT
 ROLL_CALL = 3.0  # seconds in which a rank that is alive notices that another is not
 GRACE = 6.0  # seconds between the launcher's SIGTERM and the end; torchrun would wait 30
+WIRE = "(?i)gloo|nccl|connection|process ?group|c10d"  # words of torch's errors for a peer that is gone or silent
 _alone = [False]
 _stopped = threading.Event()
 
@@ -116,6 +118,17 @@ def together(work: Callable):
         return work(dist, world)
     except RuntimeError as error:  # torch says in many ways that a peer closed the connection or did not answer
         raise lost(world, error) from error
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Inside, a call to the other ranks that torch makes by itself (FSDP gathers weights) and that fails is RankLost, too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if launched() and re.search(WIRE, str(error)):
+            raise lost(connection(), error) from error
+        raise
 
 
 def beat() -> None:

@@ -74,8 +74,10 @@ def fit(policy: Policy, objective: Callable[[int], dict], settings: Optimization
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * settings.schedule(step)
         optimizer.zero_grad(set_to_none=True)
-        record = objective(step)
-        norm = sharded.full(torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], settings.grad_clip))
+        with ranks.watched():
+            record = objective(step)
+            norm = sharded.full(torch.nn.utils.clip_grad_norm_(
+                [p for p in parameters if p.grad is not None], settings.grad_clip))
         if not math.isfinite(record["loss"]) or not torch.isfinite(norm):
             batch = state / "diverged.jsonl"
             if keep_batch is not None:
