@@ -18,8 +18,8 @@ def secret() -> str:
     except (OSError, ValueError) as error:
         raise StudyError(f"{SECRET_FILE}: {file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if len(found) < SHORTEST:
-        raise StudyError(f"programs on other machines need a secret of {SHORTEST} characters or more, the same on all (here are "
-                         f"{len(found)}): set {SECRET}, or {SECRET_FILE} to a file that holds it (`openssl rand -hex 32`)")
+        raise StudyError(f"programs on other machines need a secret of {SHORTEST} characters or more, the same on all (here "
+                         f"are {len(found)}): set {SECRET}, or {SECRET_FILE} to a file that holds it (`openssl rand -hex 32`)")
     return found
 
 

@@ -190,7 +190,8 @@ def test_a_rank_that_dies_while_torch_gathers_weights_is_named_as_well(root, tmp
     done = launch(2, root, "rl-multi", tmp_path, "drop 2 1", M2RL_RANK_TIMEOUT="60", **PARTS)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and re.match(r"error: rank 1 of 2 \(process \d+ on .*\) has ended; all ranks stop", lines[0]), done.stderr
+    wanted = r"error: rank 1 of 2 \(process \d+ on .*\) has ended; all ranks stop"
+    assert len(lines) == 1 and re.match(wanted, lines[0]), done.stderr
 
 
 # ---- accelerate's config files
