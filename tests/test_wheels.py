@@ -1,7 +1,7 @@
 """Our verdicts beside those that the wheel of nemo-gym ships: its test files' cases, and its example rollouts with rewards.
 
 Nothing of them is copied: cases are read from the installed files, as literals of their syntax tree. The other wheels ship no
-cases: math-verify's are in its source distribution alone (unpacked, they are run here), evalscope has none of these, and
+cases: math-verify's are in its source distribution alone (`make test` fetches it), evalscope has none of these, and
 bfcl-eval's items are used in test_bfcl. The workplace's cases are in test_workbench; the wheel has rewards of its example
 rollouts, but not their truths.
 """
@@ -21,7 +21,7 @@ from m2rl_core.real import rl_rows, schema
 
 HOME = Path(importlib.util.find_spec("resources_servers").submodule_search_locations[0])
 SCIENCE = "nano_v3_sft_profiled_stem_mcqa"
-SOURCE = "M2RL_MATH_VERIFY_TESTS"
+SOURCE = Path(__file__).parent.parent / ".venv" / "math-verify" / "tests"  # of the source distribution, by `make test`
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
 
 
@@ -146,12 +146,12 @@ def test_math_as_in_the_wheels_test_file_and_rollouts():
     assert (boxed, bare) == (9, 5)
 
 
-@pytest.mark.skipif(not os.environ.get(SOURCE), reason=f"{SOURCE} names the tests/ of math-verify 0.9.0's source distribution")
+@pytest.mark.skipif(not SOURCE.is_dir(), reason="math-verify's source distribution is fetched by `make test`")
 def test_math_as_in_the_source_distribution_of_math_verify():
     """Fault: an answer in one box that math-verify's own tests call right, or wrong, and ours otherwise. Of several boxes ours
     reads the last, as in the paper, where math-verify joins them; without a box it pays nothing."""
     agree = several = bare = 0
-    for path in sorted(Path(os.environ[SOURCE]).glob("test_*.py")):
+    for path in sorted(SOURCE.glob("test_*.py")):
         for call in calls(ast.parse(path.read_text()), "parametrize"):
             names = ast.literal_eval(call.args[0])
             if names != "gold,pred,expected" and names != "gold, pred, expected":
