@@ -46,6 +46,12 @@ def code() -> str:
     return digest.hexdigest()[:8]
 
 
+def sha256(path: Path) -> str:
+    """64 hex digits of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def machine() -> dict:
     """Cores that this process may use, memory in GB, processor, system and Python."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

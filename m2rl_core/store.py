@@ -21,7 +21,8 @@ from m2rl_core import imports, ranks
 from m2rl_core.jobs import far_locks
 from m2rl_core.jobs.far_locks import FarLease
 from m2rl_core.jobs.locks import Lease, hold, places
-from m2rl_core.jobs.remote import Damaged, Remote, StateCopies, seconds_of, sha256
+from m2rl_core.jobs.remote import Damaged, Remote, StateCopies, seconds_of
+from m2rl_core.provenance import sha256
 from m2rl_core.study import Stage
 
 MANIFEST = "manifest.json"

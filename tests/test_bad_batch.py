@@ -6,13 +6,11 @@ import math
 
 import pandas as pd
 import pytest
-import toy_policy
 import toy_training
 import torch
 from safetensors.torch import load_file
 
 from m2rl_core.training import batches, collect, grpo, opd
-from m2rl_core.models import policy as policies
 from m2rl_core.data import batch_of, rl_rows
 from m2rl_core.domains import DOMAINS, Verdict
 from m2rl_core.training.trainer import TrainingDiverged, read_lines
@@ -23,10 +21,7 @@ STAGES = {"rl-math": grpo, "mt-opd": opd}
 @pytest.fixture(scope="module")
 def inputs(policy, tmp_path_factory):
     """The folders of a start and of five experts."""
-    root = tmp_path_factory.mktemp("models")
-    for i, name in enumerate(("sft", *(f"rl-{domain}" for domain in DOMAINS))):
-        policies.save(toy_policy.nudged(policy, 0.5, seed=i) if i else policy, root / name)
-    return {path.name: path for path in root.iterdir()}
+    return toy_training.models(policy, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)

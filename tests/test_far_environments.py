@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+import toy_server
 from whole_study import ROOT
 
 from m2rl_core import domains, dry, peers
@@ -90,11 +91,7 @@ def serve(tmp_path, talk):
         return process
 
     yield start
-    for process in running:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
+    toy_server.end(running)
 
 
 @pytest.fixture

@@ -16,10 +16,8 @@ import toy_training
 import torch
 import yaml
 
-from m2rl_core.domains import DOMAINS
 from m2rl_core.engines import TORCH, TorchEngine, rollout
 from m2rl_core.errors import StudyError
-from m2rl_core.models import policy as policies
 from m2rl_core.profile import ProfileError, load_profile
 from m2rl_core.study import study
 from m2rl_core.training import batches, collect, grpo
@@ -33,10 +31,7 @@ SPEC = dataclasses.replace(load_profile("smoke").rl, prompts=4, group=3, max_new
 @pytest.fixture(scope="module")
 def inputs(policy, tmp_path_factory):
     """The folders of a start and of five experts."""
-    root = tmp_path_factory.mktemp("models")
-    for i, name in enumerate(("sft", *(f"rl-{domain}" for domain in DOMAINS))):
-        policies.save(toy_policy.nudged(policy, 0.5, seed=i) if i else policy, root / name)
-    return {path.name: path for path in root.iterdir()}
+    return toy_training.models(policy, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import toy_policy
+import toy_training
 import yaml
 from safetensors.torch import load_file
 
-from m2rl_core.models import policy as policies
 from m2rl_core import engines, ranks
 from m2rl_core.engines.vllm_engine import VllmEngine
 from m2rl_core.ranks import sharded
-from m2rl_core.domains import DOMAINS
 from m2rl_core.errors import StudyError
 from m2rl_core.profile import load_profile
 from m2rl_core.run import open_run
@@ -48,8 +47,7 @@ def root(tmp_path_factory, words) -> Path:
     """The models that training starts from, and every stage made by one process in `whole`."""
     root = tmp_path_factory.mktemp("ranks")
     policy = toy_policy.make(words)
-    for i, name in enumerate(("sft", *(f"rl-{domain}" for domain in DOMAINS))):
-        policies.save(toy_policy.nudged(policy, 0.5, seed=i) if i else policy, root / "models" / name)
+    toy_training.models(policy, root / "models")
     done = launch(1, root, ",".join(STAGES), root / "whole")
     assert done.returncode == 0, done.stderr
     return root

@@ -1,7 +1,6 @@
 """Several SandboxFusion servers: real processes that share the programs, are killed, hang, and were never there."""
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import toy_server
 from toy_server import Scripted
 
 from m2rl_core import dry, post, sandbox
@@ -37,11 +37,7 @@ def serve(tmp_path):
         return process
 
     yield start
-    for process in running:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
+    toy_server.end(running)
 
 
 def programs(count: int, code: str = "wait 0.05") -> list[Program]:

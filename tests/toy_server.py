@@ -1,9 +1,21 @@
 """An HTTP server of this machine that gives the answers that a test wrote."""
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Kill servers that a test started, also those that it stopped."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
 
 
 class Scripted:

@@ -46,6 +46,13 @@ def profile(overlap: int = 0):
         eval=dataclasses.replace(smoke.eval, max_new_tokens=10))
 
 
+def models(policy, root: Path) -> dict[str, Path]:
+    """The folders of a start and of five experts, each a little beside it, by name."""
+    for i, name in enumerate(("sft", *(f"rl-{domain}" for domain in DOMAINS))):
+        policies.save(toy_policy.nudged(policy, 0.5, seed=i) if i else policy, root / name)
+    return {path.name: path for path in root.iterdir()}
+
+
 def by_text(rows, transcripts):
     """Rewards that a random policy gets as often as not: its digest decides."""
     return [Verdict(hashlib.sha256(turns[-1].encode()).digest()[0] % 2 / 1, "by text") for turns in transcripts]

@@ -6,16 +6,15 @@ between machines that do not trust their network, put it through ssh (`-L 8123:l
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import json
 import os
 import secrets
 import socket
-from pathlib import Path
 
 from m2rl_core import peers
 from m2rl_core.errors import StudyError
+from m2rl_core.provenance import code
 
 PATIENCE = 3600.0  # seconds for one answer, vLLM's start among them; the environment's M2RL_VLLM_TIMEOUT
 GREETING = 10.0  # seconds in which two machines must have connected and shown the secret
@@ -84,13 +83,6 @@ class Wire:
         with contextlib.suppress(OSError):
             self.file.close()
         self.socket.close()
-
-
-def code() -> str:
-    """A digest of what both sides must have in common: the wire, the server and the worker."""
-    here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in (
-        "vllm_wire.py", "vllm_link.py", "vllm_worker.py", "server.py"))).hexdigest()[:12]
 
 
 def ourselves() -> str:

@@ -8,7 +8,6 @@ by their digests, and an index last, which so never names half a checkpoint. Bro
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import posixpath
@@ -22,6 +21,7 @@ from m2rl_core.errors import StudyError, one_line
 from m2rl_core.jobs.address import SETTING, Address, RemoteError
 from m2rl_core.jobs.far_locks import FOLDER as LOCKS
 from m2rl_core.jobs.locks import Mark
+from m2rl_core.provenance import sha256
 
 PACE = "M2RL_STORE_MINUTES"
 MANIFEST, FILES, STATE = "manifest.json", "files.json", "state"
@@ -233,9 +233,3 @@ def _copy(path: Path, target: Path) -> None:
             os.link(path, target)
             return
     shutil.copy2(path, target)
-
-
-def sha256(path: Path) -> str:
-    """64 hex digits of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

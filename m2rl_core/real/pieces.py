@@ -5,7 +5,6 @@ them, and writes the same bytes as a run that was never killed. A folder keeps t
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2rl_core.errors import StudyError
+from m2rl_core.provenance import sha256
 from m2rl_core.real import hub
 from m2rl_core.real.hub import File
 from m2rl_core.real.schema import SchemaError
@@ -167,17 +167,12 @@ class _Writer:
         if self.file is not None:
             self.file.close()
             if kind is None:
-                self.sha256 = digest(_new(self.path))
+                self.sha256 = sha256(_new(self.path))
                 os.replace(_new(self.path), self.path)
 
 
 def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rows_of(folder: Path, piece: Piece) -> Iterator[dict[str, str]]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from m2rl_core.domains import DOMAINS, Row, workbench, workbench_wheel, worker
 from m2rl_core.errors import StudyError
+from m2rl_core.provenance import sha256
 from m2rl_core.real import commits, hub, pieces, questions, rl_rows, schema
 from m2rl_core.real.hub import File
 from m2rl_core.real.rl_rows import CHOICE_OPENING, Problems, to_row
@@ -109,7 +110,7 @@ def _join(out: Path, done: list[pieces.Piece]) -> dict:
         path.with_name(path.name + ".new").replace(path)
     told |= _idle(rows(out, "agent"))
     return {"domains": {domain: {"rows": counts[domain], "paper": PAPER[domain],
-                                 "sha256": pieces.digest(path)} for domain, path in names.items()},
+                                 "sha256": sha256(path)} for domain, path in names.items()},
             "instruction_ids": dict(sorted(ids.items())), "remarks": dict(told)}
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from m2rl_core.run import BuilderContext, Run
-from m2rl_core.store import UNHASHED, sha256
+from m2rl_core.provenance import sha256
+from m2rl_core.store import UNHASHED
 from m2rl_core.study import ALONE, NotInStudy
 from m2rl_core.training import grpo
 
