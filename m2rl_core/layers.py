@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2rl_core import imports, post
+from m2rl_core import imports
 from m2rl_core.adapters.foreign import PART
 from m2rl_core.errors import one_line
 from m2rl_core.imports import ModelError
@@ -218,6 +218,7 @@ def _local(path: Path, begin: int, end: int) -> Iterator[bytes]:
 
 def _fetched(place: Place, file: str, begin: int, end: int) -> Iterator[bytes]:
     """A range of a file of the hub; a broken connection is taken up again where it broke, `post.TRIES` times in a row."""
+    from m2rl_core import post  # HTTP, which nothing else of a start needs
     attempt = 0
     while begin < end:
         post.wait(attempt)
@@ -244,6 +245,8 @@ def _answer(place: Place, file: str, begin: int = 0, end: int = 0) -> Iterator[b
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    from m2rl_core import post
     headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begin}-{end - 1}"} if end else {})
     url = hf_hub_url(place.name, file, revision=place.commit)
     with get_session().stream("GET", url, headers=headers, timeout=SECONDS) as reply:

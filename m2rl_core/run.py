@@ -154,20 +154,18 @@ class Run:
                 return self.store.sweep(stage)
             inputs = self._inputs(stage)
             out = self.store.begin(stage, progress.say)
-            copies = self.store.copies(stage, progress.say)
-            spent = _Spent(out / STATE / "seconds", lease.check, copies.look if copies else lambda: None)
-            shown = progress.Progress(stage.name, spent.tick, out / STATE / progress.TRACE)
-            build, context = self._ready(stage, inputs, out, shown)
             try:
-                build(context)
+                with self.store.copies(stage, progress.say) as look:
+                    spent = _Spent(out / STATE / "seconds", lease.check, look)
+                    shown = progress.Progress(stage.name, spent.tick, out / STATE / progress.TRACE)
+                    build, context = self._ready(stage, inputs, out, shown)
+                    build(context)
                 facts = {"seed": context.seed, "seconds": round(spent.before + shown.seconds, 1), **provenance()}
                 if ranks.launched():
                     facts["processes"] = ranks.size()
                 if stage.settings.get("engine") == "vllm":
                     from m2rl_core.engines import vllm_engine
                     facts["packages"]["vllm"] = vllm_engine.version(vllm_engine.servers_of(self.profile))
-                if copies:
-                    copies.end()
                 lease.check()
                 self.store.finish(stage, facts)
             except Exception as error:  # only to give one cause a name of its own; all others pass unchanged
@@ -175,9 +173,6 @@ class Run:
                     raise
                 raise DiskFull(f"{stage.name}: no space left in {self.root}; make room and start again: "
                                "it goes on from its last checkpoint") from error
-            finally:
-                if copies:
-                    copies.end()
             shown.close()
 
     def _help(self, stage: Stage) -> None:

@@ -118,11 +118,17 @@ class Store:
             self._take_up(stage, folder / STATE, say)
         return folder
 
-    def copies(self, stage: Stage, say: Callable[[str], None]) -> StateCopies | None:
-        """What copies the state of a stage that is being made to the remote address; None where there is none."""
+    @contextlib.contextmanager
+    def copies(self, stage: Stage, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+        """Inside, what to call now and then while a stage is made: it copies the state to the remote address, if any."""
         if self.remote is None or stage.kind == "import":
-            return None
-        return StateCopies(self.remote, self.folder(stage) / STATE, self.where(stage), say)
+            yield lambda: None
+            return
+        copies = StateCopies(self.remote, self.folder(stage) / STATE, self.where(stage), say)
+        try:
+            yield copies.look
+        finally:
+            copies.end()
 
     def finish(self, stage: Stage, facts: dict) -> None:
         """Seal a stage: its files reach the disk, then the manifest appears by rename, then state/ goes.
