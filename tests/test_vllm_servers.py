@@ -69,9 +69,11 @@ class Started:
 
     def worker(self) -> int | None:
         """The process id of its vLLM."""
-        path = Path(f"/proc/{self.process.pid}/task")
-        found = [int(pid) for task in path.iterdir() for pid in (task / "children").read_text().split()]
-        return found[0] if found else None
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the thread has ended since
+                for child in (task / "children").read_text().split():
+                    return int(child)
+        return None
 
 
 @pytest.fixture(scope="module")
