@@ -20,6 +20,7 @@ from m2rl_core.engines import TORCH, TorchEngine, rollout
 from m2rl_core.errors import StudyError
 from m2rl_core.profile import ProfileError, load_profile
 from m2rl_core.study import study
+from m2rl_core import threads
 from m2rl_core.training import batches, collect, grpo
 from m2rl_core.training.batches import PENDING, Batches
 from m2rl_core.training.losses import Loss
@@ -159,7 +160,7 @@ def test_threads_have_no_influence_on_the_bytes(inputs, tmp_path, monkeypatch):
     """Faults: numbers from a generator that both threads draw from; weights that were half updated when they were copied;
     an evaluation amid a batch. And what is recorded: staleness, and a mismatch that it makes."""
     quick = run("rl-math-ahead", tmp_path / "quick", inputs)
-    clip, result, asked = torch.nn.utils.clip_grad_norm_, batches.Beside.result, threading.Event()
+    clip, result, asked = torch.nn.utils.clip_grad_norm_, threads.Beside.result, threading.Event()
 
     def late(*args):  # not before the weights have been updated
         assert asked.wait(60)
@@ -168,7 +169,7 @@ def test_threads_have_no_influence_on_the_bytes(inputs, tmp_path, monkeypatch):
         return collect.share(*args)
     with monkeypatch.context() as patch:
         patch.setattr(batches, "share", late)
-        patch.setattr(batches.Beside, "result", lambda self: (asked.set(), result(self))[1])
+        patch.setattr(threads.Beside, "result", lambda self: (asked.set(), result(self))[1])
         assert run("rl-math-ahead", tmp_path / "sampler-late", inputs) == quick
     with monkeypatch.context() as patch:  # the weights are updated when all is sampled
         patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: ([t.join() for t in ahead()], clip(*args))[1])

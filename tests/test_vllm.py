@@ -36,6 +36,7 @@ from m2rl_core.models.policy import Policy, encode_prompt
 from m2rl_core.models.qwen3 import token_logprobs
 from m2rl_core.profile import load_profile, repo_root
 from m2rl_core.run import open_run
+from m2rl_core import threads
 from m2rl_core.training import batches, collect, grpo
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux")
@@ -319,7 +320,8 @@ def test_what_samples_ahead_is_stopped(toy, toy_rows):
     with VllmEngine(threads=1) as own, pytest.MonkeyPatch.context() as patch:
         draw(own, toy, toy_rows[:1], 1)
         patch.setattr(vllm_link.Local, "ask", lambda self, **request: (begun.set(), real(self, **request))[1])
-        thread = batches.Beside(lambda: draw(own, toy, toy_rows, 64, max_new_tokens=200))
+        thread = threads.Beside(lambda: draw(own, toy, toy_rows, 64, max_new_tokens=200), "m2rl-batch")
+        thread.start()
         assert begun.wait(60)
         start = time.monotonic()
         thread.stop()

@@ -8,6 +8,7 @@ everything of the profile that it depends on.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from m2rl_core import cpu, judge
 from m2rl_core.cost.kept import VERSION, cached, file
 from m2rl_core.data import corpus
 from m2rl_core.domains import DOMAINS, Row, rewards, training_rows
-from m2rl_core.engines.rollout import Rollout, _Wave, encode_prompts, logprobs
+from m2rl_core.engines.rollout import BATCH, Rollout, _Wave, encode_prompts, logprobs, waves
 from m2rl_core.models import policy as policies
 from m2rl_core.models.policy import Policy
 from m2rl_core.profile import Profile
@@ -56,9 +57,13 @@ def said(policy: Policy, rows: list[Row], n: int, longest: int, turns: int) -> l
         ids, learn = encode_sft(policy, row)
         answer = [token for token, own in zip(ids, learn, strict=True) if own][:longest]
         script += [answer + [stop] * (longest + 1 - len(answer))] * n
-    wave = Scripted(policy, rollouts, torch.rand(len(rollouts), longest), n, 1.0, turns)
-    wave.script = torch.tensor(script)
-    wave.run()
+    script, turn = torch.tensor(script), threading.Lock()
+
+    def wave(chosen: list[int]):
+        found = Scripted(policy, [rollouts[i] for i in chosen], torch.rand(len(chosen), longest), n, 1.0, turns, turn)
+        found.script = script[chosen]
+        found.run()
+    waves(rows, [rollout.prompt for rollout in rollouts[::n]], n, wave, BATCH)
     return rollouts
 
 

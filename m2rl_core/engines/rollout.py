@@ -6,8 +6,10 @@ tokens: what was sampled is never tokenised again. Draw t of rollout r uses its 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -18,10 +20,13 @@ from m2rl_core.domains import Row, UserSays, graded
 from m2rl_core.domains.environments import open_environment, step_all
 from m2rl_core.errors import StudyError
 from m2rl_core.models.attention import Cache, Causal, Grouped, Replies
+from m2rl_core.models.decode import decoder, draw
 from m2rl_core.models.policy import Policy, encode_prompt
 from m2rl_core.models.qwen3 import head, hidden_states, prepare, token_logprobs
+from m2rl_core.threads import side_by_side
 
 BATCH = 256  # rollouts in flight
+WAVES = 1 if torch.cuda.is_available() else 2  # that they are, side by side where there are threads for it
 BUDGET = 16384 if torch.cuda.is_available() else 1024  # response tokens at once in training: on a CPU what its cache holds
 COMPACT = 0.75  # retire finished rows when fewer than this share are live
 
@@ -60,21 +65,32 @@ def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Gene
     prompts = encode_prompts(policy, rows, max_new_tokens)
     uniform = torch.rand(len(rows) * n, max_new_tokens, generator=generator)
     rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
-    # Rows of like length run together; the order has no influence on what is drawn.
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].domain, len(prompts[i]), i))
-    step = max(1, batch // n)
-    for start in range(0, len(order), step):
-        chosen = [i * n + j for i in order[start:start + step] for j in range(n)]
-        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns,
+    turns = threading.Lock()
+
+    def wave(chosen: list[int]):
+        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns, turns,
               top_p).run()
+    waves(rows, prompts, n, wave, batch)
     return rollouts
 
 
-class _Wave:
-    """One batch of rollouts in flight: a cache row each, compacted as they finish."""
+def waves(rows: Sequence[Row], prompts: Sequence[list[int]], n: int, wave: Callable[[list[int]], None], batch: int) -> None:
+    """`wave(indices)` of all of `n` rollouts for each row, `batch` of them at once.
 
-    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns, top_p=1.0):
+    Rows of like length run together; which do has no influence on what is drawn.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].domain, len(prompts[i]), i))
+    step = max(1, batch // WAVES // n)
+    parts = [[i * n + j for i in order[start:start + step] for j in range(n)] for start in range(0, len(order), step)]
+    side_by_side([partial(torch.no_grad()(wave), part) for part in parts], WAVES)
+
+
+class _Wave:
+    """Rollouts in flight: a cache row each, compacted as they finish. `turns` is held where tools and tokenizer are used."""
+
+    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns, turns, top_p=1.0):
         self.policy, self.rollouts, self.model = policy, rollouts, prepare(policy.weights, policy.shape)
+        self.decode = decoder(self.model)
         self.temperature, self.max_turns, self.budget, self.top_p = temperature, max_turns, uniform.shape[1], top_p
         device = policy.device
         self.stops = torch.tensor(policy.stop_ids, device=device)
@@ -86,7 +102,9 @@ class _Wave:
         self.count = torch.zeros(len(rollouts), dtype=torch.long, device=device)  # tokens sampled, per cache row
         self.flushed = [0] * len(rollouts)  # tokens already moved into the rollout
         self.parked: list[tuple] = []  # rows that wait for their next turn
-        self.environments = [open_environment(rollout.row) for rollout in rollouts]
+        self.turns = turns
+        with turns:
+            self.environments = [open_environment(rollout.row) for rollout in rollouts]
         self._prefill(n)
 
     def _prefill(self, n):
@@ -111,7 +129,7 @@ class _Wave:
                         keep = self.live.nonzero()[:, 0]
                         tokens = tokens[keep]
                         self._keep(keep)
-                    hidden = hidden_states(self.model, tokens, self.cache.positions, self.cache)
+                    hidden = self.decode(tokens, self.cache)
                     self.cache.advance()
                     self.logits = self._logits(hidden)
             if not self.parked:
@@ -120,16 +138,20 @@ class _Wave:
 
     def _draw(self) -> Tensor:
         """Sample one token for each live row from its own uniform number; (b,)."""
-        logp = F.log_softmax(self.logits / self.temperature, dim=-1)  # (b, V)
-        if self.top_p < 1:
-            logp = nucleus(logp, self.top_p)
         u = self.uniform[self.alive, self.count]
-        mass = logp.exp().cumsum(-1)
-        tokens = torch.searchsorted(mass, (u * mass[:, -1])[:, None], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
-        if self.top_p < 1:  # where the product was rounded up to the whole mass: the last token that has any
-            tokens = torch.minimum(tokens, (mass < mass[:, -1:]).sum(-1))
+        if self.top_p == 1 and u.device.type == "cpu":
+            tokens, logps = draw(self.logits, self.temperature, u)
+        else:
+            logp = F.log_softmax(self.logits / self.temperature, dim=-1)  # (b, V)
+            if self.top_p < 1:
+                logp = nucleus(logp, self.top_p)
+            mass = logp.exp().cumsum(-1)
+            tokens = torch.searchsorted(mass, (u * mass[:, -1])[:, None], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
+            if self.top_p < 1:  # where the product was rounded up to the whole mass: the last token that has any
+                tokens = torch.minimum(tokens, (mass < mass[:, -1:]).sum(-1))
+            logps = logp.gather(1, tokens[:, None])[:, 0]
         self.drawn[self.alive, self.count] = tokens
-        self.logps[self.alive, self.count] = logp.gather(1, tokens[:, None])[:, 0]
+        self.logps[self.alive, self.count] = logps
         self.count += self.live
         return tokens
 
@@ -163,8 +185,9 @@ class _Wave:
             logps.append(self.logps[i, self.flushed[i]:count].tolist())
             self.flushed[i] = count
             self.live[row] = False
-        replies = end_turns(self.policy, [self.rollouts[i] for i in which], [self.environments[i] for i in which], said, logps,
-                            self.budget, self.max_turns)
+        with self.turns:
+            replies = end_turns(self.policy, [self.rollouts[i] for i in which], [self.environments[i] for i in which], said,
+                                logps, self.budget, self.max_turns)
         # The end marker was sampled but not run yet: it goes in with the reply.
         going = [(row, [ids[-1], *reply]) for row, ids, reply in zip(rows, said, replies, strict=True) if reply is not None]
         if going:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # the cache grows by this many columns
+SPARE = 8  # columns that `decode` reads at once, so that so many stand after the last
 
 
 class Padding:
@@ -132,10 +133,10 @@ class Cache:
     @staticmethod
     def of(prompts: Causal, group: Tensor) -> Cache:
         """Of rows that have said nothing yet, after their prompts have run."""
-        kept = [(k.contiguous(), v.contiguous()) for k, v in prompts.kept]
-        _, kv_heads, _, d = kept[0][0].shape
-        own = [tuple(x.new_empty(len(group), kv_heads, BLOCK, d) for x in pair) for pair in kept]
-        return Cache(prompts.padding.lengths.to(group.device), prompts.padding.inside, kept, own, group,
+        spare = -prompts.padding.T % SPARE
+        kept = [tuple(F.pad(x, (0, 0, 0, spare)).contiguous() for x in pair) for pair in prompts.kept]
+        own = [tuple(_with_room(x.new_empty(len(group), x.shape[1], 0, x.shape[3])) for x in pair) for pair in kept]
+        return Cache(prompts.padding.lengths.to(group.device), F.pad(prompts.padding.inside, (0, spare)), kept, own, group,
                      torch.zeros_like(group))
 
     @cached_property
@@ -149,14 +150,14 @@ class Cache:
 
     def take(self, rows: Tensor) -> Cache:
         """A cache of these rows alone."""
-        own = [tuple(_with_room(x[rows, :, :self.columns]) for x in pair) for pair in self.own]
+        own = [tuple(_with_room(x[:, :, :self.columns], rows) for x in pair) for pair in self.own]
         return replace(self, own=own, group=self.group[rows], start=self.start[rows])
 
     def advance(self) -> None:
         """Make room for the next column, after all layers have written theirs."""
         self.columns += 1
-        if self.columns == self.own[0][0].shape[2]:
-            self.own = [tuple(_with_room(x) for x in pair) for pair in self.own]
+        if self.columns + SPARE > self.own[0][0].shape[2]:
+            self.own = [tuple(_with_room(x[:, :, :self.columns]) for x in pair) for pair in self.own]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (b, H, d), k and v (b, KVH, d) of one new token a row."""
@@ -255,9 +256,14 @@ def _columns(x: Tensor, at: Tensor) -> Tensor:
     return _with_room(found)
 
 
-def _with_room(x: Tensor) -> Tensor:
-    """The columns of a cache (b, KVH, C, d), and room for more, which holds anything: (b, KVH, C + BLOCK, d)."""
-    columns = x.shape[2]
-    found = x.new_empty(*x.shape[:2], columns + BLOCK, x.shape[3])
-    found[:, :, :columns] = x
+def _with_room(x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The columns of a cache (b, KVH, C, d), of these rows alone where told, and room for more: (b, KVH, C + BLOCK, d).
+
+    There are SPARE zeros, then anything.
+    """
+    b, columns = len(x if rows is None else rows), x.shape[2]
+    found = x.new_empty(b, x.shape[1], columns + BLOCK, x.shape[3])
+    held = found[:, :, :columns]
+    held.copy_(x) if rows is None else torch.index_select(x, 0, rows, out=held)
+    found[:, :, columns:columns + SPARE] = 0
     return found

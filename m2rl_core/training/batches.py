@@ -6,11 +6,8 @@ sampling is other processes' work; with the torch engine both threads compute he
 """
 from __future__ import annotations
 
-import ctypes
 import json
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,10 +19,10 @@ from m2rl_core.engines import Engine
 from m2rl_core.engines.rollout import Rollout
 from m2rl_core.errors import StudyError
 from m2rl_core.models.policy import Policy
+from m2rl_core.threads import STOPPING, Beside
 from m2rl_core.training.collect import Batch, collect, joined, scores_of, share
 
 PENDING = "pending.jsonl"  # in a checkpoint: the batch of the next step, sampled with weights that are gone by now
-STOPPING = 15.0  # seconds that a thread gets to end: what it waits for in C, a verifier or a tool, has limits of 10
 
 
 class Batches:
@@ -48,7 +45,8 @@ class Batches:
         found, self.ready = self.ready or collect(self.policy, *self._what(step)), None
         if step + 1 < self.steps:
             self.copy = copied(self.policy, self.copy)
-            self.beside = Beside(lambda: share(self.copy, *self._what(step + 1)))
+            self.beside = Beside(lambda: share(self.copy, *self._what(step + 1)), "m2rl-batch")
+            self.beside.start()
         return found
 
     def staleness(self, step: int) -> dict[str, int]:
@@ -124,36 +122,3 @@ def copied(policy: Policy, into: Policy | None) -> Policy:
     for name, weight in whole.weights.items():
         into.weights[name].copy_(weight)
     return into
-
-
-class Stopped(BaseException):
-    """Ends a thread at its next step in Python."""
-
-
-class Beside(threading.Thread):
-    """`work()` in a thread; it does not keep the process alive."""
-
-    def __init__(self, work: Callable):
-        super().__init__(name="m2rl-batch", daemon=True)
-        self.work, self.found, self.error = work, None, None
-        self.over = threading.Event()  # Ctrl-C in `join` would have Python 3.11 take the thread for ended (bpo-45274)
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.found = self.work()
-        except BaseException as error:  # whatever it is, the thread that waits raises it
-            self.error = error
-        finally:
-            self.over.set()
-
-    def result(self):
-        """What `work` gave, or raises what it raised."""
-        self.over.wait()
-        if self.error is not None:
-            raise self.error
-        return self.found
-
-    def stop(self) -> None:
-        """Let it end as soon as it comes back to Python."""
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(Stopped))
