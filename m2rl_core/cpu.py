@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-TRIM, TOP_PAD, MMAP = -1, -2, -3  # glibc's M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-KEPT = {MMAP: 2**25, TRIM: 2**30, TOP_PAD: 2**26}  # bytes
+TRIM, TOP_PAD, MMAP, HEAPS = -1, -2, -3, -8  # glibc's M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
+KEPT = {MMAP: 2**25, TRIM: 2**30, TOP_PAD: 2**26, HEAPS: 2}  # bytes, and heaps: threads that begin anew share what others left
 
 
 def settle(threads: int) -> None:

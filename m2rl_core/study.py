@@ -21,7 +21,7 @@ from m2rl_core.profile import Profile
 from m2rl_core.specs import ModelSpec, keyed
 
 # Raise a kind's version when its code changes what comes out; every stage of that kind is then made again.
-VERSION = {"base": 4, "sft": 2, "rl": 2, "opd": 2, "merge": 2, "eval": 2, "weights": 2, "kl": 2, "judge": 2, "sweep": 1,
+VERSION = {"base": 4, "sft": 2, "rl": 3, "opd": 3, "merge": 2, "eval": 3, "weights": 2, "kl": 3, "judge": 3, "sweep": 2,
            "import": 1}
 
 GROUP = {"base": "models", "sft": "models", "rl": "models", "opd": "models", "merge": "models", "import": "models",

@@ -81,6 +81,12 @@ def test_draws_and_their_logprobs_are_the_distributions():
         assert ((below <= u + 1e-5) & (u <= above + 1e-5)).all()
 
 
+def test_what_is_no_number_draws_some_token():
+    """Fault: a policy that has diverged hangs the sampler, or reads beyond the logits, before the trainer can say so."""
+    tokens, _ = decode.draw(torch.full((3, 70), torch.nan), 1.0, torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert ((0 <= tokens) & (tokens < 70)).all()
+
+
 def test_exponentials_are_numpys():
     """Faults: a polynomial of the wrong sign; powers of two beyond float32's; something left of what is not seen."""
     import numpy as np

@@ -18,7 +18,7 @@ from m2rl_core.merging import build, cli, dare, driver, merge_state, pieces, rea
 from m2rl_core.merging import recipe as recipes
 from m2rl_core.merging.checkpoint import Checkpoint
 from m2rl_core.merging.folders import merge_folders
-from m2rl_core.merging.kernel import kernel
+from m2rl_core.kernel import kernel
 from m2rl_core.merging.states import StateMerger
 
 METHODS = list(recipes.METHODS)

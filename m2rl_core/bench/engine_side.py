@@ -5,11 +5,12 @@ what is done; `sample`, `vllm` (in PYTHON), `generate` and `step` do the same wo
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from m2rl_core.domains import Row
 from m2rl_core.engines import TORCH, Engine
 from m2rl_core.engines.rollout import Rollout, logprobs
 from m2rl_core.engines.vllm_engine import VllmEngine
+from m2rl_core.models import decode
 from m2rl_core.models import policy as policies
 from m2rl_core.models.policy import Policy
 from m2rl_core.profile import load_profile
@@ -113,18 +115,41 @@ def multiplying(policy: Policy, work: Work) -> Callable[[int], int]:
 
 
 PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"),
-         "attention": ("aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
+         "attention": ("compiled::attend", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
                        "aten::_scaled_dot_product_flash_attention_for_cpu_backward")}
 
 
+COMPILED = ("attend", "normalize", "swiglu", "choose")  # of `models.decode`; the profiler knows PyTorch's own operations only
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """Let the profiler see the compiled parts of a step."""
+    from torch.profiler import record_function
+    kept = {name: getattr(decode, name) for name in COMPILED}
+
+    def seen(name: str):
+        def call(*args):
+            with record_function(f"compiled::{name}"):
+                return kept[name](*args)
+        return call
+    for name in kept:
+        setattr(decode, name, seen(name))
+    yield
+    for name, function in kept.items():
+        setattr(decode, name, function)
+
+
 def shares(run: Callable[[int], int]) -> dict[str, float]:
-    """Where a repetition spends its time, by PyTorch's profiler: shares of 1 by kind of operation, and the rest."""
+    """Where a repetition on one thread, which is all the profiler follows, spends its time: shares of 1 by kind of operation."""
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    torch.set_num_threads(1)
+    with named(), profile(activities=[ProfilerActivity.CPU]) as seen:
         start = time.perf_counter()
         run(1)
         whole = time.perf_counter() - start
-    spent = {event.key: event.self_cpu_time_total / 1e6 for event in seen.key_averages() if event.key.startswith("aten::")}
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in seen.key_averages()
+             if event.key.startswith(("aten::", "compiled::"))}
     found = {part: sum(spent.get(name, 0.0) for name in names) / whole for part, names in PARTS.items()}
     found["other operations"] = sum(spent.values()) / whole - sum(found.values())
     return found | {"Python between them": 1 - sum(found.values())}

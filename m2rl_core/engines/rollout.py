@@ -2,7 +2,8 @@
 
 A prompt is prefilled once for its whole group, which shares its keys and values; finished rows are retired and the
 batch is compacted. In multi-turn rollouts the keys and values of earlier turns stay, and tool results are appended as
-tokens: what was sampled is never tokenised again. Draw t of rollout r uses its own uniform number: batching changes nothing.
+tokens: what was sampled is never tokenised again. Draw t of rollout r uses its own uniform number: batching changes nothing,
+and neither do the threads of a CPU, on which two waves of rollouts run side by side.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from m2rl_core.domains.environments import open_environment, step_all
 from m2rl_core.errors import StudyError
 from m2rl_core.models.attention import Cache, Causal, Grouped, Replies
 from m2rl_core.models.decode import decoder, draw
-from m2rl_core.models.policy import Policy, encode_prompt
+from m2rl_core.models.policy import LANES, Policy, encode_prompt
 from m2rl_core.models.qwen3 import head, hidden_states, prepare, token_logprobs
 from m2rl_core.threads import side_by_side
 
@@ -304,20 +306,24 @@ def response_hidden(policy: Policy, rollouts: Sequence[Rollout]) -> tuple[Tensor
 
 
 def micro_batches(rollouts: Sequence[Rollout], budget: int = BUDGET) -> list[list[int]]:
-    """Indices of rollouts in batches of at most `budget` response tokens, of like length.
+    """Indices of rollouts in batches of at most `budget` response tokens, of like length and nearly equal size.
 
     Groups stay together, for the sake of their prompt; one that is larger than the budget is a batch of its own.
+    There are as many batches as `Policy.each` has lanes, or a multiple, where groups allow.
     """
     groups = [list(g) for _, g in groupby(range(len(rollouts)), key=lambda i: rollouts[i].prompt)]
     groups.sort(key=lambda g: (max(len(rollouts[i].tokens) for i in g), g[0]))
-    batches, filled = [[]], 0
+    total = sum(len(rollout.tokens) for rollout in rollouts)
+    count = LANES * max(1, ceil(total / (budget * LANES)))
+    batches, filled, before = [[]], 0, 0
     for group in groups:
         size = sum(len(rollouts[i].tokens) for i in group)
-        if batches[-1] and filled + size > budget:
+        full = before + size / 2 > len(batches) * total / count
+        if batches[-1] and (filled + size > budget or full):
             batches.append([])
             filled = 0
         batches[-1] += group
-        filled += size
+        filled, before = filled + size, before + size
     return [b for b in batches if b]
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from m2rl_core.merging.kernel import MOST, few, kernel, singles
+from m2rl_core.kernel import kernel
+from m2rl_core.merging.few import MOST, few, singles
 from m2rl_core.merging.stored import shift, wide
 
 

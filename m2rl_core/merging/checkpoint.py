@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from m2rl_core.adapters.foreign import PART, PARTIAL
 from m2rl_core.merging.dare import words
-from m2rl_core.merging.kernel import kernel
+from m2rl_core.kernel import kernel
 from m2rl_core.merging.pieces import PIECE, grid
 from m2rl_core.merging.pool import cores
 from m2rl_core.merging.stored import DTYPES, Meta, bytes_of, count_of

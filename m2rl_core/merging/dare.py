@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.kernel import kernel
+from m2rl_core.merging.few import BLOCK
 from m2rl_core.merging.stored import shift
 
 GAMMA = 0x9E3779B97F4A7C15

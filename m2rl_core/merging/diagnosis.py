@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.kernel import kernel
+from m2rl_core.merging.few import BLOCK
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.shifts import Shifts
 from m2rl_core.merging.stored import DTYPES, narrow

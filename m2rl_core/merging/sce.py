@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from m2rl_core.merging import ties
-from m2rl_core.merging.kernel import BLOCK, kernel, singles
+from m2rl_core.kernel import kernel
+from m2rl_core.merging.few import BLOCK, singles
 from m2rl_core.merging.stored import shift
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from m2rl_core.merging import dare, sce, ties
-from m2rl_core.merging.kernel import BLOCK, MOST, few, kernel, singles
+from m2rl_core.kernel import kernel
+from m2rl_core.merging.few import BLOCK, MOST, few, singles
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
 from m2rl_core.merging.stored import not_finite, shift, wide

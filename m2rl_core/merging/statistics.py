@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from m2rl_core.merging import sce, ties
-from m2rl_core.merging.kernel import kernel
+from m2rl_core.kernel import kernel
 from m2rl_core.merging.pieces import Piece
 from m2rl_core.merging.recipe import Recipe
 from m2rl_core.merging.shifts import Input, Selection, Shifts, Source, Trimmed, cut_key, inputs_of

@@ -13,7 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from m2rl_core.merging.kernel import BLOCK, kernel
+from m2rl_core.kernel import kernel
+from m2rl_core.merging.few import BLOCK
 from m2rl_core.merging.stored import shift
 
 TOP = 0x7F800000  # infinity: nothing finite is above

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m2rl_core.merging.kernel import BLOCK, MOST, few, kernel, singles
+from m2rl_core.kernel import kernel
+from m2rl_core.merging.few import BLOCK, MOST, few, singles
 from m2rl_core.merging.stored import shift
 
 ZERO, ONE = np.float32(0), np.float32(1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from m2rl_core.merging.dare import STEP, fill
 from m2rl_core.merging.diagnosis import bfloat16
-from m2rl_core.merging.kernel import fused, kernel
+from m2rl_core.kernel import fused, kernel
 from m2rl_core.merging.stored import wide
 
 ROWS = 4  # taken at once: their shifts fit the nearest cache

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2rl_core.merging.kernel import kernel
+from m2rl_core.kernel import quick
 from m2rl_core.models.attention import SPARE, Cache
 from m2rl_core.models.qwen3 import Model, hidden_states, rope
 
-fused = partial(kernel, fastmath={"contract", "reassoc", "nsz", "arcp", "nnan"})  # sums in the order of the vector units
-
-inner = partial(fused, forceinline=True)
+inner = partial(quick, forceinline=True)  # inside of the loops of another
 
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 SUMMED = 64  # tokens whose probabilities are added at once
@@ -31,7 +29,7 @@ TERMS = tuple(map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3
                                5.0000001201e-1)))  # Cephes' expf
 
 
-@fused
+@quick
 def normalize(x, eps, y):
     """y := x / rms(x), row by row."""
     size = np.float32(x.shape[1])
@@ -44,7 +42,7 @@ def normalize(x, eps, y):
             out[c] = row[c] * scale
 
 
-@fused
+@quick
 def swiglu(gate_up, y):
     """y := silu(gate) * up of both in one row, (b, 2 F) to (b, F)."""
     size = y.shape[1]
@@ -156,7 +154,7 @@ def turned(x, weight, eps, cos, sin, scale, y):
         right[c] = two * cos[c] + one * sin[c]
 
 
-@fused
+@quick
 def attend(qkv, weight, eps, cos, sin, prompt_keys, prompt_values, lengths, group, keys, values, start, column, y):
     """What the new token of each row gathers, y (b, H d); writes its key and value into `column`.
 
@@ -198,7 +196,7 @@ def attend(qkv, weight, eps, cos, sin, prompt_keys, prompt_values, lengths, grou
                     y_q[c] /= total_q
 
 
-@fused
+@quick
 def choose(logits, temperature, uniform, tokens, logps):
     """tokens (b,) := where the cumulative distribution of each row of logits (b, V) passes uniform (b,); their log-probs."""
     size = logits.shape[1]
@@ -222,7 +220,7 @@ def choose(logits, temperature, uniform, tokens, logps):
         while seen <= goal and t + 1 < size:
             t += 1
             seen += mass[t]
-        while mass[t] == 0:  # the goal was rounded up to the whole: the last token that can be drawn
+        while t > 0 and mass[t] == 0:  # the goal was rounded up to the whole: the last token that can be drawn
             t -= 1
         tokens[r] = t
         logps[r] = row[t] / temperature - top - np.log(total)

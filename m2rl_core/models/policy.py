@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -20,12 +21,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from m2rl_core.adapters.foreign import line_for
 from m2rl_core.errors import StudyError
-from m2rl_core.models.qwen3 import Shape, Weights, hidden_states, prepare
+from m2rl_core.models.qwen3 import Layer, Model, Shape, Weights, hidden_states, prepare
 from m2rl_core.slim import without
+from m2rl_core.threads import side_by_side
 
 with without("transformers.models.auto.modeling_auto"):  # all model classes: two seconds, for the config's docstring
     from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config
 
+B, T = TypeVar("B"), TypeVar("T")
+LANES = 2  # micro-batches that a CPU learns from at once
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 SPECIAL = (PAD, "<|im_start|>", EOS)
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -85,9 +89,28 @@ class Policy:
         """`hidden_states` with the present weights, to learn from."""
         return hidden_states(prepare(self.weights, self.shape), tokens, positions, attend)
 
-    def in_step(self, batches: list) -> Iterable:
-        """The micro-batches of this process, each to be run forward and backward."""
-        return batches
+    def each(self, batches: Sequence[B], work: Callable[[Policy, B], T], lanes: int = LANES) -> list[T]:
+        """What `work(policy, batch)` gives for each micro-batch, in order; the gradients that it leaves add up on the weights.
+
+        On a CPU some `lanes`, side by side where there are threads for it, see the weights and have a gradient of their own.
+        Which lane a batch is in, and the order of all sums, does not depend on the threads.
+        """
+        if self.device.type != "cpu" or min(len(batches), lanes) < 2:
+            return [work(self, batch) for batch in batches]
+        own = [Lane({n: w.detach().requires_grad_(w.requires_grad) for n, w in self.weights.items()}, self.config,
+                    self.tokenizer) for _ in range(lanes)]
+        found: list[T] = [None] * len(batches)
+
+        def run(lane: int):
+            for i in range(lane, len(batches), lanes):
+                found[i] = work(own[lane], batches[i])
+            own[lane].finish()
+        side_by_side([partial(run, lane) for lane in range(lanes)], lanes)
+        for name, weight in self.weights.items():
+            for gradient in (lane.weights[name].grad for lane in own):
+                if gradient is not None:
+                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        return found
 
     def add_up(self) -> None:
         """Make the gradient of this process's share the sum over all; there is but one."""
@@ -99,6 +122,29 @@ class Policy:
     def whole(self, exact: bool = False) -> Policy:
         """The policy in this process alone, to sample from; `exact` for the weights as they are trained and saved."""
         return self
+
+
+class Lane(Policy):
+    """The weights of a policy with a gradient of their own, of several micro-batches; they are prepared once for all."""
+
+    @cached_property
+    def made(self) -> Model:
+        return prepare(self.weights, self.shape)
+
+    @cached_property
+    def model(self) -> Model:
+        layers = [Layer(*(part.detach().requires_grad_(part.requires_grad) for part in layer)) for layer in self.made.layers]
+        return self.made._replace(layers=layers)
+
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
+        return hidden_states(self.model, tokens, positions, attend)
+
+    def finish(self) -> None:
+        """Take the gradient from the joined matrices to the weights."""
+        found = [(part, leaf.grad) for layer, leaves in zip(self.made.layers, self.model.layers, strict=True)
+                 for part, leaf in zip(layer, leaves, strict=True) if leaf.grad is not None]
+        if found:
+            torch.autograd.backward(*zip(*found, strict=True))
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:

@@ -1,8 +1,8 @@
 """Qwen3's forward pass over a plain dict of Hugging Face weights, for sampling and for training alike.
 
 Tokens lie one after the other, (N,), without padding; what each of them sees is the business of `attention.py`.
-Sampler and trainer run the same code, so their log-probs are the same numbers. Equal to `transformers`'
-Qwen3ForCausalLM to rounding (tests/test_policy.py); dense models only.
+The trainer and the sampler run the same code, but for a CPU's step of one token (`decode.py`, held to it by
+tests/test_decode.py). Equal to `transformers`' Qwen3ForCausalLM to rounding (tests/test_policy.py); dense models only.
 """
 from __future__ import annotations
 

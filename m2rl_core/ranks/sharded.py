@@ -189,17 +189,18 @@ class Sharded(Policy):
     def hidden(self, tokens, positions, attend):
         return self.stack(tokens, positions, attend)
 
-    def in_step(self, batches):
+    def each(self, batches, work, lanes=1):
         """Also an empty pass for each micro-batch that another rank has more: gathering takes all ranks."""
-        most = max(ranks.gather(len(batches)))
+        most, found = max(ranks.gather(len(batches))), []
         for batch in batches:
             ranks.beat()
-            yield batch
+            found.append(work(self, batch))
         for _ in range(most - len(batches)):
             ranks.beat()
             nothing = torch.zeros(1, dtype=torch.long, device=self.device)
             hidden = self.hidden(nothing, nothing, Causal([1], self.device))
             (0.0 * (hidden.sum() + head(self.weights)[0, 0])).backward()
+        return found
 
     def gradients(self) -> Weights:
         return {name: weight.grad.full_tensor() for name, weight in self.weights.items() if weight.grad is not None}

@@ -39,33 +39,34 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
     (N,). Rollouts that were left out because their advantage is zero stay in `totals`. `reference` is needed for a
     KL term; its log-probs are of the loss's temperature, like the policy's.
     """
-    sums, off = dict.fromkeys(("loss", "kept", "entropy", "mismatch_mean", *(("kl",) if loss.kl else ())), 0.0), 0.0
-    count = sum(r.length for r in rollouts)
-    for batch in policy.in_step(micro_batches(rollouts)):
+    def learn(policy: Policy, batch: list[int]) -> dict[str, float]:
         part = [rollouts[i] for i in batch]
         hidden, tokens, owner = response_hidden(policy, part)
         logp, entropy = token_logprobs(policy.weights, hidden, tokens, loss.temperature, entropy_grad=loss.entropy > 0)
         sampler = torch.tensor([p for r in part for p, s in zip(r.logprobs, r.sampled, strict=True) if s], device=logp.device)
         weight, counted = importance_weights(logp, sampler, owner, loss)
         advantage = token_advantage(part, logp, owner, tokens)
-        values = weight * policy_loss(logp, logp.detach(), advantage, loss.clip_low, loss.clip_high)
+        values, sums = weight * policy_loss(logp, logp.detach(), advantage, loss.clip_low, loss.clip_high), {}
         if loss.kl:
             kl = kl_estimate(logp, torch.cat(logprobs(reference, part, loss.temperature)))
             values = values + loss.kl * kl
-            sums["kl"] += float(kl.detach().sum()) / count
+            sums["kl"] = float(kl.detach().sum())
         if loss.entropy:
             values = values - loss.entropy * entropy
         found = reduced(values, counted, owner, loss.loss, totals)
         found.backward()
-        sums["loss"] += float(found.detach())
-        sums["kept"] += int(counted.sum())
-        sums["entropy"] += float(entropy.detach().sum())
         gap = (logp.detach() - sampler).abs()
-        sums["mismatch_mean"] += float(gap.sum())
-        off = max(off, float(gap.max()))
+        return {"loss": float(found.detach()), "kept": int(counted.sum()), "entropy": float(entropy.detach().sum()),
+                "mismatch_mean": float(gap.sum()), **sums, "mismatch": float(gap.max())}
+
+    names = ("loss", "kept", "entropy", "mismatch_mean", *(("kl",) if loss.kl else ()))
+    found = policy.each(micro_batches(rollouts), learn)
+    sums = {name: sum((of[name] for of in found), 0.0) for name in names}
+    off = max((of["mismatch"] for of in found), default=0.0)
     if not rollouts:
         return sums | {"kept": 1.0, "mismatch": off}
-    return sums | {name: sums[name] / count for name in ("kept", "entropy", "mismatch_mean")} | {"mismatch": off}
+    count = sum(r.length for r in rollouts)
+    return {name: value if name == "loss" else value / count for name, value in sums.items()} | {"mismatch": off}
 
 
 def learner(policy: Policy, rollouts: list[Rollout], advantage: Tensor, loss: Loss, longest: int,

@@ -36,16 +36,18 @@ def backward_full(student: Policy, teachers: Mapping[str, Policy], rollouts: lis
     """Accumulate the gradient of the mean per-token reverse KL over the vocabulary."""
     loss_sum = 0.0
     for domain, routed in by_domain(rollouts).items():
-        own = ranks.share(routed)
-        for batch in student.in_step(micro_batches(own)):
+        own, teacher = ranks.share(routed), teachers[domain]
+
+        def learn(student: Policy, batch: list[int], own=own, teacher=teacher) -> float:
             part = [own[i] for i in batch]
             with torch.no_grad():
-                teacher_hidden, _, _ = response_hidden(teachers[domain], part)
+                teacher_hidden, _, _ = response_hidden(teacher, part)
             hidden, _, owner = response_hidden(student, part)
-            kl = reverse_kl(student, teachers[domain], hidden, teacher_hidden, loss.temperature)
+            kl = reverse_kl(student, teacher, hidden, teacher_hidden, loss.temperature)
             found = reduced(kl, torch.ones_like(owner, dtype=torch.bool), owner, loss.loss, totals)
             found.backward()
-            loss_sum += float(found.detach())
+            return float(found.detach())
+        loss_sum += sum(student.each(micro_batches(own), learn))
     loss_sum = ranks.total(loss_sum)
     return {"loss": loss_sum, "kept": 1.0, "reverse_kl": loss_sum}
 
@@ -54,13 +56,13 @@ def backward_sampled(student: Policy, teachers: Mapping[str, Policy], rollouts: 
                      totals: Totals) -> dict:
     """Accumulate the policy gradient with advantage log pi_teacher - log pi_student of each sampled token."""
     sums: dict[str, float] = {}
-    gaps: list[Tensor] = []
+    gaps: dict[int, Tensor] = {}  # of a micro-batch, by its first rollout: which is done first is up to the threads
     for domain, routed in by_domain(rollouts).items():
         def gap(part, logp, owner, tokens, teacher=teachers[domain]):
             with torch.no_grad():
                 hidden, _, _ = response_hidden(teacher, part)
                 found = token_logprobs(teacher.weights, hidden, tokens, loss.temperature)[0] - logp.detach()
-            gaps.append(found)
+            gaps[id(part[0])] = found
             return found
         own = ranks.share(routed)
         for key, value in ranks.joined(backward(student, own, gap, loss, totals), own).items():
@@ -68,7 +70,7 @@ def backward_sampled(student: Policy, teachers: Mapping[str, Policy], rollouts: 
                 sums[key] = max(sums.get(key, 0.0), value)
             else:  # the loss is a sum over sequences already; the others are means
                 sums[key] = sums.get(key, 0.0) + value * (1 if key == "loss" else len(routed) / len(rollouts))
-    return {**sums, "reverse_kl": -ranks.mean(gaps)}
+    return {**sums, "reverse_kl": -ranks.mean([gaps[id(r)] for r in rollouts if id(r) in gaps])}
 
 
 UPDATES = {"sampled": backward_sampled, "full": backward_full}

@@ -47,17 +47,17 @@ def masked_loss(policy: Policy, rows: list[tuple[list[int], list[bool]]]) -> tup
     The mean is over the whole batch whatever the micro-batches are. Returns the loss and the token count.
     """
     total = sum(sum(learn[1:]) for _, learn in rows)
-    loss_sum = 0.0
-    for part in policy.in_step(micro_batches(ranks.share_rows(rows))):
+
+    def learnt(policy: Policy, part: list[tuple[list[int], list[bool]]]) -> float:
         tokens, lengths = flat([ids[:-1] for ids, _ in part], policy.device)
-        attend = Causal(lengths.tolist(), policy.device)
-        hidden = policy.hidden(tokens, places(lengths), attend)
+        hidden = policy.hidden(tokens, places(lengths), Causal(lengths.tolist(), policy.device))
         learn = torch.tensor([flag for _, flags in part for flag in flags[1:]], device=policy.device)
         targets = flat([ids[1:] for ids, _ in part], policy.device)[0][learn]
         logits = F.linear(hidden[learn], head(policy.weights)).float()
         loss = F.cross_entropy(logits, targets, reduction="sum") / total
         loss.backward()
-        loss_sum += float(loss.detach())
+        return float(loss.detach())
+    loss_sum = sum(policy.each(micro_batches(ranks.share_rows(rows)), learnt, lanes=1))  # large enough for all threads
     policy.add_up()
     return ranks.total(loss_sum), total
 
