@@ -141,7 +141,7 @@ def named() -> Iterator[None]:
 
 
 def shares(run: Callable[[int], int]) -> dict[str, float]:
-    """Where a repetition on one thread, which is all the profiler follows, spends its time: shares of 1 by kind of operation."""
+    """Where a repetition on one thread, all that the profiler follows, spends its time: shares of 1 by kind of operation."""
     from torch.profiler import ProfilerActivity, profile
     torch.set_num_threads(1)
     with named(), profile(activities=[ProfilerActivity.CPU]) as seen:
