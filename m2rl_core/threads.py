@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,11 +41,12 @@ class Beside(threading.Thread):
         return self.found
 
     def stop(self) -> None:
-        """Let it end as soon as it comes back to Python, if it has begun."""
-        if self.ident is None:
-            self.over.set()
-            return
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(Stopped))
+        """After `start()`: let it end as soon as it comes back to Python."""
+        deadline = time.monotonic() + 1
+        while self.ident is None and time.monotonic() < deadline:  # who started it was interrupted before it had begun
+            time.sleep(0.001)
+        if self.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(Stopped))
 
 
 def side_by_side(works: Sequence[Callable[[], None]], most: int) -> None:
@@ -64,17 +66,21 @@ def side_by_side(works: Sequence[Callable[[], None]], most: int) -> None:
         for work in left:
             work()
         return
-    running = [Beside(lane, "m2rl-lane") for _ in range(lanes)]
+    running, begun = [Beside(lane, "m2rl-lane") for _ in range(lanes)], 0
     try:
         for one in running:
+            begun += 1
             one.start()
         for one in running:
             one.result()
     except BaseException:
-        for one in running:
+        for _ in left:
+            pass  # nothing new is begun
+        for one in running[:begun]:
             one.stop()
-        for one in running:
-            one.over.wait(STOPPING)
+        for one in running[:begun]:
+            if one.is_alive():
+                one.join(STOPPING)
         raise
     finally:
         torch.set_num_threads(threads)

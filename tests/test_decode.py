@@ -1,20 +1,17 @@
-"""The compiled step of the sampler against the model's own forward pass, and threads that share the work."""
+"""The compiled step of the sampler against the model's own forward pass."""
 from __future__ import annotations
 
-import threading
-import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import toy_policy
 from test_rollout import SAME, draw, recorded, worst
 
-from m2rl_core import threads
 from m2rl_core.engines import rollout as rollouts
 from m2rl_core.engines.rollout import logprobs
 from m2rl_core.models import attention, decode, qwen3
-from m2rl_core.threads import Beside, Stopped, side_by_side
 
 
 def plain(model):
@@ -89,93 +86,9 @@ def test_what_is_no_number_draws_some_token():
 
 def test_exponentials_are_numpys():
     """Faults: a polynomial of the wrong sign; powers of two beyond float32's; something left of what is not seen."""
-    import numpy as np
     x = np.concatenate([np.linspace(-120, 0, 20_001), [-1e30, decode.UNSEEN]]).astype(np.float32)
     found = x.copy()
     total = decode.exponential(found, np.float32(0), len(x), np.empty(len(x), np.int32))
     wanted = np.where(x < -87, 0, np.exp(x.astype(np.float64)))
     assert np.abs(found / np.where(wanted == 0, 1, wanted) - (wanted > 0)).max() < 3e-7
     assert abs(total / wanted.sum() - 1) < 1e-6
-
-
-# ---- threads
-
-@pytest.fixture(params=[1, 2, 3])
-def given(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def test_threads_change_no_draw(policy, toy_rows, episodes, given):
-    """Faults: waves that share a buffer; a draw that depends on which thread was first; gradients recorded in a thread."""
-    found = draw(policy, [*toy_rows, *episodes], n=4, batch=24)
-    torch.set_num_threads(1)
-    alone = draw(policy, [*toy_rows, *episodes], n=4, batch=24)
-    assert [r.tokens for r in found] == [r.tokens for r in alone]
-    assert [r.logprobs for r in found] == [r.logprobs for r in alone]
-
-
-def test_all_is_done_once_by_as_many_as_told(given):
-    """Faults: work done twice or never; more threads than asked for; each with all of torch's threads, or the caller left
-    with one lane's."""
-    done, running, most, own, lock = [], [0], [0], set(), threading.Lock()
-
-    def work(i):
-        with lock:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-            own.add(torch.get_num_threads())
-        time.sleep(0.02)
-        with lock:
-            running[0] -= 1
-            done.append(i)
-    side_by_side([lambda i=i: work(i) for i in range(7)], 2)
-    assert sorted(done) == list(range(7)) and most[0] == min(2, given)
-    assert own == {1} and torch.get_num_threads() == given
-    later = Beside(torch.get_num_threads, "later")
-    later.start()
-    assert later.result() == given
-
-
-def test_an_error_in_one_ends_all(given):
-    """Faults: an error in a thread lost, or what the others still had to do done first."""
-    begun = []
-
-    def fails():
-        raise ValueError("this one")
-
-    def long():
-        begun.append(1)
-        while True:
-            time.sleep(0.01)
-    if given == 1:
-        with pytest.raises(ValueError, match="this one"):
-            side_by_side([fails, long], 2)
-        assert not begun
-        return
-    with pytest.raises(ValueError, match="this one"):
-        side_by_side([lambda: (time.sleep(0.1), fails()), long, long, long], 2)
-    assert begun == [1] and not [t for t in threading.enumerate() if t.name == "m2rl-lane"]
-
-
-def test_what_is_stopped_stops_its_threads(monkeypatch):
-    """Fault: the thread that samples ahead is told to end, and those that it waits for go on."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    begun = threading.Event()
-
-    def long():
-        begun.set()
-        while True:
-            time.sleep(0.01)
-    thread = Beside(lambda: side_by_side([long, long], 2), "outer")
-    thread.start()
-    assert begun.wait(10)
-    thread.stop()
-    thread.join(10)
-    assert isinstance(thread.error, Stopped) and thread.over.is_set()
-    deadline = time.monotonic() + 5
-    while [t for t in threading.enumerate() if t.name == "m2rl-lane"]:
-        assert time.monotonic() < deadline and threads.STOPPING
-        time.sleep(0.05)
