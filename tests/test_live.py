@@ -19,7 +19,7 @@ from m2rl_core.errors import StudyError
 from m2rl_core.jobs import live, locks
 from m2rl_core.run import open_run
 
-STEPS = 60
+STEPS = 600  # a fast machine makes forty a second, and a kernel needs some to start
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,11 @@ def ours(tmp_path_factory):
 
     def merged(case):
         folders = made[mergekit.CASES[case][0]]
-        base, experts, plan = cli.parse(mergekit.recipe(case, folders))
-        merge_folders(base, experts, {home / case: plan}, allow_identical=True)
+        # DARE draws by a model's name as it is written: not by where this run's files are
+        base, experts, plan = cli.parse(mergekit.recipe(case, [Path(folder.name) for folder in folders]))
+        at = folders[0].parent
+        merge_folders(at / base, {name: at / folder for name, folder in experts.items()}, {home / case: plan},
+                      allow_identical=True)
         states = [load_file(folder / "model.safetensors") for folder in folders]
         return states[0], states[1:], load_file(home / case / "model.safetensors")
     return merged
