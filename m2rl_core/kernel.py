@@ -41,5 +41,5 @@ def fused(function: Callable) -> Callable:
 
 
 def quick(function: Callable, **options) -> Callable:
-    """A fused kernel that may also multiply by a reciprocal, and that no number may reach which is none."""
+    """A fused kernel that may also multiply by a reciprocal, and expects no NaN: what comes of one is arbitrary."""
     return kernel(function, fastmath={"contract", "reassoc", "nsz", "arcp", "nnan"}, **options)

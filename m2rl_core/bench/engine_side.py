@@ -117,8 +117,6 @@ def multiplying(policy: Policy, work: Work) -> Callable[[int], int]:
 PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"),
          "attention": ("compiled::attend", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
                        "aten::_scaled_dot_product_flash_attention_for_cpu_backward")}
-
-
 COMPILED = ("attend", "normalize", "swiglu", "choose")  # of `models.decode`; the profiler knows PyTorch's own operations only
 
 
@@ -135,9 +133,11 @@ def named() -> Iterator[None]:
         return call
     for name in kept:
         setattr(decode, name, seen(name))
-    yield
-    for name, function in kept.items():
-        setattr(decode, name, function)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(decode, name, function)
 
 
 def shares(run: Callable[[int], int]) -> dict[str, float]:

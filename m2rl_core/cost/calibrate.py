@@ -22,6 +22,7 @@ from m2rl_core.domains import DOMAINS, Row, rewards, training_rows
 from m2rl_core.engines.rollout import BATCH, Rollout, _Wave, encode_prompts, logprobs, waves
 from m2rl_core.models import policy as policies
 from m2rl_core.models.policy import Policy
+from m2rl_core.models.qwen3 import prepare
 from m2rl_core.profile import Profile
 from m2rl_core.provenance import machine
 from m2rl_core.store import write_atomic
@@ -57,10 +58,10 @@ def said(policy: Policy, rows: list[Row], n: int, longest: int, turns: int) -> l
         ids, learn = encode_sft(policy, row)
         answer = [token for token, own in zip(ids, learn, strict=True) if own][:longest]
         script += [answer + [stop] * (longest + 1 - len(answer))] * n
-    script, turn = torch.tensor(script), threading.Lock()
+    script, model, lock = torch.tensor(script), prepare(policy.weights, policy.shape), threading.Lock()
 
     def wave(chosen: list[int]):
-        found = Scripted(policy, [rollouts[i] for i in chosen], torch.rand(len(chosen), longest), n, 1.0, turns, turn)
+        found = Scripted(policy, model, [rollouts[i] for i in chosen], torch.rand(len(chosen), longest), n, 1.0, turns, lock)
         found.script = script[chosen]
         found.run()
     waves(rows, [rollout.prompt for rollout in rollouts[::n]], n, wave, BATCH)

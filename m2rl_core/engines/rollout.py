@@ -67,11 +67,11 @@ def sample(policy: Policy, rows: Sequence[Row], n: int, *, generator: torch.Gene
     prompts = encode_prompts(policy, rows, max_new_tokens)
     uniform = torch.rand(len(rows) * n, max_new_tokens, generator=generator)
     rollouts = [Rollout(row, prompt) for row, prompt in zip(rows, prompts, strict=True) for _ in range(n)]
-    turns = threading.Lock()
+    model, turns = prepare(policy.weights, policy.shape), threading.Lock()
 
     def wave(chosen: list[int]):
-        _Wave(policy, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns, turns,
-              top_p).run()
+        _Wave(policy, model, [rollouts[i] for i in chosen], uniform[chosen].to(policy.device), n, temperature, max_turns,
+              turns, top_p).run()
     waves(rows, prompts, n, wave, batch)
     return rollouts
 
@@ -88,11 +88,13 @@ def waves(rows: Sequence[Row], prompts: Sequence[list[int]], n: int, wave: Calla
 
 
 class _Wave:
-    """Rollouts in flight: a cache row each, compacted as they finish. `turns` is held where tools and tokenizer are used."""
+    """Rollouts in flight: a cache row each, compacted as they finish.
 
-    def __init__(self, policy, rollouts, uniform, n, temperature, max_turns, turns, top_p=1.0):
-        self.policy, self.rollouts, self.model = policy, rollouts, prepare(policy.weights, policy.shape)
-        self.decode = decoder(self.model)
+    All waves share `model`, the prepared weights, and `turns`, which is held where tools and tokenizer are used.
+    """
+
+    def __init__(self, policy, model, rollouts, uniform, n, temperature, max_turns, turns, top_p=1.0):
+        self.policy, self.rollouts, self.model, self.decode = policy, rollouts, model, decoder(model)
         self.temperature, self.max_turns, self.budget, self.top_p = temperature, max_turns, uniform.shape[1], top_p
         device = policy.device
         self.stops = torch.tensor(policy.stop_ids, device=device)

@@ -1,7 +1,7 @@
 """The sampler's inner step on a CPU: one new token for each row, with what lies between the matrix products compiled.
 
 The same arithmetic as `qwen3.hidden_states` under `attention.Cache`, in float32. PyTorch takes some forty calls a layer
-for it, which cost more than what they compute; here they are five, and four products. They leave Python's lock, so
+for it, which cost more than what they compute; here they are four, and four products. They leave Python's lock, so
 that several threads, each with rows of its own, do not wait for one another (`rollout.sample`).
 """
 from __future__ import annotations

@@ -39,6 +39,7 @@ def backward(policy: Policy, rollouts: list[Rollout], token_advantage, loss: Los
     (N,). Rollouts that were left out because their advantage is zero stay in `totals`. `reference` is needed for a
     KL term; its log-probs are of the loss's temperature, like the policy's.
     """
+
     def learn(policy: Policy, batch: list[int]) -> dict[str, float]:
         part = [rollouts[i] for i in batch]
         hidden, tokens, owner = response_hidden(policy, part)
